@@ -1,0 +1,40 @@
+# One command per habit. PYTHON makes the environment, VENV is where it lies.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo install test lint check bench gpu clean
+
+demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
+	$(BIN)/cladapt demo
+
+install: $(STAMP)  ## an environment with the checkout and its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## style, types, import layers, rules of the sources
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest tests/packaging/test_imports.py -k sources
+
+check: lint test  ## what a change must pass
+
+bench: $(STAMP)  ## measure the registry on this machine
+	$(BIN)/python bench/run.py
+
+gpu:  ## kernel tests, then the benchmarks; needs torch, triton and pytest alone
+	PYTHONPATH=.:kernels:cli $(PYTHON) -m pytest tests/kernels -q
+	PYTHONPATH=.:kernels:cli $(PYTHON) bench/run.py --device cuda
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,325 @@
+"""Every setting of cladapt, with its meaning, default and check; recipes and overrides that resolve to them.
+
+A recipe is YAML with the same nesting as the models here; `-o train.lr=1e-4` overrides one field. All mistakes are
+reported at once, unknown keys with the nearest known name.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cladapt.errors import ConfigError, DataError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class BlocksConfig(Settings):
+    """How a log is cut into time blocks."""
+
+    fractions: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.6, 0.1, 0.1, 0.1, 0.1)
+    """Share of the interactions in each block, in time order; must sum to 1."""
+    dates: tuple[str, ...] = ()
+    """First day (YYYY-MM-DD, UTC) of block 2, 3, …; replaces `fractions` when given."""
+    min_events: Positive = 5
+    """A user's events in a block are kept only when there are at least this many of them in that block."""
+    k_core: Annotated[int, Field(ge=0)] = 0
+    """Before the cut, repeatedly drop users and items with fewer interactions than this; 0 keeps all."""
+
+    @field_validator("fractions")
+    @classmethod
+    def _sum_to_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if abs(sum(value) - 1.0) > 1e-6:
+            raise ValueError(f"the fractions sum to {sum(value):g}, expected 1")
+        return value
+
+
+class SimulateConfig(Settings):
+    """A seeded stream of drifting preferences whose true next-item distribution is known."""
+
+    seed: Seed = 0
+    """Seed of everything random."""
+    users: Positive = 600
+    """Users over the whole stream."""
+    items: Annotated[int, Field(ge=20)] = 300
+    """Items over the whole stream, those born later included."""
+    topics: Annotated[int, Field(ge=2)] = 12
+    """Topics; an item belongs to one, and a topic to its successors by a transition matrix."""
+    blocks: Annotated[int, Field(ge=2)] = 5
+    """Time blocks."""
+    drift: Fraction = 0.3
+    """Share of the topics whose transitions are drawn anew at each later block."""
+    births: Fraction = 0.15
+    """Share of the items that first appear after block 1."""
+    skew: Annotated[float, Field(ge=0.0)] = 1.0
+    """Zipf exponent of the popularity inside a topic."""
+    persistence: Fraction = 0.3
+    """Weight of the user's own topic history against the topic transition from the last item."""
+    events: Annotated[int, Field(ge=5)] = 8
+    """Mean events of a user in a block (at least 5 each)."""
+    activity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Probability that a user is active in a later block; block 1 has all users but the late-comers."""
+
+
+class TokensConfig(Settings):
+    """How items get semantic IDs."""
+
+    embedding: str = "tfidf"
+    """`tfidf`, or the name or path of a sentence-transformers model."""
+    dimensions: Positive = 64
+    """Dimensions kept of a TF-IDF embedding."""
+    levels: Positive = 3
+    """Levels of the residual k-means."""
+    codes: Annotated[int, Field(ge=2)] = 64
+    """Codes per level."""
+    deduplicate: bool = True
+    """Add a level that tells items with equal codes apart."""
+    seed: Seed = 0
+    """Seed of k-means."""
+
+
+class BaseConfig(Settings):
+    """How a base model is made."""
+
+    preset: Literal["tiny", "small", "medium"] = "tiny"
+    """Size of a base trained from scratch."""
+    seed: Seed = 0
+    """Seed of initialisation, order and dropout."""
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate."""
+    epochs: Annotated[int, Field(ge=0)] = 30
+    """Most epochs over block 1."""
+    patience: Positive = 4
+    """Stop after this many epochs without a better validation log-likelihood."""
+    softmax: Literal["trie", "vocabulary"] = "trie"
+    """As `train.softmax`."""
+    dropout: Fraction = 0.2
+    """Dropout on embeddings and residual branches while pretraining."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """AdamW weight decay."""
+    batch_tokens: Positive = 4096
+    """Tokens per optimiser step, padding included."""
+    row_tokens: Positive = 256
+    """Tokens per packed row."""
+    window: Positive = 20
+    """Most recent items that form a history."""
+
+
+class AdapterConfig(Settings):
+    """The LoRA adapter, created through PEFT."""
+
+    rank: Positive = 8
+    """Rank r."""
+    alpha: PositiveFloat = 16.0
+    """Scale: alpha / r, or alpha / sqrt(r) with `rslora`."""
+    dropout: Fraction = 0.05
+    """Dropout on the adapter's input."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Modules to adapt: `all-linear` (the head excepted), a list of name endings, or one regular expression."""
+    rslora: bool = False
+    """Rank-stabilised scale."""
+
+
+class MethodConfig(Settings):
+    """Which continual method runs, and its own options."""
+
+    name: str = "peso"
+    """A method, or several joined by `+`, applied in that order."""
+    options: Mapping[str, Any] = {}
+    """Options of the method; for several methods `<method>.<field>`."""
+
+
+class TrainConfig(Settings):
+    """How one block is learned."""
+
+    lr: PositiveFloat = 2e-3
+    """Peak learning rate on block 1."""
+    block_lr_factor: PositiveFloat = 1.0
+    """Factor on `lr` for every later block."""
+    epochs: Positive = 6
+    """Epochs per block."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW weight decay."""
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    batch_tokens: Positive = 2048
+    """Tokens per micro-batch, padding included."""
+    row_tokens: Positive = 256
+    """Tokens per packed row."""
+    accumulation: Positive = 1
+    """Micro-batches per optimiser step."""
+    window: Positive = 20
+    """Most recent items that form a history."""
+    form: Literal["packed", "prompt"] = "packed"
+    """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
+    softmax: Literal["trie", "vocabulary"] = "trie"
+    """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision; adapter weights and optimiser state stay fp32 in both."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch's adapter a block keeps: best validation log-likelihood, or the last."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between checkpoints inside a block; 0 writes them at block ends only."""
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "TrainConfig":
+        if self.row_tokens > self.batch_tokens:
+            raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
+        return self
+
+
+class EvalConfig(Settings):
+    """How a model is measured."""
+
+    top_k: tuple[Positive, ...] = (5, 10)
+    """Cut-offs of HR and NDCG."""
+    beams: Positive = 20
+    """Beam width; never narrowed. Must be at least the largest cut-off."""
+    batch_users: Positive = 128
+    """Users decoded at once; halved when memory runs out."""
+    exclude_seen: bool = True
+    """Never recommend an item of the user's own history (for all rows of the table alike)."""
+    max_users: Annotated[int, Field(ge=0)] = 0
+    """Evaluate a seeded sample of this many users per block; 0 takes all."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples behind an interval."""
+
+    @model_validator(mode="after")
+    def _beams_cover(self) -> "EvalConfig":
+        if not self.top_k:
+            raise ValueError("top_k is empty, expected at least one cut-off")
+        if self.beams < max(self.top_k):
+            raise ValueError(f"beams={self.beams} is below the largest top_k={max(self.top_k)}")
+        return self
+
+
+class RunConfig(Settings):
+    """A whole run: `cladapt train` resolves one, the run directory keeps it."""
+
+    seed: Seed = 0
+    """Seed of adapter initialisation, order and dropout."""
+    data: str = ""
+    """Stream directory; empty = the embedded simulated stream."""
+    base: str = ""
+    """Base+tokens directory; empty = the embedded tiny base."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
+    adapter: AdapterConfig = AdapterConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def resolve(model: type[S], values: Mapping[str, Any], where: str = "config") -> S:
+    """Validate `values` against `model`; one `ConfigError` lists every mistake, unknown keys with the nearest name."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(model, dict(problem)) for problem in error.errors()]
+    count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+    raise ConfigError(f"{where}: {count}: " + "; ".join(problems), "`cladapt config show` prints every key and default")
+
+
+def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"unknown key {path!r}" + (f", did you mean {near[0]!r}?" if near else f", known: {', '.join(known)}")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path or 'top level'}={problem['input']!r}: {message}" if problem["loc"] else message
+
+
+def _fields_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML recipe into a nested dict."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"no such recipe: {path}", "check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the recipe {path}: {error}", "expected a UTF-8 YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", "mend the recipe") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a mapping, found {type(value).__name__}", "write `key: value` lines")
+    return value
+
+
+def merge_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `values` with each `a.b=c` of `overrides` applied; values parse as YAML (numbers, lists, booleans)."""
+    merged = _copy(values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"override {override!r} has no `key=value` form", "write e.g. -o train.lr=1e-4")
+        target = merged
+        *parents, last = key.strip().split(".")
+        # a dotted method option such as method.options.peso.strength keeps its dots below `options`
+        if parents[:2] == ["method", "options"]:
+            parents, last = parents[:2], ".".join([*parents[2:], last])
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"override {override!r}: {parent!r} is not a section", "check the key's path")
+        target[last] = _parse(text)
+    return merged
+
+
+def _parse(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 1e-4 (no dot) as text
+        except ValueError:
+            return value
+    return value
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def describe(settings: Settings, prefix: str = "") -> list[dict[str, Any]]:
+    """Every key with its value, default and meaning, nested keys dotted."""
+    rows: list[dict[str, Any]] = []
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            rows += describe(value, f"{prefix}{name}.")
+        else:
+            rows.append({"key": prefix + name, "value": value, "default": info.default, "meaning": info.description})
+    return rows

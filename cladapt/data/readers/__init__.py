@@ -1,0 +1,49 @@
+"""Readers: one module per source format, all giving a `RawLog`. A new format is one file and one line below."""
+
+import difflib
+from pathlib import Path
+
+from cladapt.data.readers._base import DEFAULT_COLUMNS, Columns, RawLog, Reader, files_of
+from cladapt.data.readers.movielens import MovieLensReader
+from cladapt.data.readers.peso import PesoReader
+from cladapt.data.readers.tables import CSV, PARQUET
+from cladapt.errors import ConfigError, DataError
+
+__all__ = ["READERS", "Columns", "RawLog", "Reader", "read"]
+
+_ALL: tuple[Reader, ...] = (
+    PesoReader(),
+    MovieLensReader(),
+    CSV,
+    PARQUET,
+)
+READERS: dict[str, Reader] = {reader.name: reader for reader in _ALL}
+
+
+def read(src: Path | str, format: str = "auto", columns: Columns = DEFAULT_COLUMNS) -> RawLog:
+    """Read a file, folder or glob; `auto` takes the one format that fits. `DataError` says what did not fit."""
+    src = Path(src)
+    if format != "auto" and format not in READERS:
+        near = difflib.get_close_matches(format, READERS, n=1)
+        raise ConfigError(
+            f"unknown format {format!r}" + (f", did you mean {near[0]!r}?" if near else ""),
+            f"known: auto, {', '.join(READERS)}",
+        )
+    if not src.is_dir() and not files_of(src):
+        raise DataError(f"no such file or folder: {src}", "check the path; quote a glob so that the shell leaves it")
+    return (_detect(src) if format == "auto" else READERS[format]).read(src, columns)
+
+
+def _detect(src: Path) -> Reader:
+    fitting = [reader for reader in READERS.values() if reader.detects(src)]
+    # a known layout is more than its file type says
+    claims = [reader for reader in fitting if not reader.generic] or fitting
+    if not claims:
+        formats = "; ".join(f"{reader.name}: {reader.expects}" for reader in READERS.values())
+        raise DataError(f"{src} has none of the formats that can be read", formats)
+    if len(claims) > 1:
+        raise DataError(
+            f"{src} fits several formats: {', '.join(reader.name for reader in claims)}",
+            f"choose one: {' or '.join(f'--format {reader.name}' for reader in claims)}, or name a single file",
+        )
+    return claims[0]

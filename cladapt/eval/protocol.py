@@ -1,0 +1,173 @@
+"""The evaluation protocol: which model meets which block, tables and summaries, counts-only rows beside them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from cladapt.config import EvalConfig
+from cladapt.data.histories import training_sequences
+from cladapt.data.schema import Stream
+from cladapt.eval.baselines import evaluate_counts
+from cladapt.eval.continual import Matrix, summaries
+from cladapt.eval.evaluate import Evaluator
+from cladapt.eval.metrics import head_frequency, slices, summarise, user_metrics
+from cladapt.eval.significance import Effect, compare, describe, interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COUNTS = ("block popularity", "markov")
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Per-user rows of one run's models and of what stands beside them.
+
+    `rows`: the run's own, every model block t (the base's row included) on every tested block s. `beside`: rows of
+    reference models on the blocks they were made for. `ceiling`: the best reachable score per block, where it is known.
+    """
+
+    name: str
+    rows: pl.DataFrame
+    beside: Mapping[str, pl.DataFrame]
+    base_block: int
+    config: EvalConfig
+    ceiling: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def current(self) -> pl.DataFrame:
+        """The run's rows on the block each model was just adapted to."""
+        adapted = pl.col("model_block") > self.base_block
+        return self.rows.filter(adapted & (pl.col("model_block") == pl.col("block")))
+
+    @property
+    def frozen(self) -> pl.DataFrame:
+        """The base's rows on the later blocks."""
+        return self.rows.filter((pl.col("model_block") == self.base_block) & (pl.col("block") > self.base_block))
+
+
+def measure_run(
+    evaluator: Evaluator,
+    models: Iterable[tuple[int, "PreTrainedModel"]],
+    blocks: Sequence[int],
+    note: Callable[[str], None],
+) -> pl.DataFrame:
+    """Rows of each model, given with the block after which it was made, on each of `blocks`."""
+    frames = []
+    for model_block, lm in models:
+        for block in blocks:
+            frames.append(evaluator.rows(lm, model_block, block))
+            note(f"tested the model of block {model_block} on block {block}: {frames[-1].height} users")
+    return pl.concat(frames)
+
+
+def measure_counts(
+    stream: Stream, rows: pl.DataFrame, blocks: Sequence[int], config: EvalConfig
+) -> dict[str, pl.DataFrame]:
+    """Rows of the counts-only models, each counted up to the block it is tested on, for the users of `rows`."""
+    users = rows.select("block", "user").unique()
+    found = {}
+    for name in COUNTS:
+        frames = [evaluate_counts(stream, name, b, b, config.exclude_seen, config.beams) for b in blocks]
+        found[name] = pl.concat(frames).join(users, on=["block", "user"], how="semi", maintain_order="left")
+    return found
+
+
+def metric_columns(config: EvalConfig) -> list[str]:
+    """The metrics of a table, item level."""
+    return [*(f"{name}@{k}" for name in ("HR", "NDCG") for k in config.top_k), "MRR", "log_likelihood"]
+
+
+def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
+    """One line of a table: each metric as the mean over blocks of block means, with intervals over users for two."""
+    measured = user_metrics(rows, config.top_k, config.beams)
+    columns = [c for c in metric_columns(config) if measured[c].null_count() == 0]
+    means = measured.group_by("block").agg(pl.col(columns).mean()).select(pl.col(columns).mean()).row(0, named=True)
+    row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique()}
+    row |= {column: means.get(column) for column in metric_columns(config)}
+    main = f"HR@{max(config.top_k)}"
+    row[f"{main} (ID)"] = measured.group_by("block").agg(pl.col(f"{main} (ID)").mean())[f"{main} (ID)"].mean()
+    for column in (main, "log_likelihood"):
+        effect = block_mean_interval(measured, column, config.bootstrap) if column in columns else None
+        row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"
+    return row
+
+
+def block_mean_interval(measured: pl.DataFrame, column: str, resamples: int) -> Effect | None:
+    """Interval of the mean over blocks of the block means; None for fewer than two users."""
+    if measured["user"].n_unique() < 2:
+        return None
+    return interval(_per_block(measured, column)[column].to_numpy(), measured["user"].to_numpy(), resamples)
+
+
+def _per_block(measured: pl.DataFrame, column: str) -> pl.DataFrame:
+    """`column` weighted by the inverse of its block's size, so that the mean over rows is the mean of block means."""
+    size = pl.len().over("block")
+    return measured.with_columns(pl.col(column) * measured.height / (pl.col("block").n_unique() * size))
+
+
+def ceiling_row(ceiling: Mapping[int, Mapping[str, float]], config: EvalConfig) -> dict[str, Any]:
+    """The table line of the best reachable score: mean over blocks."""
+    names = metric_columns(config)
+    values = {n: [block[n] for block in ceiling.values() if n in block] for n in names}
+    return {"model": "ceiling", **{n: float(np.mean(v)) if v else None for n, v in values.items()}}
+
+
+def table(measures: Sequence[Measures]) -> list[dict[str, Any]]:
+    """Runs on one stream, then frozen, the counts-only models and the ceiling: one line each."""
+    first = measures[0]
+    lines = [model_row(m.name, m.current, m.config) for m in measures if m.current.height]
+    lines.append(model_row(FROZEN, first.frozen, first.config))
+    lines += [model_row(name, rows, first.config) for name, rows in first.beside.items()]
+    if first.ceiling:
+        lines.append(ceiling_row(first.ceiling, first.config))
+    return lines
+
+
+def differences(measures: Sequence[Measures]) -> list[dict[str, Any]]:
+    """Paired differences over users of the first run against every other line, with what the data shows."""
+    first = measures[0]
+    if not first.current.height:
+        return []
+    main = f"HR@{max(first.config.top_k)}"
+    others = {m.name: m.current for m in measures[1:] if m.current.height}
+    others |= {FROZEN: first.frozen, **first.beside}
+    lines = []
+    for name, rows in others.items():
+        line: dict[str, Any] = {"difference": f"{first.name} - {name}"}
+        for metric in (main, "log_likelihood"):
+            a, b = (user_metrics(frame, first.config.top_k, first.config.beams) for frame in (first.current, rows))
+            if b[metric].null_count() or a[metric].null_count():
+                line[metric] = None
+                continue
+            effect = compare(_per_block(a, metric), _per_block(b, metric), metric, first.config.bootstrap)
+            line[metric] = effect.mean
+            line[f"{metric} shown"] = describe(effect)
+        lines.append(line)
+    return lines
+
+
+def matrix(measures: Measures, metric: str) -> Matrix:
+    """R[t][s] of a run for one metric."""
+    summary = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams)
+    return Matrix.build(summary, metric, measures.base_block)
+
+
+def continual_summary(measures: Measures, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Average, backward and forward transfer, plasticity: one line per metric."""
+    return [
+        {"metric": metric, **{n: m.value if m.used else None for n, m in summaries(matrix(measures, metric)).items()}}
+        for metric in metrics
+    ]
+
+
+def slice_table(measures: Measures, stream: Stream) -> list[dict[str, Any]]:
+    """Head and tail items, new items, kinds of users: the run's current rows."""
+    rows = measures.current if measures.current.height else measures.frozen
+    head = {int(b): head_frequency(training_sequences(stream, int(b))) for b in rows["block"].unique().to_list()}
+    main = f"HR@{max(measures.config.top_k)}"
+    return slices(rows, measures.config.top_k, head).select("slice", "users", main, "MRR", "log_likelihood").to_dicts()

@@ -1,0 +1,139 @@
+"""Recommendations for any histories: read them, decode, turn semantic IDs back into items."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from cladapt.errors import ConfigError, DataError
+from cladapt.eval.evaluate import Catalogue, decode_in_batches, make_decoder
+from cladapt.model.load import Base
+from cladapt.model.packed import Softmax
+from cladapt.tokens.prompts import Form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+def read_histories(path: Path) -> dict[str, list[str]]:
+    """User -> items, oldest first: jsonl of {"user", "history"}, or csv/parquet rows `user,item` in time order."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"no such file: {path}", "check the path")
+    try:
+        match path.suffix:
+            case ".jsonl":
+                frame = pl.read_ndjson(path)
+            case ".csv":
+                frame = pl.read_csv(path, infer_schema=False)
+            case _:
+                frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: not readable as {path.suffix}: {error}", "check the file") from error
+    column = "history" if path.suffix == ".jsonl" else "item"
+    missing = {"user", column} - set(frame.columns)
+    if missing:
+        raise DataError(
+            f"{path} lacks {', '.join(sorted(missing))}, it has {', '.join(frame.columns)}", "rename the columns"
+        )
+    if frame.is_empty():
+        raise DataError(f"{path} has no rows", "give at least one history")
+    if column == "history":
+        if not isinstance(frame.schema["history"], pl.List):
+            raise DataError(
+                f"{path}: history is {frame.schema['history']}, expected a list of items", "write a JSON list"
+            )
+        if frame["user"].is_duplicated().any():
+            twice = frame.filter(pl.col("user").is_duplicated())["user"][0]
+            raise DataError(f"{path}: user {twice!r} has several histories", "write one line per user")
+        grouped = frame.with_columns(pl.col("history").cast(pl.List(pl.String)))
+    else:
+        grouped = frame.group_by("user", maintain_order=True).agg(history=pl.col("item").cast(pl.String))
+    if grouped["user"].null_count():
+        raise DataError(f"{path}: {grouped['user'].null_count()} rows have no user", "fill in the user column")
+    return {
+        str(user): [i for i in items or [] if i is not None]
+        for user, items in grouped.select("user", "history").iter_rows()
+    }
+
+
+def read_catalogue(path: Path) -> list[str]:
+    """Item ids of a text file, one per line."""
+    if not path.is_file():
+        raise DataError(f"no such file: {path}", "check the path")
+    items = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not items:
+        raise DataError(f"{path} lists no item", "write one item id per line")
+    return items
+
+
+def recommend(
+    lm: "PreTrainedModel",
+    base: Base,
+    form: Form,
+    softmax: Softmax,
+    histories: Mapping[str, Sequence[str]],
+    allowed: Sequence[str] | None,
+    top_k: int,
+    beams: int,
+    exclude_seen: bool,
+    batch: int = 128,
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Best `top_k` items per user, and counts; columns user, rank (from 1), item, semantic_id, score (log-likelihood).
+
+    Items that share a semantic ID follow each other with equal score. Unknown history items are counted and left out.
+    """
+    if top_k < 1 or beams < top_k:
+        raise ConfigError(f"top_k={top_k}, beams={beams}", "use top-k of 1 or more, and beams of at least top-k")
+    index = {item: i for i, item in enumerate(base.sids.items)}
+    chosen = range(len(index)) if allowed is None else [index[i] for i in allowed if i in index]
+    unknown_allowed = 0 if allowed is None else sum(i not in index for i in allowed)
+    if not len(chosen):
+        raise DataError("no item of the catalogue file has a semantic ID in this base", "check the item ids")
+    catalogue = Catalogue(base.sids, np.unique(np.fromiter(chosen, dtype=np.int64)))
+    known = [np.array([index[i] for i in items if i in index], dtype=np.int64) for items in histories.values()]
+    beams_found = decode_in_batches(
+        make_decoder(lm, base, catalogue, beams, softmax),
+        [form.prompt(items) for items in known],
+        [catalogue.consumed_leaves(items) for items in known] if exclude_seen else None,
+        None,
+        batch,
+    )
+    rows = []
+    for user, items, leaves, scores in zip(
+        histories, known, beams_found.leaf.tolist(), beams_found.score.tolist(), strict=True
+    ):
+        seen = set(items.tolist()) if exclude_seen else set()
+        found = [
+            (int(i), score)
+            for leaf, score in zip(leaves, scores, strict=True)
+            if leaf >= 0
+            for i in catalogue.items_of_leaf[leaf]
+            if int(i) not in seen
+        ]
+        rows += [(user, rank, base.sids.items[i], i, score) for rank, (i, score) in enumerate(found[:top_k], start=1)]
+    tokens = base.sids.tokens
+    names = ["".join(tokens[t] for t in base.sids.token_index[row[3]]) for row in rows]
+    frame = pl.DataFrame(
+        {
+            "user": [r[0] for r in rows],
+            "rank": pl.Series([r[1] for r in rows], dtype=pl.Int32),
+            "item": [r[2] for r in rows],
+            "semantic_id": names,
+            "score": pl.Series([r[4] for r in rows], dtype=pl.Float64),
+        }
+    )
+    return frame, {
+        "users": len(histories),
+        "recommendations": frame.height,
+        "users_with_fewer": int((frame.group_by("user").len()["len"] < top_k).sum())
+        + len(histories)
+        - frame["user"].n_unique(),
+        "unknown_history_items": sum(map(len, histories.values())) - sum(map(len, known)),
+        "unknown_catalogue_items": unknown_allowed,
+    }

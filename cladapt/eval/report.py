@@ -1,0 +1,280 @@
+"""One HTML file that stands alone: tables, heat maps and curves of an evaluation, no script and no outside resource.
+
+A report is a title and a list of sections; what goes into them is the caller's, how they look is decided here.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from cladapt.errors import DataError
+from cladapt.eval.significance import Effect
+
+Cell = str | int | float | Effect | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under column names; an `Effect` shows its mean and interval, None and NaN a dash."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        uneven = [len(row) for row in self.rows if len(row) != len(self.columns)]
+        if uneven:
+            raise DataError(
+                f"table {self.title!r} has a row of {uneven[0]} cells under {len(self.columns)} columns",
+                "give every row one cell per column",
+            )
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A matrix shaded from its least to its greatest value; cells whose two labels are equal are framed."""
+
+    title: str
+    row_labels: Sequence[str | int]
+    column_labels: Sequence[str | int]
+    values: Sequence[Sequence[float | None]]
+    corner: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        widths = [len(row) for row in self.values]
+        if widths != [len(self.column_labels)] * len(self.row_labels):
+            raise DataError(
+                f"heat map {self.title!r} has rows of {widths} values for {len(self.row_labels)} row labels and "
+                f"{len(self.column_labels)} column labels",
+                "give one row of values per row label, one value per column label",
+            )
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: `points` has an `Effect`, a plain value or None per label of the x axis."""
+
+    name: str
+    points: Sequence[Effect | float | None]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over a shared x axis, with the interval of every `Effect` as a bar."""
+
+    title: str
+    x_labels: Sequence[str | int]
+    series: Sequence[Series]
+    x_name: str = "block"
+    y_name: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for line in self.series:
+            if len(line.points) != len(self.x_labels):
+                raise DataError(
+                    f"curve {line.name!r} of {self.title!r} has {len(line.points)} points for "
+                    f"{len(self.x_labels)} labels",
+                    "give one point per label, None where there is no value",
+                )
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Named facts, such as provenance; a nested mapping becomes dotted names."""
+
+    title: str
+    items: Mapping[str, Any]
+    note: str = ""
+
+
+Section = Table | HeatMap | Curves | KeyValues
+
+
+def render_report(title: str, sections: Iterable[Section]) -> str:
+    """The report as one HTML document."""
+    body = "\n".join(_section(section) for section in sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    match section:
+        case Table():
+            content = _table(section) if section.rows else _EMPTY
+        case HeatMap():
+            content = _heat_map(section) if len(section.values) and len(section.column_labels) else _EMPTY
+        case Curves():
+            content = _curves(section)
+        case KeyValues():
+            facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _flatten(section.items))
+            content = f"<dl>{facts}</dl>" if facts else _EMPTY
+    note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
+    return f"<section>\n<h2>{escape(section.title)}</h2>\n{content}\n{note}</section>"
+
+
+def _table(table: Table) -> str:
+    columns = zip(table.columns, zip(*table.rows, strict=True), strict=True)
+    kinds = [(name, "" if any(isinstance(cell, str) for cell in cells) else ' class="n"') for name, cells in columns]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in kinds)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, str):
+        return f"<td>{escape(value)}</td>"
+    if isinstance(value, Effect):
+        bounds = f"{_number(value.low)}, {_number(value.high)}"
+        return f'<td class="n">{_number(value.mean)} <small title="{value.n} users">[{bounds}]</small></td>'
+    return f'<td class="n">{_number(value)}</td>'
+
+
+def _heat_map(heat: HeatMap) -> str:
+    finite = [v for row in heat.values for v in row if v is not None and math.isfinite(v)]
+    low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
+    head = "".join(f'<th scope="col">{escape(str(label))}</th>' for label in heat.column_labels)
+    rows = ""
+    for label, values in zip(heat.row_labels, heat.values, strict=True):
+        cells = ""
+        for column, value in zip(heat.column_labels, values, strict=True):
+            framed = " d" if label == column else ""
+            shade = ""
+            if value is not None and math.isfinite(value):
+                strength = 0.06 + 0.54 * ((value - low) / spread if spread > 0 else 0.0)
+                shade = f' style="background:rgb(59 130 246 / {strength:.2f})"'
+            cells += f'<td class="n{framed}"{shade}>{_number(value)}</td>'
+        rows += f'<tr><th scope="row">{escape(str(label))}</th>{cells}</tr>\n'
+    corner = f"<th>{escape(heat.corner)}</th>"
+    return (
+        f'<div class="scroll"><table class="heat"><thead><tr>{corner}{head}</tr></thead>'
+        f"<tbody>\n{rows}</tbody></table></div>"
+    )
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 668, 14, 224  # the plot's box inside a 680 x 270 drawing
+
+
+def _curves(chart: Curves) -> str:
+    lines = [[_bounds(point) for point in line.points] for line in chart.series]
+    drawn = [bound for line in lines for point in line if point for bound in point]
+    if not drawn:
+        return _EMPTY
+    ticks = _ticks(min(drawn), max(drawn))
+    low, high, count = ticks[0], ticks[-1], len(chart.x_labels)
+
+    def x(i: int) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * (i + 0.5) / count
+
+    def y(value: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * (value - low) / (high - low)
+
+    shapes = []
+    for tick in ticks:
+        shapes.append(f'<line opacity="0.15" x1="{_LEFT}" x2="{_RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        shapes.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for i, label in enumerate(chart.x_labels):
+        shapes.append(f'<text x="{x(i):.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{escape(str(label))}</text>')
+    middle = (_LEFT + _RIGHT) / 2
+    shapes.append(f'<text x="{middle}" y="{_BOTTOM + 38}" text-anchor="middle">{escape(chart.x_name)}</text>')
+    legend = []
+    for s, (series, points) in enumerate(zip(chart.series, lines, strict=True)):
+        # lines stand side by side, so that the intervals of one block do not hide each other
+        shift = (s - (len(lines) - 1) / 2) * min(7.0, 40.0 / len(lines))
+        path, pen_down = "", False
+        marks = []
+        for i, point in enumerate(points):
+            if point is None:
+                pen_down = False
+                continue
+            mean, lower, upper = point
+            at = x(i) + shift
+            path += f"{'L' if pen_down else 'M'}{at:.1f} {y(mean):.1f}"
+            pen_down = True
+            span = f" [{_number(lower)}, {_number(upper)}]" if upper > lower else ""
+            if span:
+                marks.append(f'<path class="bar" d="M{at:.1f} {y(lower):.1f}V{y(upper):.1f}"/>')
+            tip = f"{series.name}, {chart.x_name} {chart.x_labels[i]}: {_number(mean)}{span}"
+            at_mean = f'cx="{at:.1f}" cy="{y(mean):.1f}"'
+            marks.append(f'<circle {at_mean} r="2.6" fill="currentColor"><title>{escape(tip)}</title></circle>')
+        colour, dash, hollow = f"c{s % _COLOURS}", "", ""
+        if s >= _COLOURS:  # colours repeat, told apart by their dashes
+            dash, hollow = ' stroke-dasharray="6 4"', " hollow"
+        shapes.append(
+            f'<g class="{colour}" stroke="currentColor"><path d="{path}" stroke-width="1.7"{dash}/>{"".join(marks)}</g>'
+        )
+        legend.append(f'<li class="{colour}{hollow}">{escape(series.name)}</li>')
+    accessible = f'role="img" aria-label="{escape(f"{chart.title}: {chart.y_name} by {chart.x_name}")}"'
+    drawing = f'<svg viewBox="0 0 680 270" fill="none" stroke="currentColor" {accessible}>{"".join(shapes)}</svg>'
+    caption = f'<p class="axis">{escape(chart.y_name)}</p>' if chart.y_name else ""
+    return f'{caption}{drawing}<ul class="legend">{"".join(legend)}</ul>'
+
+
+def _bounds(point: Effect | float | None) -> tuple[float, float, float] | None:
+    if isinstance(point, Effect):
+        return point.mean, point.low, point.high
+    return None if point is None or not math.isfinite(point) else (point, point, point)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round values that enclose [low, high]."""
+    spread = high - low or abs(high) or 1.0
+    unit = 10.0 ** math.floor(math.log10(spread / 4))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= spread / 4)
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "—"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
+
+
+def _flatten(items: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for key, value in items.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            flat.append((f"{prefix}{key}", text))
+    return flat
+
+
+_EMPTY = '<p class="note">Nothing to show.</p>'
+_COLOURS = 6
+_STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1c2430;--soft:#5b6675;--line:#dfe4ea;
+--c0:#2563eb;--c1:#c2410c;--c2:#0f766e;--c3:#a21caf;--c4:#a16207;--c5:#475569}
+@media (prefers-color-scheme:dark){:root{--bg:#11151b;--fg:#e3e8ee;--soft:#98a4b3;--line:#2a323d;
+--c0:#7aa7ff;--c1:#fb923c;--c2:#2dd4bf;--c3:#e879f9;--c4:#facc15;--c5:#a3b1c4}}
+body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.55 system-ui,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:1.6rem;font-weight:650;margin:0 0 1rem}h2{font-size:1.1rem;font-weight:600;margin:2.5rem 0 .6rem}
+.note,.axis{color:var(--soft);font-size:.87rem;margin:.5rem 0}.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem}th,td{padding:.35rem .8rem;text-align:left;white-space:nowrap}
+th{font-weight:600;color:var(--soft)}thead th,tbody td,tbody th{border-bottom:1px solid var(--line)}
+.n{text-align:right;font-variant-numeric:tabular-nums}small{color:var(--soft);font-size:.82em}
+.heat td,.heat thead th+th{text-align:center}.heat td{border:2px solid var(--bg)}
+.heat .d{outline:1.5px solid var(--fg);outline-offset:-3px}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.25rem;font-size:.9rem;margin:0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,monospace;font-size:.85rem}
+svg{width:100%;max-width:46rem;height:auto}svg text{fill:var(--soft);stroke:none;font-size:12px}.bar{opacity:.55}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0;margin:.3rem 0;font-size:.88rem}
+.legend li::before{content:"";display:inline-block;width:.7em;height:.7em;border-radius:50%;background:currentColor;
+margin-right:.45em}.legend .hollow::before{background:none;box-shadow:inset 0 0 0 2px currentColor}
+.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}
+"""

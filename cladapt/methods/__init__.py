@@ -1,0 +1,60 @@
+"""Continual methods: every module of this folder without a leading underscore is one, named after its file."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from cladapt.config import MethodConfig, resolve
+from cladapt.errors import ConfigError
+from cladapt.methods._base import Context, Method
+from cladapt.methods._compose import Compose
+
+__all__ = ["Compose", "Context", "Method", "available", "build"]
+
+
+def available() -> dict[str, type[Method]]:
+    """Every method by name: the class of each file, found by looking into the folder."""
+    found: dict[str, type[Method]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_"):
+            loaded = importlib.import_module(f"{__name__}.{module.name}")
+            (found[module.name],) = (
+                value
+                for value in vars(loaded).values()
+                if isinstance(value, type) and issubclass(value, Method) and value.__module__ == loaded.__name__
+            )
+    return found
+
+
+def build(config: MethodConfig) -> Method:
+    """The configured method, its options checked; `a+b` composes in order."""
+    known = available()
+    names = config.name.split("+")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"method.name={config.name!r}: no method {name!r}",
+                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}",
+            )
+    if len(set(names)) < len(names):
+        raise ConfigError(f"method.name={config.name!r} names a method twice", "name each method once")
+    options = _split_options(config.options, names)
+    methods = [(n, known[n](resolve(known[n].Config, options[n], f"method.options of {n}"))) for n in names]
+    return methods[0][1] if len(methods) == 1 else Compose(methods)
+
+
+def _split_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    if len(names) == 1:
+        return {names[0]: {key.removeprefix(f"{names[0]}."): value for key, value in options.items()}}
+    split: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in options.items():
+        name, separator, field = key.partition(".")
+        if not separator or name not in split:
+            raise ConfigError(
+                f"method.options.{key}: which of {', '.join(names)} does it belong to?", "write <method>.<field>"
+            )
+        split[name][field] = value
+    return split

@@ -1,0 +1,63 @@
+"""What a continual method is: six hooks around a loop that it never owns, and state made of named tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from cladapt.config import Settings
+
+
+@dataclass
+class Context:
+    """What the loop shows a method."""
+
+    parameters: Mapping[str, nn.Parameter]
+    """The trainable tensors by name."""
+    block: int = 0
+    """The block being learned."""
+    step: int = 0
+    """Optimiser steps done in this block."""
+    log: dict[str, float] = field(default_factory=dict)
+    """Scalars to write with this step's log line."""
+
+
+class Method:
+    """A method that changes nothing; subclasses override the hooks they need.
+
+    `Config` holds its options, `trains` tells whether blocks are learned at all. State is named tensors only.
+    """
+
+    Config: ClassVar[type[Settings]] = Settings
+    trains: ClassVar[bool] = True
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    def begin_block(self, ctx: Context) -> None:
+        """Before the first step of a block: anchors, adapter initialisation."""
+
+    def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
+        """Terms added to the loss of one micro-batch; `out` is its mean cross-entropy."""
+        return {}
+
+    def edit_grads(self, ctx: Context) -> None:
+        """After the backward passes of a step, before clipping: gradients are whole."""
+
+    def after_step(self, ctx: Context) -> None:
+        """After the optimiser's step: projection, retraction."""
+
+    def end_block(self, ctx: Context) -> None:
+        """After the last step of a block: what to remember."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named tensors that make an interrupted run continue exactly."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        """Bytes of `state_dict` once a block has begun."""
+        return 0

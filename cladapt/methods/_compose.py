@@ -1,0 +1,58 @@
+"""Several methods as one: each hook runs in the given order."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cladapt.methods._base import Context, Method
+
+
+class Compose(Method):
+    """`a+b`: losses add, edits and projections apply in order, state keys carry position and name."""
+
+    def __init__(self, methods: Sequence[tuple[str, Method]]) -> None:
+        super().__init__()
+        self.methods = tuple(methods)
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        return all(method.trains for _, method in self.methods)
+
+    def begin_block(self, ctx: Context) -> None:
+        for _, method in self.methods:
+            method.begin_block(ctx)
+
+    def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}.{term}": value
+            for i, (name, method) in enumerate(self.methods)
+            for term, value in method.loss_terms(ctx, batch, out).items()
+        }
+
+    def edit_grads(self, ctx: Context) -> None:
+        for _, method in self.methods:
+            method.edit_grads(ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        for _, method in self.methods:
+            method.after_step(ctx)
+
+    def end_block(self, ctx: Context) -> None:
+        for _, method in self.methods:
+            method.end_block(ctx)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}.{key}": value
+            for i, (name, method) in enumerate(self.methods)
+            for key, value in method.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for i, (name, method) in enumerate(self.methods):
+            prefix = f"{i}.{name}."
+            method.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return sum(method.state_bytes(parameters) for _, method in self.methods)

@@ -1,0 +1,203 @@
+"""Base+tokens: a Hugging Face causal LM whose vocabulary holds the semantic-ID tokens, made once per ID table.
+
+The directory is an ordinary checkpoint (model, tokenizer) beside `sids.parquet` and `cladapt.json` (provenance).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cladapt import __version__
+from cladapt.artifacts import atomic_dir, hash_value, read_json, write_json
+from cladapt.errors import ConfigError, DataError
+from cladapt.model.packed import TrieSoftmax
+from cladapt.tokens.sids import SidTable
+from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
+from cladapt.tokens.trie import Trie
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "small": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "medium": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8},
+}
+PROVENANCE = "cladapt.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model with its tokenizer, ID table and provenance."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    sids: SidTable
+    provenance: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the weights and IDs, written when the base was saved."""
+        return str(self.provenance["fingerprint"])
+
+    @property
+    def fitted_block(self) -> int:
+        """Last block whose interactions the weights have seen; 0 for none."""
+        return int(self.provenance["fitted_block"])
+
+    def bos(self) -> int:
+        """The token that opens a packed history."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise DataError("the tokenizer has neither a bos nor an eos token", "set one in its tokenizer_config.json")
+
+    def item_tokens(self) -> torch.Tensor:
+        """Token ids of every item's semantic ID: int64 [n_items, levels]."""
+        ids = torch.from_numpy(sid_token_ids(self.tokenizer, self.sids))
+        return ids[torch.from_numpy(self.sids.token_index).long()]
+
+
+def trie_softmax(base: Base, trie: Trie) -> TrieSoftmax:
+    """The softmax over a catalogue's trie in the vocabulary of `base`."""
+    ids = torch.from_numpy(sid_token_ids(base.tokenizer, base.sids))
+    levels = [ids[a:b] for a, b in pairwise(base.sids.offsets.tolist())]
+    head = base.model.get_output_embeddings().weight
+    return TrieSoftmax(trie, levels, len(head), head.device)
+
+
+def new_model(preset: str, sids: SidTable, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A Llama-family model of `preset` size with random weights and a vocabulary of semantic-ID tokens alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if preset not in PRESETS:
+        raise ConfigError(f"base.preset={preset!r} is not a preset", f"use one of {', '.join(PRESETS)}")
+    tokenizer = make_tokenizer(sids)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **PRESETS[preset],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config._attn_implementation = "sdpa"
+        return LlamaForCausalLM(config), tokenizer
+
+
+def extend_model(
+    source: str, sids: SidTable, seed: int
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]":
+    """Any causal LM with the semantic-ID tokens added; also the ids of the new tokens.
+
+    New rows start at the mean of the old ones plus noise of a tenth of their spread, in the embedding and in an untied
+    head, so that they are told apart but do not dominate the softmax.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load a causal LM from {source!r}: {str(error).splitlines()[0]}",
+            "give a local Hugging Face checkpoint directory, or a hub id that this machine can reach",
+        ) from error
+    check_supported(model)
+    before = len(tokenizer)
+    add_sid_tokens(tokenizer, sids)
+    new = [int(i) for i in sid_token_ids(tokenizer, sids) if i >= before]
+    rows = max(int(model.config.vocab_size), len(tokenizer))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    with torch.no_grad():
+        for table in tables:
+            old = table[:before].float()
+            noise = torch.randn(len(new), table.shape[1], generator=generator) * 0.1 * old.std(dim=0)
+            table[new] = (old.mean(dim=0) + noise).to(table.dtype)
+    return model, tokenizer, new
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse a model whose logits are more than head(hidden): packed loss and decoder call the head directly."""
+    config = model.config
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, key, None)
+        if value not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{type(model).__name__} transforms its logits ({key}={value})",
+                "use a model without it (the Llama, Qwen and Mistral families have none)",
+            )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of every tensor of a model: names, shapes, dtypes and bytes."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_base(
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sids: SidTable,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write base+tokens as one directory, whole or not at all."""
+    with atomic_dir(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        sids.save(temporary / "sids.parquet")
+        fingerprint = hash_value([weights_hash(model), sids.fingerprint])
+        record = {**provenance, "sids": sids.fingerprint, "fingerprint": fingerprint, "cladapt": __version__}
+        write_json(temporary / PROVENANCE, record)
+
+
+def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
+    """Read a base+tokens directory; all parameters frozen, evaluation mode."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not (folder / PROVENANCE).is_file():
+        raise DataError(
+            f"{folder} is not a base+tokens directory: it has no {PROVENANCE}",
+            "make one with `cladapt base pretrain` or `cladapt base init`",
+        )
+    provenance = read_json(folder / PROVENANCE)
+    missing = {"fingerprint", "fitted_block", "sids"} - set(provenance)
+    if missing:
+        raise DataError(f"{folder / PROVENANCE} lacks {', '.join(sorted(missing))}", "make the base again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        logging.disable_progress_bar()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(
+            f"{folder}: cannot load the model: {str(error).splitlines()[0]}", "make the base again"
+        ) from error
+    sids = SidTable.load(folder / "sids.parquet")
+    if sids.fingerprint != provenance["sids"]:
+        raise DataError(
+            f"{folder / 'sids.parquet'} has the hash {sids.fingerprint}, the base was made with {provenance['sids']}",
+            "restore the base directory",
+        )
+    check_supported(model)
+    model.requires_grad_(False)
+    return Base(model.eval(), tokenizer, sids, provenance)

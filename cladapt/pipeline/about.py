@@ -1,0 +1,42 @@
+"""What this installation offers: the machine, the kernels in use, the methods."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from cladapt import ops
+from cladapt.config import describe
+from cladapt.methods import available
+from cladapt.run import environment
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, devices, kernels and why, free space here."""
+    import torch
+
+    found = environment()
+    packages = found.pop("packages")
+    usage = shutil.disk_usage(Path.cwd())
+    return {
+        **found,
+        "cuda": torch.cuda.is_available(),
+        "bf16_on_device": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "free_disk_gib": round(usage.free / 2**30, 1),
+        "deterministic": "bit for bit on CPU with the same thread count; not promised on CUDA",
+        "packages": [{"package": name, "version": version} for name, version in packages.items()],
+        "kernels": [
+            {"op": op, "implementation": implementation, "reason": reason}
+            for op, (implementation, reason) in ops.backends().items()
+        ],
+    }
+
+
+def list_methods() -> dict[str, Any]:
+    """Every method, its summary and its options."""
+    methods, options = [], []
+    for name, kind in available().items():
+        doc = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
+        methods.append({"method": name, "trains": kind.trains, "what": doc})
+        options += [{"method": name, **row} for row in describe(kind.Config())]
+    return {"methods": methods, "options": options}

@@ -1,0 +1,75 @@
+"""Base+tokens directories: from a pretrained causal LM, or from scratch on block 1."""
+
+from pathlib import Path
+from typing import Any
+
+from cladapt.config import BaseConfig
+from cladapt.data.histories import split_block
+from cladapt.data.schema import Stream
+from cladapt.errors import ConfigError
+from cladapt.export.targets import refuse_existing
+from cladapt.model.load import Base, extend_model, new_model, save_base
+from cladapt.pipeline.streams import load_sids
+from cladapt.train.loop import FitResult
+from cladapt.train.pretrain import fit_token_rows, pretrain
+from cladapt.train.sinks import Sink
+from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
+
+
+def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict[str, Any]:
+    """Train a small model from scratch on block 1 and write it as base+tokens."""
+    refuse_existing(out)
+    stream = Stream.load(data)
+    sids = load_sids(data, stream)
+    model, tokenizer = new_model(config.preset, sids, config.seed)
+    base = Base(model, tokenizer, sids, {})
+    form = make_form("packed", base, config.window, config.row_tokens)
+    split = split_block(stream, 1)
+    softmax = catalogue_softmax(base, stream, 1, config.softmax)
+    documents = training_documents(split, form), validation_documents(split, form)
+    result = pretrain(model, softmax, *documents, config, sink)
+    save_base(out, model, tokenizer, sids, _provenance(stream, config, fitted_block=1))
+    return _report(out, base, result)
+
+
+def init_base(source: str, data: Path, out: Path, form_name: str, config: BaseConfig, sink: Sink) -> dict[str, Any]:
+    """Add the ID tokens to a pretrained model, fit their rows on block 1 and bake them in.
+
+    The model itself stays as it was, so block 1 still has to be learned: adapters of this base start there.
+    """
+    refuse_existing(out)
+    if form_name not in ("packed", "prompt"):
+        raise ConfigError(f"form {form_name!r} is not known", "use packed or prompt")
+    stream = Stream.load(data)
+    sids = load_sids(data, stream)
+    model, tokenizer, new = extend_model(source, sids, config.seed)
+    base = Base(model, tokenizer, sids, {})
+    result = None
+    if config.epochs:
+        form = make_form(form_name, base, config.window, config.row_tokens)
+        split = split_block(stream, 1)
+        softmax = catalogue_softmax(base, stream, 1, config.softmax)
+        documents = training_documents(split, form), validation_documents(split, form)
+        model, result = fit_token_rows(model, new, softmax, *documents, config, sink)
+    record = {**_provenance(stream, config, fitted_block=0), "source": source, "new_tokens": len(new)}
+    save_base(out, model, tokenizer, sids, record)
+    return {**_report(out, base, result), "new_tokens": len(new)}
+
+
+def _provenance(stream: Stream, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
+    return {"stream": stream.fingerprint, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
+
+
+def _report(out: Path, base: Base, result: FitResult | None) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "base": str(out),
+        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "vocabulary": len(base.tokenizer),
+    }
+    if result is not None:
+        report |= {
+            "kept_epoch": result.epoch,
+            "valid_log_likelihood": result.score,
+            "seconds": round(result.seconds, 1),
+        }
+    return report

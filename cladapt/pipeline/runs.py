@@ -1,0 +1,256 @@
+"""Runs: adapt block after block, then measure every adapter against every block."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import torch
+
+from cladapt import ops
+from cladapt.artifacts import atomic_path, write_json, write_parquet
+from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, resolve
+from cladapt.data.histories import split_block
+from cladapt.data.schema import Stream
+from cladapt.data.simulate import ceiling
+from cladapt.errors import ConfigError, DataError
+from cladapt.eval.evaluate import Evaluator
+from cladapt.eval.protocol import Measures, differences, measure_counts, measure_run, table
+from cladapt.methods import build
+from cladapt.model.adapter import (
+    adapted_lm,
+    adapter_parameters,
+    create_adapter,
+    load_adapter,
+    read_adapter,
+    set_adapter_tensors,
+    unload,
+)
+from cladapt.model.load import Base, load_base
+from cladapt.pipeline import bases, streams
+from cladapt.pipeline.report import run_report
+from cladapt.run import RUNS, Run, new_run_path
+from cladapt.tokens.prompts import pack
+from cladapt.train.sinks import Fan, JsonlSink, Sink
+from cladapt.train.stream import blocks_to_learn, make_form, train_stream, training_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDED = RUNS / "embedded"
+METRICS_SCHEMA_VERSION = 1
+
+
+def train(config: RunConfig, out: Path | None, from_adapter: Path | None, sink: Sink) -> dict[str, Any]:
+    """Start a run: adapt the base to every block that it has not seen."""
+    config = with_embedded(config, sink)
+    stream, base = open_inputs(config)
+    build(config.method)
+    blocks_to_learn(stream, base)
+    run = Run.create(out or new_run_path(config.method.name, config.seed), config)
+    return _learn(run, stream, base, sink, from_adapter)
+
+
+def resume(path: Path, sink: Sink) -> dict[str, Any]:
+    """Continue an interrupted run exactly where its last checkpoint or finished block stands."""
+    run = Run.open(path)
+    stream, base = open_inputs(run.config)
+    return _learn(run, stream, base, sink, None)
+
+
+def _learn(run: Run, stream: Stream, base: Base, sink: Sink, from_adapter: Path | None) -> dict[str, Any]:
+    log = JsonlSink(run.path / "log.jsonl")
+    backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(run.config.kernels).items()}
+    log.emit({"kind": "kernels", "ops": backends})
+    provenance = {
+        "stream": stream.fingerprint,
+        "config": run.config_hash,
+        "method": run.config.method.name,
+        "seed": run.config.seed,
+        "form": run.config.train.form,
+        "window": run.config.train.window,
+        "softmax": run.config.train.softmax,
+    }
+    results = train_stream(
+        run.path, run.config, stream, base, Fan([log, sink]), run.config_hash, provenance, from_adapter
+    )
+    blocks = [
+        {
+            "block": block,
+            "kept_epoch": r.epoch,
+            "valid_log_likelihood": r.score,
+            "steps": r.steps,
+            "seconds": round(r.seconds, 1),
+        }
+        for block, r in results.items()
+    ]
+    return {
+        "run": str(run.path),
+        "method": run.config.method.name,
+        "next": f"cladapt eval {run.path}",
+        "blocks": blocks,
+    }
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """What a run would do: everything validated, tokens and parameters counted, memory estimated, nothing written."""
+    if not config.data or not config.base:
+        raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+    stream, base = open_inputs(config)
+    method = build(config.method)
+    model = create_adapter(base, config.adapter, config.seed)
+    parameters = adapter_parameters(model)
+    form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
+    blocks = []
+    for block in blocks_to_learn(stream, base):
+        documents = training_documents(split_block(stream, block), form)
+        rows = pack(documents, config.train.row_tokens, None)
+        batches = math.ceil(len(rows.tokens) / max(1, config.train.batch_tokens // config.train.row_tokens))
+        blocks.append(
+            {
+                "block": block,
+                "documents": len(documents),
+                "targets": int(sum(d.loss.sum() for d in documents)) // base.sids.levels,
+                "tokens_per_epoch": int((rows.document > 0).sum()),
+                "filled": float((rows.document > 0).mean()),
+                "steps": config.train.epochs * math.ceil(batches / config.train.accumulation),
+            }
+        )
+    trained = sum(p.numel() for p in parameters.values())
+    total = sum(p.numel() for p in base.model.parameters())
+    return {
+        "method": config.method.name,
+        "base_parameters": total,
+        "trained_parameters": trained,
+        "adapted_modules": len(parameters) // 2,
+        "method_state_bytes": method.state_bytes(parameters),
+        "memory_bytes": _memory(config, base, total, trained),
+        "kernels": {op: implementation for op, (implementation, _) in ops.backends(config.kernels).items()},
+        "blocks": blocks,
+    }
+
+
+def _memory(config: RunConfig, base: Base, total: int, trained: int) -> int:
+    """Weights, adapter with gradient and two Adam moments, and the activations and logits of one micro-batch."""
+    bytes_per = 2 if config.train.precision == "bf16" else 4
+    settings = base.model.config
+    per_token = settings.num_hidden_layers * (10 * settings.hidden_size + 3 * settings.intermediate_size)
+    attention = settings.num_hidden_layers * settings.num_attention_heads * config.train.row_tokens
+    logits = 2 * settings.vocab_size
+    activations = config.train.batch_tokens * (bytes_per * (per_token + attention) + 4 * logits)
+    return bytes_per * total + 16 * trained + activations
+
+
+def evaluate(path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink) -> dict[str, Any]:
+    """Test every adapter of a run on every block (or on one)."""
+    run = Run.latest() if path is None else Run.open(path)
+    config = resolve(EvalConfig, {**run.config.eval.model_dump(), **settings}, "eval")
+    measures, result = evaluate_run(run, config, block, sink)
+    return {
+        "run": str(run.path),
+        "method": run.config.method.name,
+        "report": str(run.path / "report.html"),
+        "table": table([measures]),
+        "differences": differences([measures]),
+        "continual": result["continual"],
+    }
+
+
+def evaluate_run(run: Run, config: EvalConfig, block: int | None, sink: Sink) -> tuple[Measures, dict[str, Any]]:
+    """Measure a run and write its per-user rows, metrics.json and report.html."""
+    stream, base = open_inputs(run.config)
+    if block is not None and not 1 <= block <= stream.n_blocks:
+        raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
+    measures = measure(run, stream, base, config, block, sink)
+    for s in measures.rows["block"].unique().sort().to_list():
+        write_parquet(run.path / "users" / f"block_{s:03d}.parquet", measures.rows.filter(pl.col("block") == s))
+    for name, rows in measures.beside.items():
+        write_parquet(run.path / "users" / f"{name.replace(' ', '_')}.parquet", rows)
+    html, result = run_report(run, measures, stream, base)
+    write_json(run.path / "metrics.json", {"schema_version": METRICS_SCHEMA_VERSION, **result})
+    with atomic_path(run.path / "report.html") as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return measures, result
+
+
+def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int | None, sink: Sink) -> Measures:
+    """Rows of the base and of every adapter of a run on every block, and of the counts-only models."""
+    adapters = run.adapters
+    trains = build(run.config.method).trains
+    expected = list(blocks_to_learn(stream, base))
+    if trains and sorted(adapters) != expected:
+        raise DataError(
+            f"{run.path} has adapters for the blocks {sorted(adapters)}, the stream needs {expected}",
+            f"finish it: cladapt train --resume {run.path}",
+        )
+    form = make_form(run.config.train.form, base, run.config.train.window, run.config.train.row_tokens)
+    evaluator = Evaluator(stream, base, form, config, run.config.train.softmax, run.config.seed)
+    blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
+
+    rows = measure_run(
+        evaluator, _models(base, adapters), blocks, lambda text: sink.emit({"kind": "note", "text": text})
+    )
+    later = [b for b in blocks if b > base.fitted_block]
+    truth = streams.truth_of(Path(run.config.data))
+    best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
+    return Measures(
+        run.config.method.name, rows, measure_counts(stream, rows, later, config), base.fitted_block, config, best
+    )
+
+
+def _models(base: Base, adapters: Mapping[int, Path]) -> Iterator[tuple[int, "PreTrainedModel"]]:
+    """The base as it is, then with each adapter in turn; the base is bare again at the end."""
+    yield base.fitted_block, base.model
+    model = None
+    for block, folder in adapters.items():
+        if model is None:
+            model = load_adapter(base, folder)
+        else:
+            set_adapter_tensors(model, read_adapter(folder, base))
+        yield block, adapted_lm(model)
+    if model is not None:
+        unload(model)
+
+
+def open_inputs(config: RunConfig) -> tuple[Stream, Base]:
+    """The stream and the base of a configuration, checked to belong together."""
+    stream = Stream.load(Path(config.data))
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    base = load_base(Path(config.base), dtype)
+    aligned = base.sids.align(stream.items["item"].to_list())
+    if base.fitted_block and base.provenance["stream"] != stream.fingerprint:
+        raise DataError(
+            f"{config.base} was trained on block {base.fitted_block} of the stream {base.provenance['stream']}, "
+            f"{config.data} is the stream {stream.fingerprint}",
+            "use the stream that the base was made from, so that no test event is in its training data",
+        )
+    return stream, replace(base, sids=aligned)
+
+
+def with_embedded(config: RunConfig, sink: Sink) -> RunConfig:
+    """Fill in the embedded stream and tiny base where the configuration names none, making them once."""
+    if bool(config.data) != bool(config.base):
+        given, missing = ("data", "base") if config.data else ("base", "data")
+        raise ConfigError(
+            f"{given}={getattr(config, given)!r} without {missing}",
+            "give both, or neither for the embedded stream and its tiny base",
+        )
+    if config.data:
+        return config
+    stream, base = EMBEDDED / "stream", EMBEDDED / "base"
+    make_embedded(stream, base, SimulateConfig(), BaseConfig(), sink)
+    return config.model_copy(update={"data": str(stream), "base": str(base)})
+
+
+def make_embedded(stream: Path, base: Path, simulate: SimulateConfig, pretrain: BaseConfig, sink: Sink) -> None:
+    """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept."""
+    if not (stream / "manifest.json").is_file():
+        sink.emit({"kind": "note", "text": f"simulating the embedded stream in {stream}"})
+        streams.simulate_data(stream, simulate)
+    if not (stream / streams.SIDS).is_file():
+        streams.build_tokens(stream, TokensConfig(), None)
+    if not base.is_dir():
+        sink.emit({"kind": "note", "text": f"training the embedded base in {base}"})
+        bases.pretrain_base(stream, base, pretrain, sink)

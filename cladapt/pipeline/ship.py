@@ -1,0 +1,98 @@
+"""What leaves the tool: merged checkpoints, serving adapters, recommendations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cladapt.artifacts import atomic_path
+from cladapt.errors import ConfigError, DataError
+from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
+from cladapt.eval.recommend import recommend as recommend_items
+from cladapt.export.targets import export as export_to
+from cladapt.model.adapter import adapted_lm, adapter_provenance, load_adapter
+from cladapt.model.load import PROVENANCE, load_base
+from cladapt.run import Run
+from cladapt.train.stream import make_form
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter and the base it belongs to."""
+
+    adapter: Path
+    base: Path
+    run: Run | None
+
+
+def find_source(path: Path | None, base: Path | None, block: int | None) -> Source:
+    """The adapter that a run (its last block, or `block`), an adapter directory or the latest run stands for."""
+    if path is not None and (path / "adapter_config.json").is_file():
+        if block is not None:
+            raise ConfigError(f"--block {block} with an adapter directory", "name its run directory instead")
+        run = _run_of(path)
+        if base is None and run is None:
+            raise ConfigError(f"{path} does not say where its base is", "give --base DIR")
+        return Source(path, base or Path(run.config.base), run)  # type: ignore[union-attr]
+    run = Run.latest() if path is None else Run.open(path)
+    adapters = run.adapters
+    if not adapters:
+        raise DataError(
+            f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
+        )
+    chosen = max(adapters) if block is None else block
+    if chosen not in adapters:
+        raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
+    return Source(adapters[chosen], base or Path(run.config.base), run)
+
+
+def _run_of(adapter: Path) -> Run | None:
+    folder = adapter.resolve().parent.parent
+    return Run.open(folder) if (folder / "config.json").is_file() and (folder / "adapters").is_dir() else None
+
+
+def export(path: Path | None, target: str, out: Path | None, base: Path | None, block: int | None) -> dict[str, Any]:
+    """Export an adapter; by default the latest run's last one into `<run>/export/<target>`."""
+    source = find_source(path, base, block)
+    if out is None:
+        if source.run is None:
+            raise ConfigError("export of a bare adapter directory needs a place", "give --out DIR")
+        out = source.run.path / "export" / target
+    return export_to(target, source.adapter, source.base, out)
+
+
+def recommend(
+    histories: Path,
+    out: Path,
+    path: Path | None,
+    base_folder: Path | None,
+    block: int | None,
+    top_k: int,
+    beams: int,
+    catalogue: Path | None,
+    exclude_seen: bool,
+) -> dict[str, Any]:
+    """Write the best items for each history to `out`; returns the counts."""
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
+    wanted = read_histories(histories)
+    allowed = None if catalogue is None else read_catalogue(catalogue)
+    source = find_source(path, base_folder, block)
+    base = load_base(source.base)
+    record = adapter_provenance(source.adapter)
+    lacking = {"form", "window", "softmax"} - set(record)
+    if lacking:
+        raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
+    model = load_adapter(base, source.adapter)
+    form = make_form(record["form"], base, record["window"], row_tokens=1 << 16)
+    frame, counts = recommend_items(
+        adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, beams, exclude_seen
+    )
+    with atomic_path(out) as temporary:
+        match out.suffix:
+            case ".jsonl":
+                frame.write_ndjson(temporary)
+            case ".csv":
+                frame.write_csv(temporary)
+            case _:
+                frame.write_parquet(temporary)
+    return {"out": str(out), "adapter": str(source.adapter), **counts}

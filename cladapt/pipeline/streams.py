@@ -1,0 +1,131 @@
+"""Logs to stream directories, and semantic IDs for their items."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
+from cladapt.data.blocks import build_stream, check_stream
+from cladapt.data.readers import Columns, read
+from cladapt.data.schema import Stream
+from cladapt.data.simulate import simulate
+from cladapt.errors import ConfigError, DataError
+from cladapt.tokens.build import build_sids
+from cladapt.tokens.sids import SidTable, read_index
+
+SIDS = "sids.parquet"
+CODEBOOKS = "codebooks.safetensors"
+
+
+def import_data(source: str, out: Path, format: str, columns: Columns, config: BlocksConfig) -> dict[str, Any]:
+    """Read a log, cut it into blocks, write the stream directory (with the IDs that came along, if any)."""
+    refuse_stream(out)
+    log = read(source, format, columns)
+    stream = build_stream(log, config)
+    report = check_stream(stream)
+    index = None if log.index is None else SidTable.from_index(log.index).align(stream.items["item"].to_list())
+    stream.save(out)
+    if index is not None:
+        index.save(out / SIDS)
+    return {
+        "stream": str(out),
+        "source": log.source,
+        "users": len(stream.users),
+        "items": stream.n_items,
+        "interactions": stream.interactions.height,
+        "semantic_ids": "from the source" if index is not None else f"none yet: cladapt tokens build {out}",
+        "dropped": dict(stream.manifest["dropped"]),
+        "notes": dict(stream.manifest["notes"]),
+        **report,
+    }
+
+
+def simulate_data(out: Path, config: SimulateConfig) -> dict[str, Any]:
+    """Generate a stream directory of drifting preferences."""
+    refuse_stream(out)
+    simulation = simulate(config)
+    simulation.save(out)
+    stream = simulation.stream
+    sizes = {"users": len(stream.users), "items": stream.n_items, "interactions": stream.interactions.height}
+    return {"stream": str(out), **sizes, **check_stream(stream)}
+
+
+def check_data(folder: Path) -> dict[str, Any]:
+    """Verify a stream directory; the per-block report."""
+    stream = Stream.load(folder)
+    report = check_stream(stream)
+    if (folder / SIDS).is_file():
+        report["semantic_ids"] = load_sids(folder, stream).collisions()["distinct"]
+    return {"stream": str(folder), "fingerprint": stream.fingerprint, **report}
+
+
+def data_stats(folder: Path) -> dict[str, Any]:
+    """Totals of a stream directory."""
+    stream = Stream.load(folder)
+    lengths = stream.interactions.group_by("user").len()["len"]
+    popularity = np.sort(np.bincount(stream.item_index, minlength=stream.n_items))[::-1]
+    head = max(1, stream.n_items // 5)
+    repeats = stream.interactions.select("user", "item").is_duplicated().sum()
+    return {
+        "stream": str(folder),
+        "users": len(stream.users),
+        "items": stream.n_items,
+        "interactions": stream.interactions.height,
+        "density": stream.interactions.height / (len(stream.users) * stream.n_items),
+        "events_per_user": {"mean": lengths.mean(), "median": lengths.median(), "max": lengths.max()},
+        "share_of_head_items": float(popularity[:head].sum() / popularity.sum()),
+        "repeated_user_item_pairs": int(repeats),
+        "items_with_text": int((stream.items["text"] != "").sum()),
+        "manifest": dict(stream.manifest.get("config", {})),
+    }
+
+
+def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
+    """Write `sids.parquet` (and the codebooks) into a stream directory."""
+    stream = Stream.load(folder)
+    if (folder / SIDS).exists():
+        raise ConfigError(f"{folder / SIDS} exists: bases were made for it", "remove it to give the items new IDs")
+    if index is not None:
+        table = read_index(index).align(stream.items["item"].to_list())
+    else:
+        table, codebooks = build_sids(stream, config)
+        codebooks.save(folder / CODEBOOKS)
+    table.save(folder / SIDS)
+    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **collision_report(table)}
+
+
+def inspect_tokens(folder: Path) -> dict[str, Any]:
+    """The collision report of a stream directory's IDs."""
+    table = load_sids(folder, Stream.load(folder))
+    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **collision_report(table)}
+
+
+def load_sids(folder: Path, stream: Stream) -> SidTable:
+    """The IDs of a stream directory in the order of its items."""
+    if not (folder / SIDS).is_file():
+        raise DataError(f"{folder} has no {SIDS}", f"give its items semantic IDs: cladapt tokens build {folder}")
+    return SidTable.load(folder / SIDS).align(stream.items["item"].to_list())
+
+
+def collision_report(table: SidTable) -> Mapping[str, Any]:
+    """Collisions with an example of the largest group."""
+    return {
+        **table.collisions(),
+        "example": dict(zip(table.items[:3], map(list, table.codes[:3].tolist()), strict=False)),
+    }
+
+
+def refuse_stream(out: Path) -> None:
+    """A stream directory is never overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty", "choose another --out, or remove it")
+
+
+def truth_of(folder: Path) -> pl.DataFrame | None:
+    """The true next-item distribution of a simulated stream directory, None for a real one."""
+    from cladapt.data.simulate import load_truth
+
+    return load_truth(folder) if (folder / "truth.parquet").is_file() else None

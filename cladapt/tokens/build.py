@@ -1,0 +1,41 @@
+"""Semantic IDs of a stream's items: text, embedding, residual k-means, and a level that tells equal codes apart.
+
+Embedding and codebooks are fitted on the items known at block 1 and then frozen; later items are encoded with them.
+"""
+
+import numpy as np
+
+from cladapt.config import TokensConfig
+from cladapt.data.schema import Stream
+from cladapt.tokens.embed import embed
+from cladapt.tokens.quantize import ResidualKMeans
+from cladapt.tokens.sids import SidTable
+
+
+def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, ResidualKMeans]:
+    """The ID table in the order of the stream's items, and the frozen codebooks behind it.
+
+    An item's ID depends on block 1 and on the items before it in (first_block, row) order alone. The size of the
+    de-duplication level, the last one, is the largest group of equal codes over all blocks.
+    """
+    first_block = stream.items["first_block"].to_numpy()
+    known = first_block == 1
+    vectors = embed(stream.items["text"].to_list(), known, config.embedding, config.dimensions, config.seed)
+    quantizer = ResidualKMeans.fit(vectors[known], config.levels, config.codes, config.seed)
+    codes = quantizer.encode(vectors)
+    sizes = [len(centres) for centres in quantizer.codebooks]
+    if config.deduplicate:
+        number = number_in_group(codes, first_block)
+        codes = np.column_stack([codes, number])
+        sizes.append(int(number.max()) + 1)
+    return SidTable(tuple(stream.items["item"]), codes, tuple(sizes)), quantizer
+
+
+def number_in_group(codes: np.ndarray, first_block: np.ndarray) -> np.ndarray:
+    """0, 1, 2, … within each group of equal rows of `codes`, in order of (first_block, row): int32 [n]."""
+    group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.lexsort((first_block, group))  # stable: equal keys keep the row order
+    size = np.bincount(group)
+    number = np.empty(len(codes), dtype=np.int32)
+    number[order] = np.arange(len(codes)) - np.repeat(np.cumsum(size) - size, size)
+    return number

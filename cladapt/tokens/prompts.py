@@ -1,0 +1,243 @@
+"""Item histories to token documents, and documents to rows of a fixed length.
+
+A form says how a history reads. `PackedForm` is one causal pass in which every item is a target at once; `PromptForm`
+is a worded instruction per target. Both give evaluation the prompt that training used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from cladapt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Tokens int64 [n] that attend to each other alone; `loss` bool [n] marks those predicted and counted."""
+
+    tokens: np.ndarray
+    loss: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) or self.tokens.shape != self.loss.shape or self.loss[0]:
+            raise ConfigError(
+                f"a document of tokens {self.tokens.shape} and loss {self.loss.shape} cannot be learned from",
+                "give equal, non-empty shapes; the first token has nothing before it to be predicted from",
+            )
+
+
+class Form(Protocol):
+    """How item histories become tokens."""
+
+    def prompt(self, history: np.ndarray) -> np.ndarray:
+        """Token ids, int64, after which the target's semantic-ID tokens follow; `history` holds integer items."""
+
+    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """Documents in which each of items[first_target:] is a target exactly once, in order."""
+
+
+class PackedForm:
+    """`[bos] item item item …`, each item its semantic-ID tokens, all targets in one causal pass.
+
+    The prompt holds the last `window` items. A document starts `window` items before the first target and runs on as
+    far as `row_tokens` allows, so later targets may see more than the window; what does not fit continues in further
+    documents that each repeat `window // 2` items. A target thus sees at least min(available, window // 2) items.
+    """
+
+    def __init__(self, item_tokens: np.ndarray, bos: int, window: int, row_tokens: int) -> None:
+        _check_window(window)
+        self.item_tokens, self.bos, self.window = item_tokens.astype(np.int64), bos, window
+        self.overlap = window // 2
+        self.row_items = (row_tokens - 1) // item_tokens.shape[1]
+        if self.row_items < self.overlap + 1:
+            raise ConfigError(
+                f"row_tokens={row_tokens} holds {self.row_items} items of {item_tokens.shape[1]} tokens, "
+                f"window={window} needs {self.overlap + 1}",
+                f"use row_tokens of at least {1 + (self.overlap + 1) * item_tokens.shape[1]}, or a smaller window",
+            )
+
+    def prompt(self, history: np.ndarray) -> np.ndarray:
+        """`[bos]` and the last `window` items."""
+        return self._tokens(_last(history, self.window))
+
+    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """One document, or several when the items do not fit into `row_tokens`."""
+        begin, documents = max(0, first_target - self.window), []
+        for start in range(begin, len(items), self.row_items - self.overlap):
+            stop = min(start + self.row_items, len(items))
+            target = first_target if start == begin else max(first_target, start + self.overlap)
+            if target < stop:
+                tokens = self._tokens(items[start:stop])
+                loss = np.arange(len(tokens)) > (target - start) * self.item_tokens.shape[1]
+                documents.append(Document(tokens, loss))
+        return documents
+
+    def _tokens(self, items: np.ndarray) -> np.ndarray:
+        return np.concatenate([[self.bos], self.item_tokens[items].ravel()])
+
+
+@dataclass(frozen=True)
+class Template:
+    """The words around a history. `history` holds `{items}` once; `empty` is for a user without a history."""
+
+    history: str = (
+        "Someone picked these items, from the oldest to the most recent.\n"
+        "Picked so far: {items}\n"
+        "Which item will they pick next?\n"
+        "Next item:"
+    )
+    empty: str = "Someone has not picked any item yet.\nWhich item will they pick first?\nNext item:"
+    separator: str = ", "
+
+    def __post_init__(self) -> None:
+        if self.history.count("{items}") != 1 or not self.empty:
+            raise ConfigError(
+                f"the prompt template {self.history!r} / {self.empty!r} does not say where the items go",
+                "write {items} exactly once in `history`, and a non-empty `empty`",
+            )
+
+
+class PromptForm:
+    """A worded prompt per target, its semantic-ID tokens the response: the form of the LC-Rec and PESO family.
+
+    The prompt opens with the tokenizer's bos token, if it has one. It is put together from token ids that the template
+    has between semantic IDs, which equals encoding the whole text because semantic-ID tokens are never split.
+    """
+
+    def __init__(
+        self,
+        item_tokens: np.ndarray,
+        tokenizer: "PreTrainedTokenizerBase",
+        window: int,
+        row_tokens: int,
+        template: Template | None = None,
+    ) -> None:
+        _check_window(window)
+        self.item_tokens, self.window = item_tokens.astype(np.int64), window
+        template = template or Template()
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        head, self.separator, self.tail = _pieces(tokenizer, template, self.item_tokens[0])
+        self.head = np.concatenate([bos, head]).astype(np.int64)
+        self.empty = np.array(bos + tokenizer.encode(template.empty, add_special_tokens=False), dtype=np.int64)
+        levels = item_tokens.shape[1]
+        around = len(self.head) + len(self.tail) + (window - 1) * len(self.separator)
+        longest = max(len(self.empty), around + window * levels) + levels
+        if longest > row_tokens:
+            raise ConfigError(
+                f"row_tokens={row_tokens} is less than the {longest} tokens of a prompt with window={window}",
+                f"use row_tokens of at least {longest}, or a smaller window",
+            )
+
+    def prompt(self, history: np.ndarray) -> np.ndarray:
+        """The instruction about the last `window` items, or about an empty history."""
+        history = _last(history, self.window)
+        if not len(history):
+            return self.empty
+        separators = np.broadcast_to(self.separator, (len(history), len(self.separator)))
+        items = np.concatenate([self.item_tokens[history], separators], axis=1).ravel()
+        return np.concatenate([self.head, items[: len(items) - len(self.separator)], self.tail])
+
+    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """One document per target: its prompt, then its tokens."""
+        documents = []
+        for place in range(first_target, len(items)):
+            prompt, response = self.prompt(items[:place]), self.item_tokens[items[place]]
+            tokens = np.concatenate([prompt, response])
+            documents.append(Document(tokens, np.arange(len(tokens)) >= len(prompt)))
+        return documents
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Documents side by side in rows of S tokens; all arrays [R, S]."""
+
+    tokens: np.ndarray  # int64
+    document: np.ndarray  # int64, 1, 2, … within a row, 0 = padding
+    position: np.ndarray  # int64, restarts at 0 in each document
+    loss: np.ndarray  # bool
+
+
+def pack(documents: Sequence[Document], row_tokens: int, order: np.random.Generator | None, pad: int = 0) -> PackedRows:
+    """Place each document whole into a row: best fit over all open rows, in shuffled order when `order` is given.
+
+    Rows are shuffled too, because best fit leaves the rows it opened last to the long documents.
+    """
+    length = np.array([len(d.tokens) for d in documents], dtype=np.int64)
+    if len(length) and length.max() > row_tokens:
+        raise ConfigError(f"a document has {length.max()} tokens, a row {row_tokens}", "raise row_tokens")
+    sequence = np.arange(len(length)) if order is None else order.permutation(len(length))
+    length = length[sequence]
+    row, column, number, n_rows = _best_fit(length.tolist(), row_tokens)
+    if order is not None:
+        row = order.permutation(n_rows)[row]
+
+    within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    place = np.repeat(row * row_tokens + column, length) + within
+
+    def laid_out(values: np.ndarray, empty: int | bool) -> np.ndarray:
+        rows = np.full(n_rows * row_tokens, empty, dtype=values.dtype)
+        rows[place] = values
+        return rows.reshape(n_rows, row_tokens)
+
+    chosen = [documents[i] for i in sequence]
+    return PackedRows(
+        tokens=laid_out(np.concatenate([np.empty(0, dtype=np.int64), *(d.tokens for d in chosen)]), pad),
+        document=laid_out(np.repeat(number, length), 0),
+        position=laid_out(within, 0),
+        loss=laid_out(np.concatenate([np.empty(0, dtype=bool), *(d.loss for d in chosen)]), False),
+    )
+
+
+def _best_fit(length: list[int], row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """For each document its row, first column and number in the row (from 1); and the number of rows."""
+    with_space: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # rows by the space they have left
+    spaces = 0  # bit s set: some row has exactly s tokens left
+    filled: list[int] = []  # documents in each row
+    placed = np.empty((len(length), 3), dtype=np.int64)
+    for index, size in enumerate(length):
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = with_space[space].pop()
+            if not with_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, row = row_tokens, len(filled)
+            filled.append(0)
+        filled[row] += 1
+        placed[index] = row, row_tokens - space, filled[row]
+        with_space[space - size].append(row)
+        spaces |= 1 << (space - size)
+    return placed[:, 0], placed[:, 1], placed[:, 2], len(filled)
+
+
+def _pieces(
+    tokenizer: "PreTrainedTokenizerBase", template: Template, item: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids before, between and after the items, as the tokenizer gives them around real semantic IDs."""
+    spelled = "".join(tokenizer.convert_ids_to_tokens(item.tolist()))
+    text = template.history.replace("{items}", template.separator.join([spelled, spelled]))
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+    levels = len(item)
+    starts = [i for i in range(len(ids) - levels + 1) if np.array_equal(ids[i : i + levels], item)]
+    if len(starts) != 2:
+        raise ConfigError(
+            f"the tokenizer does not keep the semantic ID {spelled} whole inside a prompt",
+            "make a base with these tokens: `cladapt base init`",
+        )
+    first, second = starts
+    return ids[:first], ids[first + levels : second], ids[second + levels :]
+
+
+def _last(history: np.ndarray, count: int) -> np.ndarray:
+    return history[max(0, len(history) - count) :]
+
+
+def _check_window(window: int) -> None:
+    if window < 1:
+        raise ConfigError(f"window={window} keeps no history", "use a window of at least 1")

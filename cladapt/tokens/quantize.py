@@ -1,0 +1,106 @@
+"""Residual k-means: each level quantises what the levels before it left over."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cladapt.artifacts import read_tensors, write_tensors
+from cladapt.errors import DataError
+
+_CHUNK = 1 << 16
+# finer differences, relative to the largest entry, are rounding: points that close count as one
+_GRAIN = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualKMeans:
+    """One codebook per level, float32 [codes, d]; the codes of x are those of its nearest centres, level by level."""
+
+    codebooks: tuple[np.ndarray, ...]
+
+    @classmethod
+    def fit(cls, x: np.ndarray, levels: int, codes: int, seed: int) -> "ResidualKMeans":
+        """Fit `levels` codebooks of at most `codes` centres to x [n, d].
+
+        Every code is the code of some row of x: a level with fewer distinct residuals than `codes` gets fewer, which a
+        warning counts.
+        """
+        if not len(x):
+            raise DataError("no item is known at block 1 to fit semantic IDs on", "check the stream's blocks")
+        residual = x.astype(np.float64)
+        grain = (float(np.abs(residual).max()) or 1.0) * _GRAIN
+        codebooks = []
+        for level in range(levels):
+            centres = _centres(residual, codes, seed + level, grain)
+            if len(centres) < codes:
+                warnings.warn(
+                    f"level {level + 1} has {len(centres)} codes instead of {codes}: the {len(x)} items differ in no "
+                    "more ways there",
+                    stacklevel=2,
+                )
+            codebooks.append(centres)
+            residual -= centres[_nearest(residual, centres)]
+        return cls(tuple(codebooks))
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """Codes of x [n, d]: int32 [n, levels]; ties go to the lowest code, and no row depends on another."""
+        residual = x.astype(np.float64)
+        codes = np.empty((len(x), len(self.codebooks)), dtype=np.int32)
+        for level, centres in enumerate(self.codebooks):
+            codes[:, level] = _nearest(residual, centres)
+            residual -= centres[codes[:, level]]
+        return codes
+
+    def reconstruct(self, codes: np.ndarray) -> np.ndarray:
+        """Sum of the centres that `codes` [n, levels] name: float32 [n, d]."""
+        return sum(centres[codes[:, level]].astype(np.float64) for level, centres in enumerate(self.codebooks)).astype(
+            np.float32
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the codebooks as safetensors."""
+        import torch
+
+        write_tensors(path, {f"codebook_{i:02d}": torch.from_numpy(c) for i, c in enumerate(self.codebooks)})
+
+    @classmethod
+    def load(cls, path: Path) -> "ResidualKMeans":
+        """Read codebooks; `DataError` when the file holds something else."""
+        tensors = read_tensors(path)
+        codebooks = tuple(tensors[name].numpy() for name in sorted(tensors) if name.startswith("codebook_"))
+        shapes = [c.shape for c in codebooks]
+        if len(codebooks) != len(tensors) or not codebooks or any(len(s) != 2 or s[1] != shapes[0][1] for s in shapes):
+            raise DataError(
+                f"{path}: not the codebooks of a residual k-means (tensors {', '.join(sorted(tensors)) or 'none'})",
+                "expected codebook_00, codebook_01, … of shape [codes, d]",
+            )
+        return cls(codebooks)
+
+
+def _centres(x: np.ndarray, codes: int, seed: int, grain: float) -> np.ndarray:
+    """At most `codes` centres, float32, each the nearest one of some row of x."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    rounded = np.round(x / grain) * grain
+    distinct = len(np.unique(rounded, axis=0))
+    kmeans = KMeans(min(codes, distinct), n_init=3, random_state=seed)
+    # several threads add up a centre in varying order
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer clusters are counted by the caller
+        centres = kmeans.fit(rounded).cluster_centers_.astype(np.float32)
+    return centres[np.unique(_nearest(x, centres))]
+
+
+def _nearest(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Lowest index of the nearest centre of each row, int64 [n].
+
+    Differences row by row, not the expanded square: a BLAS product rounds a row by the rows around it.
+    """
+    from scipy.spatial.distance import cdist
+
+    parts = [cdist(x[i : i + _CHUNK], centres, "sqeuclidean").argmin(axis=1) for i in range(0, len(x), _CHUNK)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

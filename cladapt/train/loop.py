@@ -1,0 +1,293 @@
+"""One loop for everything that learns: an adapter on a block, a base from scratch, new token rows.
+
+Rows are packed anew each epoch from (seed, epoch) alone, and the learning rate follows the progress through the
+epochs, so a position (epoch, step) and the tensors say all that an exact continuation needs.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cladapt.errors import DataError
+from cladapt.methods import Context, Method
+from cladapt.tokens.prompts import Document, PackedRows, pack
+from cladapt.train.sinks import Sink
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What the loop needs to know; one meaning for adapters and bases alike."""
+
+    lr: float
+    epochs: int
+    batch_tokens: int
+    row_tokens: int
+    seed: int
+    accumulation: int = 1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    keep: Literal["best", "last"] = "best"
+    patience: int = 0  # epochs without improvement before stopping; 0 = never
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a fit stands: the next step to do, and what it needs to remember to judge the epochs."""
+
+    epoch: int = 0
+    step: int = 0  # optimiser steps done in this epoch
+    total_steps: int = 0
+    best_epoch: int = 0
+    best_score: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that continues a fit exactly: position, named tensors, generator state."""
+
+    position: Position
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit gave: the kept epoch and its score (mean validation log-likelihood per target)."""
+
+    epoch: int
+    score: float
+    start_score: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def rate(progress: float, settings: FitSettings) -> float:
+    """Learning-rate factor at `progress` in [0, 1] of the whole fit."""
+    if progress < settings.warmup:
+        return progress / settings.warmup
+    rest = (progress - settings.warmup) / max(1.0 - settings.warmup, 1e-12)
+    return {"constant": 1.0, "linear": 1.0 - rest, "cosine": 0.5 * (1.0 + math.cos(math.pi * rest))}[settings.schedule]
+
+
+class Fit:
+    """Trains the parameters in `ctx` on documents; see `run`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: Method,
+        ctx: Context,
+        documents: Sequence[Document],
+        validation: Sequence[Document],
+        settings: FitSettings,
+        sink: Sink,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        if not documents:
+            raise DataError(f"block {ctx.block} has no training target", "lower blocks.min_events, or merge blocks")
+        if settings.keep == "best" and not validation:
+            raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
+        self.method, self.ctx, self.settings, self.sink = method, ctx, settings, sink
+        self.documents, self.validation = documents, validation
+        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        optimizer = torch.optim.AdamW(
+            list(ctx.parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=_can_fuse(ctx)
+        )
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.best: dict[str, Tensor] = {}
+        self.position = Position()
+
+    def run(
+        self,
+        checkpoint: Callable[[Snapshot], None] | None = None,
+        checkpoint_steps: int = 0,
+        resume: Snapshot | None = None,
+    ) -> FitResult:
+        """Train to the end and leave the kept epoch's values in the parameters."""
+        began, tokens = time.perf_counter(), 0
+        torch.manual_seed(self.settings.seed * 1009 + self.ctx.block)
+        self.method.begin_block(self.ctx)
+        if resume is not None:
+            self._restore(resume)
+        start_score = self.score() if resume is None else math.nan
+        while self.position.epoch < self.settings.epochs:
+            epoch = self.position.epoch
+            steps = self._steps(epoch)
+            for index in range(self.position.step, len(steps)):
+                tokens += self._step(steps[index], epoch + index / len(steps))
+                self.position = replace(self.position, step=index + 1, total_steps=self.position.total_steps + 1)
+                if checkpoint and checkpoint_steps and self.position.total_steps % checkpoint_steps == 0:
+                    checkpoint(self.snapshot())
+            if self._end_epoch(epoch):
+                break
+        if self.settings.keep == "best":
+            with torch.no_grad():
+                for name, parameter in self.ctx.parameters.items():
+                    parameter.copy_(self.best[name])
+        self.method.end_block(self.ctx)
+        return FitResult(
+            epoch=self.position.best_epoch,
+            score=self.position.best_score,
+            start_score=start_score,
+            steps=self.position.total_steps,
+            tokens=tokens,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _end_epoch(self, epoch: int) -> bool:
+        score = self.score()
+        self.sink.emit({"kind": "epoch", "block": self.ctx.block, "epoch": epoch + 1, "valid_log_likelihood": score})
+        self.position = replace(self.position, epoch=epoch + 1, step=0)
+        if self.settings.keep == "last" or score > self.position.best_score:
+            self.position = replace(self.position, best_epoch=epoch + 1, best_score=score)
+            if self.settings.keep == "best":
+                self.best = {name: p.detach().clone() for name, p in self.ctx.parameters.items()}
+        patience = self.settings.patience
+        return patience > 0 and epoch + 1 - self.position.best_epoch >= patience
+
+    def _steps(self, epoch: int) -> list[list[Batch]]:
+        """The optimiser steps of an epoch, each a list of micro-batches."""
+        rows = pack(self.documents, self.settings.row_tokens, np.random.default_rng([self.settings.seed, epoch]))
+        per_batch = max(1, self.settings.batch_tokens // self.settings.row_tokens)
+        batches = list(batches_of(rows, per_batch))
+        size = self.settings.accumulation
+        return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+    def _step(self, micro_batches: list[Batch], progress: float) -> int:
+        """One optimiser step on the mean loss over all its targets; returns the tokens used, padding excluded."""
+        began = time.perf_counter()
+        ctx, ranks = self.ctx, self.accelerator.num_processes
+        ctx.log.clear()
+        targets = sum(int(batch[3][:, 1:].sum()) for batch in micro_batches)
+        self.module.train()
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(micro_batches):
+            local = tuple(t.to(self.accelerator.device) for t in shard(batch, self.accelerator.process_index, ranks))
+            last = index == len(micro_batches) - 1
+            with self.accelerator.no_sync(self.module) if not last else nullcontext():
+                losses = self.module(*local)
+                loss = losses.sum() / targets
+                terms = self.method.loss_terms(ctx, local, loss)
+                # DDP averages over ranks, the loss is a sum over them
+                self.accelerator.backward(ranks * (loss + sum(terms.values(), torch.zeros_like(loss))))
+            total += loss.detach()
+            ctx.log.update({name: value.item() for name, value in terms.items()})
+        self.method.edit_grads(ctx)
+        norm = self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * rate(progress / self.settings.epochs, self.settings)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        ctx.step += 1
+        self.method.after_step(ctx)
+        used = sum(int((batch[1] > 0).sum()) for batch in micro_batches)
+        self.sink.emit(
+            {
+                "kind": "step",
+                "block": ctx.block,
+                "step": ctx.step,
+                "progress": progress / self.settings.epochs,
+                "loss": self.accelerator.reduce(total, "sum").item(),
+                "grad_norm": norm,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "tokens": used,
+                "tokens_per_second": used / (time.perf_counter() - began),
+                **ctx.log,
+            }
+        )
+        return used
+
+    def _clip(self) -> float:
+        parameters = list(self.ctx.parameters.values())
+        limit = self.settings.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        if not math.isfinite(norm):
+            raise DataError(
+                f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}", "lower train.lr"
+            )
+        return norm
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """Mean log-likelihood of a validation target (the sum over its marked tokens); NaN without validation."""
+        if not self.validation:
+            return math.nan
+        self.module.eval()
+        rows = pack(self.validation, self.settings.row_tokens, None)
+        per_batch = max(1, self.settings.batch_tokens // self.settings.row_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        ranks = self.accelerator.num_processes
+        for batch in batches_of(rows, per_batch):
+            local = shard(batch, self.accelerator.process_index, ranks)
+            total -= self.module(*(t.to(self.accelerator.device) for t in local)).double().sum()
+        return self.accelerator.reduce(total, "sum").item() / len(self.validation)
+
+    def snapshot(self) -> Snapshot:
+        """Everything that continues this fit bit for bit (CPU)."""
+        tensors = {f"parameter/{name}": p.detach().clone() for name, p in self.ctx.parameters.items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        tensors |= {f"method/{name}": value.clone() for name, value in self.method.state_dict().items()}
+        for name, parameter in self.ctx.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{name}/{key}"] = value.clone()
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        return Snapshot(self.position, tensors)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        tensors = snapshot.tensors
+        self.position = snapshot.position
+        self.ctx.step = snapshot.position.total_steps
+        with torch.no_grad():
+            for name, parameter in self.ctx.parameters.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+                prefix = f"optimizer/{name}/"
+                state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                self.optimizer.state[parameter] = {
+                    key: t.clone() if key == "step" else t.to(parameter.device).clone() for key, t in state.items()
+                }
+        self.best = {key.removeprefix("best/"): t for key, t in tensors.items() if key.startswith("best/")}
+        self.method.load_state_dict(
+            {k.removeprefix("method/"): t for k, t in tensors.items() if k.startswith("method/")}
+        )
+        torch.set_rng_state(tensors["rng/cpu"])
+        if "rng/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def batches_of(rows: PackedRows, per_batch: int) -> Iterator[Batch]:
+    """Slices of `per_batch` rows, each cut to its longest row: (tokens, document, position, loss), all [R, S]."""
+    for first in range(0, len(rows.tokens), per_batch):
+        piece = slice(first, first + per_batch)
+        used = int((rows.document[piece] > 0).sum(axis=1).max())
+        arrays: tuple[Any, ...] = (rows.tokens, rows.document, rows.position, rows.loss)
+        tokens, document, position, loss = (torch.from_numpy(a[piece, :used]) for a in arrays)
+        yield tokens, document, position, loss
+
+
+def shard(batch: Batch, rank: int, ranks: int) -> Batch:
+    """Rows `rank, rank + ranks, …` of a batch; a rank without a row gets one that counts nothing."""
+    if ranks == 1:
+        return batch
+    tokens, document, position, loss = (t[rank::ranks] for t in batch)
+    if len(tokens):
+        return tokens, document, position, loss
+    tokens, document, position, loss = (t[:1] for t in batch)
+    return tokens, document, position, torch.zeros_like(loss)
+
+
+def _can_fuse(ctx: Context) -> bool:
+    return all(p.dtype == torch.float32 for p in ctx.parameters.values())

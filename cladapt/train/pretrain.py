@@ -1,0 +1,95 @@
+"""Base models: a small causal LM trained from scratch on block 1, or new token rows fitted in a given one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from torch.nn import functional as F
+
+from cladapt.config import BaseConfig
+from cladapt.methods import Context
+from cladapt.methods.finetune import Finetune
+from cladapt.model.packed import PackedLoss, TrieSoftmax
+from cladapt.tokens.prompts import Document
+from cladapt.train.loop import Fit, FitResult, FitSettings
+from cladapt.train.sinks import Sink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pretrain(
+    model: "PreTrainedModel",
+    softmax: TrieSoftmax | None,
+    train: Sequence[Document],
+    valid: Sequence[Document],
+    config: BaseConfig,
+    sink: Sink,
+) -> FitResult:
+    """Train all weights of `model` on block 1, stopping by the validation log-likelihood."""
+    with residual_dropout(model, config.dropout):
+        return _fit(PackedLoss(model, softmax), dict(model.named_parameters()), train, valid, config, sink)
+
+
+def fit_token_rows(
+    model: "PreTrainedModel",
+    new_ids: Sequence[int],
+    softmax: TrieSoftmax | None,
+    train: Sequence[Document],
+    valid: Sequence[Document],
+    config: BaseConfig,
+    sink: Sink,
+) -> tuple["PreTrainedModel", FitResult]:
+    """Train the embedding (and untied head) rows of `new_ids` alone and bake them into the model."""
+    from peft import TrainableTokensConfig, get_peft_model
+
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    tables = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    wrapped = get_peft_model(model, TrainableTokensConfig(token_indices=list(new_ids), target_modules=names))
+    parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    result = _fit(
+        PackedLoss(cast("PreTrainedModel", wrapped.get_base_model()), softmax), parameters, train, valid, config, sink
+    )
+    return cast("PreTrainedModel", wrapped.merge_and_unload()), result
+
+
+def _fit(
+    module: PackedLoss,
+    parameters: dict[str, nn.Parameter],
+    train: Sequence[Document],
+    valid: Sequence[Document],
+    config: BaseConfig,
+    sink: Sink,
+) -> FitResult:
+    settings = FitSettings(
+        lr=config.lr,
+        epochs=config.epochs,
+        batch_tokens=config.batch_tokens,
+        row_tokens=config.row_tokens,
+        seed=config.seed,
+        weight_decay=config.weight_decay,
+        patience=config.patience,
+    )
+    result = Fit(module, Finetune(), Context(parameters, block=1), train, valid, settings, sink).run()
+    module.eval()
+    return result
+
+
+@contextmanager
+def residual_dropout(model: "PreTrainedModel", p: float) -> Iterator[None]:
+    """Dropout on the embeddings and every attention and MLP branch of a Llama-family model in training mode."""
+
+    def drop(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], p, module.training), *output[1:])
+        return F.dropout(output, p, module.training)
+
+    branches = [m for n, m in model.named_modules() if n.rpartition(".")[2] in ("self_attn", "mlp", "embed_tokens")]
+    handles = [branch.register_forward_hook(drop) for branch in branches]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

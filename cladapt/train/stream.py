@@ -1,0 +1,190 @@
+"""A run over a stream: one adapter evolves block after block, and each block leaves an adapter directory."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from cladapt.artifacts import read_tensors, write_tensors
+from cladapt.config import RunConfig, TrainConfig
+from cladapt.data.histories import BlockSplit, split_block
+from cladapt.data.schema import Stream
+from cladapt.errors import ConfigError
+from cladapt.methods import Context, build
+from cladapt.model.adapter import (
+    adapted_lm,
+    adapter_parameters,
+    create_adapter,
+    read_adapter,
+    save_adapter,
+    set_adapter_tensors,
+)
+from cladapt.model.load import Base, trie_softmax
+from cladapt.model.packed import PackedLoss, Softmax, TrieSoftmax
+from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm
+from cladapt.tokens.trie import Trie
+from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
+from cladapt.train.loop import Fit, FitResult, FitSettings
+from cladapt.train.sinks import Sink
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def make_form(form: str, base: Base, window: int, row_tokens: int) -> Form:
+    """How histories become tokens for this base: `packed` or `prompt`."""
+    tokens = base.item_tokens().numpy()
+    if form == "prompt":
+        return PromptForm(tokens, base.tokenizer, window=window, row_tokens=row_tokens)
+    return PackedForm(tokens, bos=base.bos(), window=window, row_tokens=row_tokens)
+
+
+def training_documents(split: BlockSplit, form: Form) -> list[Document]:
+    """Every training event of the block as a target once."""
+    return [d for i in range(len(split.user)) for d in form.documents(*split.training(i))]
+
+
+def validation_documents(split: BlockSplit, form: Form) -> list[Document]:
+    """One document per held-out user: the validation event after its history."""
+    held_out = np.flatnonzero(split.held_out)
+    documents = []
+    for i, target in zip(held_out, split.targets("valid"), strict=True):
+        history = split.history(int(i), before="valid")
+        documents += form.documents(np.append(history, target), len(history))
+    return documents
+
+
+def catalogue_softmax(base: Base, stream: Stream, block: int, softmax: Softmax) -> TrieSoftmax | None:
+    """The softmax over the items known by the end of `block`; None for the one over the vocabulary."""
+    if softmax == "vocabulary":
+        return None
+    return trie_softmax(base, Trie.build(base.sids.codes[stream.catalogue(block)]))
+
+
+def adapter_folder(run: Path, block: int) -> Path:
+    """Where a run keeps the adapter of a block."""
+    return run / "adapters" / f"block_{block:03d}"
+
+
+def fit_settings(config: TrainConfig, seed: int, block: int) -> FitSettings:
+    """The loop's settings for one block: later blocks have their own learning-rate factor."""
+    return FitSettings(
+        lr=config.lr * (config.block_lr_factor if block > 1 else 1.0),
+        epochs=config.epochs,
+        batch_tokens=config.batch_tokens,
+        row_tokens=config.row_tokens,
+        seed=seed,
+        accumulation=config.accumulation,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        keep=config.keep,
+    )
+
+
+def train_stream(
+    run: Path,
+    config: RunConfig,
+    stream: Stream,
+    base: Base,
+    sink: Sink,
+    config_hash: str,
+    provenance: Mapping[str, Any],
+    from_adapter: Path | None = None,
+) -> dict[int, FitResult]:
+    """Adapt to every block that the base has not seen; finished blocks of an interrupted run are taken as they are."""
+    blocks = blocks_to_learn(stream, base)
+    method = build(config.method)
+    if not method.trains:
+        return {}
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_mixed(config.train.precision))
+    model = create_adapter(base, config.adapter, config.seed)
+    if from_adapter is not None:
+        set_adapter_tensors(model, read_adapter(from_adapter, base))
+    form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
+    results: dict[int, FitResult] = {}
+    checkpoints = run / "checkpoints"
+    for block in blocks:
+        folder = adapter_folder(run, block)
+        if folder.is_dir():
+            set_adapter_tensors(model, read_adapter(folder, base))
+            method.load_state_dict(read_tensors(_method_file(run, block)))
+            continue
+        split = split_block(stream, block)
+        fit = Fit(
+            PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, block, config.train.softmax)),
+            method,
+            Context(adapter_parameters(model), block=block),
+            training_documents(split, form),
+            validation_documents(split, form),
+            fit_settings(config.train, config.seed, block),
+            sink,
+            accelerator,
+        )
+        result = fit.run(
+            checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
+            checkpoint_steps=config.train.checkpoint_steps,
+            resume=load_checkpoint(checkpoints, block, config_hash),
+        )
+        results[block] = result
+        if accelerator.is_main_process:
+            _finish_block(run, block, model, base, method.state_dict(), provenance, result)
+        accelerator.wait_for_everyone()
+        sink.emit(
+            {
+                "kind": "block",
+                "block": block,
+                "kept_epoch": result.epoch,
+                "valid_log_likelihood": result.score,
+                "steps": result.steps,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+            }
+        )
+    return results
+
+
+def blocks_to_learn(stream: Stream, base: Base) -> Sequence[int]:
+    """The blocks after the last one that the base has seen."""
+    blocks = range(base.fitted_block + 1, stream.n_blocks + 1)
+    if not blocks:
+        raise ConfigError(
+            f"the base has seen block {base.fitted_block}, the stream ends at block {stream.n_blocks}",
+            "give a longer stream, or a base trained on fewer blocks",
+        )
+    return blocks
+
+
+def _finish_block(
+    run: Path,
+    block: int,
+    model: "PeftModel",
+    base: Base,
+    state: Mapping[str, torch.Tensor],
+    provenance: Mapping[str, Any],
+    result: FitResult,
+) -> None:
+    write_tensors(_method_file(run, block), state)
+    parent = adapter_folder(run, block - 1)
+    record = {
+        **provenance,
+        "block": block,
+        "parent": parent.name if parent.is_dir() else None,
+        "kept_epoch": result.epoch,
+        "valid_log_likelihood": result.score,
+    }
+    save_adapter(adapter_folder(run, block), model, base, record)
+    clear_checkpoints(run / "checkpoints", block)
+
+
+def _method_file(run: Path, block: int) -> Path:
+    return run / "method" / f"block_{block:03d}.safetensors"
+
+
+def _mixed(precision: str) -> str:
+    return "bf16" if precision == "bf16" else "no"

@@ -1,0 +1,1 @@
+"""Command line of cladapt: argument parsing and rendering only."""

@@ -1,0 +1,114 @@
+"""What all commands share: `--json`, `--quiet`, `--debug`, one way to print results and one way to fail.
+
+Results go to stdout (tables, or one JSON object), progress and errors to stderr. A command function returns a dict.
+"""
+
+import functools
+import inspect
+import json as jsonlib
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from cladapt.errors import CladaptError
+
+SCHEMA_VERSION = 1
+Command = Callable[..., dict[str, Any] | None]
+
+_SHARED = {
+    "json": (bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Output")),
+    "quiet": (bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Output")),
+    "debug": (bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")),
+}
+
+
+class Output:
+    """How the running command speaks; set by the shared options."""
+
+    json = False
+    quiet = False
+    debug = False
+
+
+output = Output()
+
+
+def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Command]:
+    """Register a function as a command with the shared options; its returned dict is the result."""
+
+    def decorate(function: Command) -> Command:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapped(**arguments: Any) -> None:
+            output.json, output.quiet, output.debug = (arguments.pop(key) for key in _SHARED)
+            result = function(**arguments)
+            if result is not None:
+                show(result)
+
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[kind, option])
+            for key, (kind, option) in _SHARED.items()
+        ]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+        wrapped.__signature__ = signature.replace(parameters=[*own, *shared], return_annotation=None)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
+        app.command(name)(wrapped)
+        return function
+
+    return decorate
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result: one JSON object under `--json`, else key-value lines and a table for every list of dicts."""
+    if output.json:
+        typer.echo(jsonlib.dumps({"schema_version": SCHEMA_VERSION, **result}, ensure_ascii=False, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    wide = None if sys.stdout.isatty() else 160  # a pipe has no width of its own
+    console = Console(width=wide, soft_wrap=False)
+    grid = Table.grid(padding=(0, 2))
+    for key, value in result.items():
+        if not _is_rows(value):
+            grid.add_row(f"[bold]{key}[/bold]", _text(value))
+    if grid.row_count:
+        console.print(grid)
+    for key, value in result.items():
+        if _is_rows(value):
+            columns = list(dict.fromkeys(column for row in value for column in row))
+            table = Table(title=key, title_justify="left", title_style="bold", header_style="bold")
+            for column in columns:
+                numeric = all(isinstance(row.get(column), int | float | None) for row in value)
+                table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            for row in value:
+                table.add_row(*(_text(row.get(column)) for column in columns))
+            console.print(table)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
+    return str(value).replace("[", "\\[")
+
+
+def fail(error: CladaptError) -> int:
+    """Print the two lines of an expected failure; returns its exit code."""
+    typer.echo(f"error: {' '.join(error.message.split())}", err=True)
+    typer.echo(f"hint: {' '.join(error.hint.split())}", err=True)
+    return error.exit_code

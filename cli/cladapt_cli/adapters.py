@@ -1,0 +1,68 @@
+"""`cladapt merge`, `cladapt export` and `cladapt recommend`: what leaves the tool."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cladapt_cli._verb import verb
+
+Source = Annotated[Path | None, typer.Argument(help="Run or adapter directory; default: the latest run.")]
+BaseDir = Annotated[Path | None, typer.Option("--base", help="Base+tokens directory; default: the run's own.")]
+Block = Annotated[int | None, typer.Option("--block", help="Block whose adapter to take; default: the last.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (merge, export, recommend):
+        verb(app)(command)
+
+
+def merge(
+    out: Annotated[Path, typer.Option("--out", help="Directory of the merged checkpoint.")],
+    source: Source = None,
+    base: BaseDir = None,
+    block: Block = None,
+) -> dict[str, Any]:
+    """Fold an adapter into its base, after comparing the logits of both."""
+    from cladapt.pipeline import ship
+
+    return ship.export(source, "merged", out, base, block)
+
+
+def export(
+    source: Source = None,
+    target: Annotated[str, typer.Option("--target", help="peft or merged.")] = "peft",
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write; default: inside the run.")] = None,
+    base: BaseDir = None,
+    block: Block = None,
+) -> dict[str, Any]:
+    """Write an adapter for serving."""
+    from cladapt.pipeline import ship
+
+    return ship.export(source, target, out, base, block)
+
+
+def recommend(
+    histories: Annotated[
+        Path, typer.Argument(help="jsonl {user, history: [items]}, or csv/parquet of user,item rows.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .parquet, .csv or .jsonl.")],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Run or adapter directory; default: the latest.")
+    ] = None,
+    base: BaseDir = None,
+    block: Block = None,
+    top_k: Annotated[int, typer.Option("--top-k", help="Items per user.")] = 10,
+    beams: Annotated[int | None, typer.Option("--beams", help="Beam width; default: twice top-k.")] = None,
+    catalogue: Annotated[
+        Path | None, typer.Option("--catalogue", help="Recommend only the items of this list.")
+    ] = None,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Allow items of the user's history.")] = False,
+) -> dict[str, Any]:
+    """Recommend items for histories and write them to a file."""
+    from cladapt.pipeline import ship
+
+    return ship.recommend(
+        histories, out, adapter, base, block, top_k, beams or 2 * top_k, catalogue, exclude_seen=not include_seen
+    )

@@ -1,0 +1,93 @@
+"""The `cladapt` command. Nothing heavy is imported here: `cladapt --help` answers without torch."""
+
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from cladapt import __version__
+from cladapt.errors import CladaptError
+from cladapt_cli import adapters, base, config, data, demo, doctor, tokens, train
+from cladapt_cli._verb import fail, output
+
+# typer carries its own copy of click or uses the installed one, by version: its public names lead to either
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="cladapt",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Keep an LLM-based recommender up to date: one small LoRA adapter per time block, measured and shipped.",
+    epilog="Start with `cladapt demo`. `cladapt train`, `cladapt eval` and `cladapt export` work bare, in that order.",
+)
+for command in (demo, train, adapters, doctor):
+    command.register(app)
+for name, group in (("data", data.app), ("tokens", tokens.app), ("base", base.app), ("config", config.app)):
+    app.add_typer(group, name=name)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: runs a command and turns every failure into its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line: 0 ok, 1 internal, 2 usage or config, 3 data, 4 environment, 5 check failed, 130 Ctrl-C."""
+    output.debug = "--debug" in arguments
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except CladaptError as error:
+        if output.debug:
+            traceback.print_exc()
+        return fail(error)
+    except UsageError as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted: what was finished is kept; continue a run with --resume", err=True)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open until the interpreter ends
+        return 0
+    except Exception as error:
+        if output.debug:
+            traceback.print_exc()
+        typer.echo(f"error: internal: {type(error).__name__}: {' '.join(str(error).split())}", err=True)
+        typer.echo("hint: run again with --debug and report the traceback", err=True)
+        return 1
+
+
+def _usage(error: Any) -> int:
+    """A usage mistake in two lines; no command at all shows the help."""
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(message, err=True)
+        return 2
+    command = error.ctx.command_path if error.ctx else "cladapt"
+    typer.echo(f"error: {' '.join(message.rstrip('.').split())}", err=True)
+    typer.echo(f"hint: see `{command} --help`", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""`cladapt config …`: settings as they resolve."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cladapt_cli._verb import verb
+from cladapt_cli.options import Overrides
+
+app = typer.Typer(no_args_is_help=True, help="Show settings.")
+
+
+@verb(app)
+def show(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None, override: Overrides = None
+) -> dict[str, Any]:
+    """Print every key of a run's configuration with its value and meaning."""
+    from cladapt.config import RunConfig, describe, load_recipe, merge_overrides, resolve
+
+    values = merge_overrides(load_recipe(recipe) if recipe else {}, override or [])
+    return {"config": describe(resolve(RunConfig, values, str(recipe) if recipe else "config"))}

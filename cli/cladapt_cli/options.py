@@ -1,0 +1,26 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+StreamDir = Annotated[Path, typer.Argument(help="Stream directory.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+]
+
+
+def overrides_of(override: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` options as a nested dict."""
+    from cladapt.config import merge_overrides
+
+    return merge_overrides({}, override or [])
+
+
+def method_names() -> list[str]:
+    """Names of the methods, from the files of the folder alone: no import of torch."""
+    import cladapt
+
+    folder = Path(cladapt.__file__).parent / "methods"
+    return sorted(path.stem for path in folder.glob("[!_]*.py"))

@@ -1,0 +1,63 @@
+"""Progress on stderr: a Rich bar on a terminal, one plain line per epoch and block elsewhere."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from cladapt_cli._verb import output
+
+
+class Progress:
+    """A sink that shows tokens per second, loss, penalty and the time left."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._block: int | None = None
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        if output.quiet:
+            return
+        kind = event["kind"]
+        if kind == "note":
+            self._line(event["text"])
+        elif not sys.stderr.isatty():
+            if kind in ("epoch", "block"):
+                self._line(_plain(event))
+        elif kind == "step":
+            self._step(event)
+        elif kind == "block":
+            self.close()
+            self._line(_plain(event))
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        if self._bar is None or self._block != event["block"]:
+            self.close()
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("block {task.fields[block]}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._block = event["block"]
+            self._task = self._bar.add_task("", total=1.0, block=event["block"], text="")
+        penalty = sum(value for key, value in event.items() if key.endswith("/term"))
+        text = f"loss {event['loss']:.3f}  penalty {penalty:.2e}  {event['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=event["progress"], text=text)
+
+    def _line(self, text: str) -> None:
+        typer.echo(text, err=True)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+
+
+def _plain(event: Mapping[str, Any]) -> str:
+    fields = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in event.items() if k != "kind"]
+    return f"{event['kind']}: " + ", ".join(fields)

@@ -1,0 +1,83 @@
+"""`cladapt train` and `cladapt eval`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cladapt_cli._verb import verb
+from cladapt_cli.options import Overrides, method_names
+from cladapt_cli.progress import Progress
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    verb(app)(train)
+    verb(app, "eval")(evaluate)
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help=f"{', '.join(method_names())}; join several with +.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Stream directory; default: the embedded one.")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Base+tokens directory; default: the embedded one.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs per block.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="LoRA rank.")] = None,
+    override: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory; default: a new one under runs/.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Continue this interrupted run exactly.")] = None,
+    from_adapter: Annotated[
+        Path | None, typer.Option("--from-adapter", help="Start from this adapter with a fresh optimiser.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate and estimate; write nothing.")] = False,
+) -> dict[str, Any]:
+    """Adapt a base to every new block of a stream, one LoRA adapter per block."""
+    from cladapt.config import RunConfig, load_recipe, merge_overrides, resolve
+    from cladapt.errors import ConfigError
+    from cladapt.pipeline import runs
+
+    if resume is not None:
+        if recipe or method or data or base or override or out or from_adapter or dry_run:
+            raise ConfigError(
+                "--resume continues a run as it was configured", "give --resume alone, or start a new run without it"
+            )
+        return runs.resume(resume, Progress())
+    flags = {
+        "method.name": method,
+        "data": data,
+        "base": base,
+        "seed": seed,
+        "train.lr": lr,
+        "train.epochs": epochs,
+        "adapter.rank": rank,
+    }
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    values = merge_overrides(load_recipe(recipe) if recipe else {}, [*given, *(override or [])])
+    config = resolve(RunConfig, values, str(recipe) if recipe else "train")
+    if dry_run:
+        return runs.plan(config)
+    return runs.train(config, out, from_adapter, Progress())
+
+
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; default: the latest run.")] = None,
+    block: Annotated[int | None, typer.Option("--block", help="Test on this block alone.")] = None,
+    top_k: Annotated[str | None, typer.Option("--top-k", help="Cut-offs, e.g. 5,10.")] = None,
+    beams: Annotated[int | None, typer.Option("--beams", help="Beam width.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a key of `eval`.")
+    ] = None,
+) -> dict[str, Any]:
+    """Test every adapter of a run on every block, beside the frozen base and the counts-only baselines."""
+    from cladapt.config import merge_overrides
+    from cladapt.pipeline import runs
+
+    flags = {"top_k": f"[{top_k}]" if top_k else None, "beams": beams}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return runs.evaluate(run, merge_overrides({}, [*given, *(override or [])]), block, Progress())

@@ -1,0 +1,1 @@
+"""Kernels of cladapt, with their plain-torch truths in `reference`; imports torch alone."""

@@ -1,0 +1,300 @@
+"""Blocks: the cut in time, the filters and their order, the catalogue, and a check that finds every broken stream."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cladapt.config import BlocksConfig
+from cladapt.data.blocks import build_stream, check_stream
+from cladapt.data.readers import RawLog, read
+from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
+from cladapt.errors import ConfigError, DataError
+
+DAY = 86_400
+EVENTS = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64, "order": pl.Int64, "block": pl.Int32}
+
+
+def make_log(
+    rows: Sequence[tuple[str, str, int | None, int | None]],
+    items: Mapping[str, str] | None = None,
+    dropped: Mapping[str, int] | None = None,
+) -> RawLog:
+    frame = pl.DataFrame([(u, i, t, k, b) for k, (u, i, t, b) in enumerate(rows)], schema=EVENTS, orient="row")
+    texts = items or {}
+    table = pl.DataFrame(
+        {"item": list(texts), "text": list(texts.values())}, schema={"item": pl.String, "text": pl.String}
+    )
+    return RawLog(frame, table, None, dropped or {}, {"log.csv": "0123"}, "csv")
+
+
+def timed(rows: Sequence[tuple[str, str, int]]) -> RawLog:
+    return make_log([(u, i, t, None) for u, i, t in rows])
+
+
+def cut(*fractions: float, min_events: int = 1, k_core: int = 0) -> BlocksConfig:
+    return BlocksConfig(fractions=fractions, min_events=min_events, k_core=k_core)
+
+
+def blocks_of(stream: Stream) -> list[tuple[str, str, int]]:
+    return list(stream.interactions.select("user", "item", "block").iter_rows())
+
+
+def test_cuts_by_count_of_interactions_in_time_order_whatever_the_source_order() -> None:
+    stream = build_stream(timed([("a", f"i{t}", t) for t in (9, 2, 5, 0, 7, 1, 3, 8, 6, 4)]), cut(0.6, 0.2, 0.2))
+    assert blocks_of(stream) == [("a", f"i{t}", 1 if t < 6 else 2 if t < 8 else 3) for t in range(10)]
+    assert stream.interactions["position"].to_list() == list(range(10))
+
+
+def test_a_cut_moves_to_the_end_of_a_tie() -> None:
+    times = [0, 1, 2, 3, 5, 5, 5, 5, 8, 9]
+    stream = build_stream(timed([("a", f"i{k}", t) for k, t in enumerate(times)]), cut(0.5, 0.5))
+    assert stream.block.tolist() == [1] * 8 + [2] * 2
+
+
+def test_ties_keep_the_source_order() -> None:
+    stream = build_stream(timed([("a", "z", 1), ("a", "b", 1), ("a", "y", 0), ("a", "c", 1)]), cut(1.0))
+    assert stream.interactions["item"].to_list() == ["y", "z", "b", "c"]
+
+
+def test_without_times_the_row_order_is_the_time() -> None:
+    stream = build_stream(make_log([(u, f"{u}{k}", None, None) for k in range(4) for u in "ab"]), cut(0.5, 0.5))
+    assert blocks_of(stream) == [(u, f"{u}{k}", 1 + k // 2) for u in "ab" for k in range(4)]
+    assert stream.interactions["timestamp"].null_count() == 8
+
+
+def test_a_date_opens_its_block_at_midnight_utc() -> None:
+    start = 1_704_067_200  # 2024-01-01
+    log = timed([("a", "w", start - DAY), ("a", "x", start - 1), ("a", "y", start), ("a", "z", start + 31 * DAY)])
+    stream = build_stream(log, BlocksConfig(dates=("2024-01-01", "2024-02-01"), min_events=1))
+    assert stream.block.tolist() == [1, 1, 2, 3]
+
+
+def test_the_least_events_apply_inside_each_block_and_the_catalogue_ignores_them() -> None:
+    rows = [("a", "x", 0), ("a", "y", 1), ("b", "rare", 2), ("a", "x", 3), ("b", "rare", 4), ("b", "y", 5)]
+    log = replace(timed(rows), items=pl.DataFrame({"item": ["y", "never", "x"], "text": ["why", "no", None]}))
+    stream = build_stream(replace(log, dropped={"no_time": 3}, notes={"odd": 1}), cut(0.5, 0.5, min_events=2))
+    assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 1), ("b", "rare", 2), ("b", "y", 2)]
+    # `rare` is kept in block 2 only, but block 1's log had it already
+    assert list(stream.items.iter_rows()) == [("x", "", 1), ("y", "why", 1), ("rare", "", 1)]
+    assert stream.manifest["dropped"] == {"no_time": 3, "k_core": 0, "min_events": 2}
+    assert stream.manifest["notes"] == {"odd": 1, "items_never_used": 1, "items_without_text": 2}
+
+
+def test_fractions_count_the_log_before_the_least_events_and_after_the_core() -> None:
+    pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+    rows = [("lone", "once", 0), *((u, i, 1 + k) for k, (u, i) in enumerate(pairs * 2))]
+    stream = build_stream(timed(rows), cut(0.5, 0.5, k_core=2))
+    assert stream.manifest["dropped"] == {"k_core": 1, "min_events": 0}
+    assert Counter(stream.block.tolist()) == {1: 4, 2: 4}
+    assert set(stream.items["item"]) == {"x", "y"}
+
+
+def brute_core(rows: list[tuple[str, str, int]], k: int) -> list[tuple[str, str, int]]:
+    while True:
+        users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
+        kept = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k]
+        if len(kept) == len(rows):
+            return rows
+        rows = kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from("vwxyz"), st.integers(0, 12)), min_size=1),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    min_events=st.integers(1, 3),
+    k_core=st.integers(0, 3),
+)
+def test_agrees_with_a_plain_loop(
+    pairs: list[tuple[str, str, int]], sizes: list[int], min_events: int, k_core: int
+) -> None:
+    rows = sorted(brute_core(pairs, k_core), key=lambda row: row[2])
+    total = sum(sizes)
+    bounds = [(2 * len(rows) * sum(sizes[: k + 1]) + total) // (2 * total) for k in range(len(sizes) - 1)]
+    block = []
+    for k, row in enumerate(rows):
+        tied = k
+        while tied and rows[tied - 1][2] == row[2]:
+            tied -= 1
+        block.append(1 + sum(tied >= max(bound, 1) for bound in bounds))
+    counts = Counter((row[0], b) for row, b in zip(rows, block, strict=True))
+    expected = [(*row, b) for row, b in zip(rows, block, strict=True) if counts[row[0], b] >= min_events]
+    config = cut(*(size / sum(sizes) for size in sizes), min_events=min_events, k_core=k_core)
+    if {row[3] for row in expected} != set(range(1, len(sizes) + 1)):
+        with pytest.raises(DataError, match=r"is empty|leaves none"):
+            build_stream(timed(pairs), config)
+        return
+    stream = build_stream(timed(pairs), config)
+    found = list(stream.interactions.select("user", "item", "timestamp", "block").iter_rows())
+    assert found == sorted(expected, key=lambda row: row[0])
+    first: dict[str, int] = {}
+    for row, b in zip(rows, block, strict=True):
+        first.setdefault(row[1], b)
+    assert dict(stream.items.select("item", "first_block").iter_rows()) == first
+    assert check_stream(stream)["blocks"] == stream.manifest["blocks"]
+
+
+def test_ready_made_blocks_are_kept_as_they_are() -> None:
+    rows = [("b", "x", None, 2), ("a", "x", None, 1), ("b", "z", None, 1), ("a", "y", None, 2)]
+    stream = build_stream(make_log(rows), BlocksConfig(min_events=1))
+    assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 2), ("b", "z", 1), ("b", "x", 2)]
+
+
+def test_ready_made_blocks_with_a_gap_are_refused() -> None:
+    with pytest.raises(DataError, match=r"ready-made blocks are 1, 3, expected 1, 2, … without a gap"):
+        build_stream(make_log([("a", "x", None, 1), ("a", "y", None, 3)]), BlocksConfig(min_events=1))
+
+
+@pytest.mark.parametrize("config", [BlocksConfig(dates=("2024-01-01",)), cut(0.5, 0.5)], ids=["dates", "fractions"])
+def test_a_cut_asked_for_beside_ready_made_blocks_is_refused(config: BlocksConfig) -> None:
+    with pytest.raises(ConfigError, match=r"the log has ready-made blocks, so (dates|fractions) cannot apply"):
+        build_stream(make_log([("a", "x", None, 1)]), config)
+
+
+def test_ready_made_blocks_that_overlap_in_time_leak() -> None:
+    with pytest.raises(
+        DataError, match=r"block 1 leaks: its last event \(1970-01-01 00:00:09\) is after the first of b"
+    ):
+        build_stream(make_log([("a", "x", 9, 1), ("b", "y", 8, 2)]), BlocksConfig(min_events=1))
+
+
+def test_an_empty_block_is_named_with_its_counts() -> None:
+    rows = [("a", "x", t) for t in range(6)] + [("b", "x", 6), ("c", "y", 7), ("c", "x", 8)]
+    message = (
+        r"block 2 of 2 is empty: it has 3 interactions of 2 users, the most active with 2, and min_events=3 keeps none"
+    )
+    with pytest.raises(DataError, match=message) as error:
+        build_stream(timed(rows), cut(2 / 3, 1 / 3, min_events=3))
+    assert error.value.hint == "lower min_events, or cut fewer or larger blocks"
+
+
+def test_a_date_after_the_log_leaves_an_empty_block() -> None:
+    with pytest.raises(DataError, match="block 2 of 2 is empty: it has 0 interactions of 0 users"):
+        build_stream(timed([("a", "x", 0)]), BlocksConfig(dates=("2024-01-01",), min_events=1))
+
+
+@pytest.mark.parametrize(
+    ("dates", "message"),
+    [
+        (("2024-02-01", "2024-01-01"), "not in ascending order"),
+        (("2024-01-01", "2024-01-01"), "not in ascending order"),
+        (("01.02.2024",), "dates=01.02.2024: time data '01.02.2024' does not match"),
+    ],
+)
+def test_bad_dates_are_refused(dates: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_stream(timed([("a", "x", 0)]), BlocksConfig(dates=dates, min_events=1))
+
+
+def test_dates_need_times() -> None:
+    with pytest.raises(DataError, match="blocks by date need timestamps"):
+        build_stream(make_log([("a", "x", None, None)]), BlocksConfig(dates=("2024-01-01",), min_events=1))
+
+
+def test_a_core_that_leaves_nothing_is_named() -> None:
+    with pytest.raises(DataError, match="k_core=5 leaves none of the 2 interactions"):
+        build_stream(timed([("a", "x", 0), ("a", "y", 1)]), cut(1.0, k_core=5))
+
+
+@pytest.mark.parametrize("name", ["timestamp", "block"])
+def test_a_partly_filled_column_is_refused(name: str) -> None:
+    log = make_log([("a", "x", 1, 1), ("a", "y", 2, 1)])
+    gap = pl.when(pl.col("order") == 0).then(pl.col(name)).alias(name)
+    with pytest.raises(DataError, match=f"1 of 2 interactions have no {name}"):
+        build_stream(replace(log, events=log.events.with_columns(gap)), BlocksConfig(min_events=1))
+
+
+def test_the_manifest_survives_a_round_trip_and_says_where_the_data_is_from(tmp_path: Path) -> None:
+    stream = build_stream(timed([("a", "x", 0), ("a", "y", 1)]), cut(0.5, 0.5))
+    stream.save(tmp_path / "s")
+    manifest = dict(Stream.load(tmp_path / "s").manifest)
+    assert manifest["source"] == "csv"
+    assert manifest["files"] == {"log.csv": "0123"}
+    assert manifest["license"] == "see the source; this directory is derived from it"
+    assert manifest["config"]["fractions"] == [0.5, 0.5]
+    assert manifest["blocks"] == check_stream(stream)["blocks"]
+    assert json.loads(json.dumps(stream.manifest)) == {k: manifest[k] for k in stream.manifest}
+
+
+def stream_of(rows: Sequence[tuple[Any, ...]], first_block: Mapping[str, int]) -> Stream:
+    items = [(item, "", block) for item, block in first_block.items()]
+    return Stream(pl.DataFrame(rows, INTERACTIONS, orient="row"), pl.DataFrame(items, ITEMS, orient="row"))
+
+
+GOOD = [("a", "x", 1, 0, 1), ("a", "y", 5, 1, 2), ("b", "x", 2, 0, 1), ("c", "y", 6, 0, 2), ("c", "z", 7, 1, 2)]
+
+
+def test_counts_of_a_block() -> None:
+    report = check_stream(stream_of(GOOD, {"x": 1, "y": 1, "z": 2, "unused": 2}))
+    assert list(report["blocks"][0]) == [
+        *("block", "users", "new_users", "returning_users", "items", "new_items", "catalogue", "interactions"),
+        *("first", "last"),
+    ]
+    assert [list(row.values()) for row in report.pop("blocks")] == [
+        [1, 2, 2, 0, 1, 1, 2, 2, 1, 2],
+        [2, 2, 1, 1, 2, 1, 4, 3, 5, 7],
+    ]
+    assert report == {"users": 3, "items": 4, "interactions": 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {1: ("a", "y", 5, 2, 2)},
+            r"\(user 'a', position 2, item 'y', block 2\) is out of place: rows must be sorted by user, then by",
+        ),
+        ({1: ("d", "x", 2, 0, 1), 2: GOOD[1]}, r"\(user 'a', position 1, .* is out of place"),
+        ({1: ("a", "y", 0, 1, 2)}, r"is out of time: its timestamp is before that of the previous position"),
+        (
+            {0: ("a", "x", 1, 0, 2), 1: ("a", "y", 5, 1, 1)},
+            r"is out of time: its block is before that of the previous position",
+        ),
+        (
+            {2: ("b", "x", 6, 0, 1)},
+            r"block 1 leaks: its last event \(1970-01-01 00:00:06\) is after the first of block 2",
+        ),
+        (
+            {0: ("a", "z", 1, 0, 1)},
+            r"\(user 'a', position 0, item 'z', block 1\) leaks: its item's first_block is later",
+        ),
+        ({4: ("c", "z", 7, 1, 4)}, r"the blocks are 1, 2, 4, expected 1, 2, … without a gap"),
+        ({4: ("c", "z", None, 1, 2)}, r"interactions have gaps in timestamp"),
+        ({4: ("c", "z", 7, 1, None)}, r"interactions have gaps in block"),
+    ],
+)
+def test_a_broken_stream_is_found(changes: dict[int, tuple[Any, ...]], message: str) -> None:
+    rows = [changes.get(k, row) for k, row in enumerate(GOOD)]
+    with pytest.raises(DataError, match=message):
+        check_stream(stream_of(rows, {"x": 1, "y": 1, "z": 2}))
+
+
+def test_peso_blocks_are_those_of_the_authors(shared_data: Path) -> None:
+    source = shared_data / "peso-cds"
+    if not source.is_dir():
+        pytest.skip(f"no folder {source}")
+    blocks = build_stream(read(source), BlocksConfig()).manifest["blocks"]
+    assert [row["interactions"] for row in blocks] == [81_355, 8_686, 7_488, 9_468, 9_421]
+    assert [row["users"] for row in blocks] == [8_494, 1_013, 866, 1_078, 1_074]
+    assert blocks[-1]["catalogue"] == 39_191
+
+
+def test_movietweetings_fits_the_protocol(shared_data: Path) -> None:
+    source = shared_data / "movietweetings-2013"
+    if not source.is_dir():
+        pytest.skip(f"no folder {source}")
+    stream = build_stream(read(source), BlocksConfig())
+    blocks = stream.manifest["blocks"]
+    assert [row["users"] for row in blocks[1:]] == [723, 717, 732, 817]
+    assert stream.interactions.height + stream.manifest["dropped"]["min_events"] == 141_695
+    assert blocks[-1]["catalogue"] == 12_611
+    assert all(a["last"] < b["first"] for a, b in pairwise(blocks))

@@ -1,0 +1,128 @@
+"""The stream's checks, integer views and files."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
+from cladapt.errors import DataError
+
+ROWS = [
+    ("zoe", "b", 10, 0, 1),
+    ("zoe", "a", 20, 1, 1),
+    ("zoe", "c", 90, 2, 2),
+    ("ann", "c", 95, 0, 2),
+]
+
+
+def interactions(rows: list[tuple[str, str, int, int, int]] = ROWS) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=INTERACTIONS, orient="row")
+
+
+def items(names: str = "abcd", first_block: tuple[int, ...] = (1, 1, 2, 3)) -> pl.DataFrame:
+    return pl.DataFrame({"item": list(names), "text": [""] * len(names), "first_block": first_block}, schema=ITEMS)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    Stream(interactions(), items(), {"source": "test"}).save(tmp_path / "stream")
+    return tmp_path / "stream"
+
+
+def test_integer_views_index_users_by_first_row_and_items_by_table_row() -> None:
+    stream = Stream(interactions(), items())
+    assert stream.users == ["zoe", "ann"]
+    assert (stream.user_index.tolist(), stream.user_index.dtype) == ([0, 0, 0, 1], "int32")
+    assert (stream.item_index.tolist(), stream.item_index.dtype) == ([1, 0, 2, 2], "int32")
+    assert (stream.block.tolist(), stream.block.dtype) == ([1, 1, 2, 2], "int32")
+    assert (stream.n_blocks, stream.n_items) == (2, 4)
+
+
+def test_catalogue_grows_with_the_first_blocks() -> None:
+    stream = Stream(interactions(), items())
+    assert [stream.catalogue(block).tolist() for block in (0, 1, 2, 3)] == [[], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_wrong_columns_are_named_with_the_expected_ones() -> None:
+    with pytest.raises(
+        DataError, match=r"stream interactions has the columns .*Int32.* \(expected .*'position': Int64"
+    ):
+        Stream(interactions().with_columns(pl.col("position").cast(pl.Int32)), items())
+    with pytest.raises(DataError, match=r"stream items has the columns \{'item': String, 'text': String\}"):
+        Stream(interactions(), items().drop("first_block"))
+
+
+def test_an_empty_stream_is_refused() -> None:
+    with pytest.raises(DataError, match=r"the stream has no interactions \(loosen the filters"):
+        Stream(interactions([]), items())
+
+
+def test_an_item_listed_twice_is_named() -> None:
+    with pytest.raises(DataError, match=r"item 'b' is listed twice in the item table \(keep one row per item\)"):
+        Stream(interactions(), items("abcb"))
+
+
+def test_interactions_with_unknown_items_are_counted_and_the_first_named() -> None:
+    with pytest.raises(DataError, match=r"2 interactions name items that the item table lacks, the first 'c'"):
+        Stream(interactions(), items("ab", (1, 1)))
+
+
+def test_save_and_load_keep_frames_and_manifest(saved: Path) -> None:
+    stream = Stream.load(saved)
+    assert stream.interactions.equals(interactions())
+    assert stream.items.equals(items())
+    assert stream.manifest["source"] == "test"
+    assert set(stream.manifest["hashes"]) == {"interactions.parquet", "items.parquet"}
+
+
+def test_saving_a_loaded_stream_again_keeps_its_fingerprint(saved: Path, tmp_path: Path) -> None:
+    stream = Stream.load(saved)
+    stream.save(tmp_path / "copy")
+    assert Stream.load(tmp_path / "copy").fingerprint == stream.fingerprint
+
+
+def test_fingerprint_follows_the_content(saved: Path, tmp_path: Path) -> None:
+    Stream(interactions(ROWS[:3]), items()).save(tmp_path / "other")
+    assert Stream.load(tmp_path / "other").fingerprint != Stream.load(saved).fingerprint
+
+
+def test_a_stream_that_was_never_saved_has_no_fingerprint() -> None:
+    with pytest.raises(DataError, match=r"this stream was never saved, so it has no fingerprint"):
+        _ = Stream(interactions(), items()).fingerprint
+
+
+def test_a_folder_without_a_manifest_is_no_stream(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not a stream directory: it has no manifest\.json.*cladapt data import"):
+        Stream.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "found"), [({"schema_version": 99}, "99"), ({}, "None"), ([], "None")], ids=["later", "none", "list"]
+)
+def test_another_schema_version_is_refused(saved: Path, manifest: object, found: str) -> None:
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"manifest\.json: schema_version {found} \(this version reads 1\)"):
+        Stream.load(saved)
+
+
+@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet"])
+def test_a_tampered_file_is_detected(saved: Path, name: str) -> None:
+    frame = pl.read_parquet(saved / name)
+    frame.reverse().write_parquet(saved / name)
+    with pytest.raises(DataError, match=rf"{name} is not the file its manifest was written for"):
+        Stream.load(saved)
+
+
+@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet"])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(DataError, match=rf"no such file: .*{name}"):
+        Stream.load(saved)
+
+
+def test_a_file_with_wrong_columns_is_named(saved: Path) -> None:
+    items().drop("text").write_parquet(saved / "items.parquet")
+    with pytest.raises(DataError, match=r"items\.parquet: wrong columns \(text: missing\)"):
+        Stream.load(saved)

@@ -1,0 +1,162 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cladapt.errors import DataError
+from cladapt.eval.report import Curves, HeatMap, KeyValues, Section, Series, Table, render_report
+from cladapt.eval.significance import Effect
+
+EFFECT = Effect(0.0312, 0.0284, 0.0341, 4031)
+VOID = {"meta"}
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and checks that every element is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and self.open[-1] != "style":
+            self.text.append(data.strip())
+
+
+def read(*sections: Section, title: str = "Report") -> Reader:
+    reader = Reader()
+    reader.feed(render_report(title, sections))
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+FULL: tuple[Section, ...] = (
+    Table("Methods", ["method", "HR@10", "users"], [["peso", EFFECT, 4031], ["markov", 0.0, None]], note="95 %"),
+    HeatMap("R[t][s]", [1, 2], [1, 2, 3], [[0.5, 0.2, None], [0.4, 0.3, float("nan")]], corner="after"),
+    Curves("Per block", [2, 3, 4], [Series("peso", [EFFECT, 0.04, None]), Series("frozen", [0.01, None, 0.02])]),
+    KeyValues("Provenance", {"data": "abc", "packages": {"torch": "2.13"}, "seeds": [0, 1]}),
+)
+
+
+def test_a_full_report_is_well_formed_and_shows_every_number():
+    text = " ".join(read(*FULL).text)
+    for expected in (
+        "0.0312",
+        "[0.0284, 0.0341]",
+        "4031",
+        "0.0000",
+        "0.5000",
+        "95 %",
+        "packages.torch",
+        "2.13",
+        "[0, 1]",
+    ):
+        assert expected in text
+    for title in ("Methods", "R[t][s]", "Per block", "Provenance"):
+        assert title in text
+
+
+def test_the_file_stands_alone():
+    html = render_report("Report", FULL)
+    assert not re.search(r"https?:|<script|<link|<img|@import|url\(", html)
+    assert "prefers-color-scheme:dark" in html
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        Table("<b>&'\"", ["<b>&'\""], [["<b>&'\""]], note="<b>&'\""),
+        HeatMap("<b>&'\"", ["<b>&'\""], ["<b>&'\""], [[1.0]], corner="<b>&'\"", note="<b>&'\""),
+        Curves("<b>&'\"", ["<b>&'\""], [Series("<b>&'\"", [1.0])], "<b>&'\"", "<b>&'\"", note="<b>&'\""),
+        KeyValues("<b>&'\"", {"<b>&'\"": "<b>&'\"", "list": ["<b>&'\""]}, note="<b>&'\""),
+    ],
+    ids=lambda section: type(section).__name__,
+)
+def test_every_text_is_escaped(section: Section):
+    reader = read(section, title="<b>&'\"")
+    assert "b" not in {tag for tag, _ in reader.tags}
+    assert reader.text.count("<b>&'\"") >= 5  # title twice, heading, note, and at least one more
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        Table("Empty", ["a"], []),
+        HeatMap("Empty", [], [], []),
+        HeatMap("Empty", [1], [], [[]]),
+        Curves("Empty", [], []),
+        Curves("Empty", [2], [Series("a", [None])]),
+        KeyValues("Empty", {}),
+    ],
+)
+def test_a_section_without_data_says_so(section: Section):
+    assert "Nothing to show." in read(section).text
+
+
+def test_a_report_without_sections_is_a_page():
+    assert read(title="Nothing").text == ["Nothing", "Nothing"]
+
+
+def test_absent_values_are_dashes():
+    text = read(Table("t", ["a", "b", "c"], [[None, float("nan"), 3]])).text
+    assert text[-3:] == ["—", "—", "3"]
+
+
+def test_the_heat_map_is_darkest_at_its_greatest_value_and_frames_the_diagonal():
+    cells = [a for tag, a in read(HeatMap("R", [1, 2], [1, 2], [[0.1, 0.2], [None, 0.4]])).tags if tag == "td"]
+    shades = [re.search(r"/ ([\d.]+)\)", a["style"] or "") if "style" in a else None for a in cells]
+    strength = [float(s[1]) if s else None for s in shades]
+    assert strength == [0.06, 0.24, None, 0.6]
+    assert [a["class"] for a in cells] == ["n d", "n", "n", "n d"]
+
+
+def test_a_constant_heat_map_has_one_shade():
+    html = render_report("r", [HeatMap("R", [1], [1, 2], [[0.2, 0.2]])])
+    assert html.count("rgb(59 130 246 / 0.06)") == 2
+
+
+def test_points_are_drawn_at_the_height_of_their_value():
+    chart = Curves("c", [2, 3, 4], [Series("a", [0.1, 0.2, 0.3])])
+    circles = [a for tag, a in read(chart).tags if tag == "circle"]
+    x, y = ([float(c[name] or "") for c in circles] for name in ("cx", "cy"))
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert y[0] > y[2]
+
+
+def test_a_gap_breaks_the_line_and_an_interval_is_a_bar():
+    tags = read(Curves("c", [2, 3, 4, 5], [Series("a", [EFFECT, 0.2, None, 0.3])])).tags
+    line, *bars = [a for tag, a in tags if tag == "path"]
+    assert (line["d"] or "").count("M") == 2
+    assert [bar["class"] for bar in bars] == ["bar"]
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [-3.2, -3.1], [1e-7, 2e-7], [5e6, -5e6]])
+def test_every_point_lies_inside_the_drawing(values: list[float]):
+    tags = read(Curves("c", [2, 3], [Series(str(i), values) for i in range(9)])).tags
+    circles = [a for tag, a in tags if tag == "circle"]
+    assert len(circles) == 18
+    assert all(14 <= float(c["cy"] or "") <= 224.1 and 62 <= float(c["cx"] or "") <= 668 for c in circles)
+
+
+def test_uneven_data_is_refused():
+    with pytest.raises(DataError, match="table 't' has a row of 1 cells under 2 columns"):
+        Table("t", ["a", "b"], [["x"]])
+    with pytest.raises(DataError, match=r"heat map 'h' has rows of \[2\] values for 1 row labels and 3 column labels"):
+        HeatMap("h", [1], [1, 2, 3], [[0.1, 0.2]])
+    with pytest.raises(DataError, match="curve 'a' of 'c' has 1 points for 2 labels"):
+        Curves("c", [1, 2], [Series("a", [0.1])])
