@@ -4,12 +4,13 @@ A write goes to a temporary name beside its target, is flushed to the disk and r
 either the old file or the new one. Nothing is ever pickled.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
             f"cannot write {target}: {error.strerror or error}", "check the permissions and the free space there"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none after the rename, nor below a path that is no folder
+            temporary.unlink()
 
 
 @contextmanager
@@ -44,6 +46,8 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     retired = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -115,7 +119,9 @@ def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: M
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+        # safetensors cannot read back a file without tensors whose metadata is {}
+        noted = dict(metadata) if metadata else None
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, noted)
 
 
 def read_tensors(path: Path) -> "dict[str, torch.Tensor]":

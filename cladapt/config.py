@@ -195,6 +195,8 @@ class EvalConfig(Settings):
     """Users decoded at once; halved when memory runs out."""
     exclude_seen: bool = True
     """Never recommend an item of the user's own history (for all rows of the table alike)."""
+    scope: Literal["matrix", "current"] = "matrix"
+    """`matrix`: every model on every block; `current`: each on its own block, the base on every later one."""
     max_users: Annotated[int, Field(ge=0)] = 0
     """Evaluate a seeded sample of this many users per block; 0 takes all."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000

@@ -41,7 +41,7 @@ class Run:
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "Run":
         """Start a run in a new directory and make it the latest."""
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
                 f"{path} exists and is not empty", f"continue it with --resume {path}, or choose another --out"
             )

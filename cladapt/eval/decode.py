@@ -145,6 +145,8 @@ class Decoder:
         codes = self.codes.sizes[level]
         tokens = self.codes.token[level, :codes]
         row, code, child = self.trie.children(node.flatten().clamp_min(0))
+        alive = node.flatten()[row] >= 0  # a place without a beam has no children
+        row, code, child = row[alive], code[alive], child[alive]
         logp = (
             logits.flatten(0, 1)[:, tokens]
             if self.softmax == "trie"
@@ -154,7 +156,7 @@ class Decoder:
         grown[row, code] = logp[row, code]
         if self.softmax == "trie":
             grown = grown.log_softmax(-1)
-        grown += score.view(-1, 1)
+        grown = torch.where(node.view(-1, 1) >= 0, grown + score.view(-1, 1), -torch.inf)
         if blocked is not None and len(blocked):
             key = (row // width) * len(self.trie.parent) + child
             place = torch.searchsorted(blocked, key).clamp_max(len(blocked) - 1)

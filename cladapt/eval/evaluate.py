@@ -12,7 +12,7 @@ import torch
 from cladapt.config import EvalConfig
 from cladapt.data.histories import split_block, training_sequences, user_kinds
 from cladapt.data.schema import Stream
-from cladapt.errors import DataError
+from cladapt.errors import DataError, EnvironmentProblem
 from cladapt.eval.decode import Beams, Decoder
 from cladapt.eval.metrics import ROWS
 from cladapt.model.load import Base, trie_softmax
@@ -69,16 +69,21 @@ def decode_in_batches(
     parts, first = [], 0
     while first < len(order):
         chosen = order[first : first + batch]
+        part = None
         try:
             part = decoder.decode(
                 [prompts[i] for i in chosen],
                 None if targets is None else targets[chosen],
                 None if seen is None else [seen[i] for i in chosen],
             )
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch = max(1, batch // 2)
+        except torch.OutOfMemoryError as error:
+            if len(chosen) == 1:
+                raise EnvironmentProblem(
+                    f"out of memory: decoding one user with beams={decoder.beams} does not fit",
+                    "lower the beams or the history window, or use a machine with more memory",
+                ) from error
+        if part is None:  # outside the handler, whose traceback keeps the failed attempt's tensors alive
+            batch = len(chosen) // 2
             torch.cuda.empty_cache()
             continue
         parts.append(Beams(part.leaf.cpu(), part.score.cpu(), part.target.cpu()))

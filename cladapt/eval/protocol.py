@@ -10,6 +10,7 @@ import polars as pl
 from cladapt.config import EvalConfig
 from cladapt.data.histories import training_sequences
 from cladapt.data.schema import Stream
+from cladapt.errors import ConfigError
 from cladapt.eval.baselines import evaluate_counts
 from cladapt.eval.continual import Matrix, summaries
 from cladapt.eval.evaluate import Evaluator
@@ -56,12 +57,18 @@ def measure_run(
     blocks: Sequence[int],
     note: Callable[[str], None],
 ) -> pl.DataFrame:
-    """Rows of each model, given with the block after which it was made, on each of `blocks`."""
+    """Rows of the base, then of each adapted model, given with the block after which it was made, on `blocks`."""
     frames = []
-    for model_block, lm in models:
+    for index, (model_block, lm) in enumerate(models):
         for block in blocks:
+            # the first model is the base: its row is the frozen line of every table
+            skipped = block <= model_block if index == 0 else block != model_block
+            if evaluator.config.scope == "current" and skipped:
+                continue
             frames.append(evaluator.rows(lm, model_block, block))
             note(f"tested the model of block {model_block} on block {block}: {frames[-1].height} users")
+    if not frames:
+        raise ConfigError(f"no model is tested on {blocks} with scope=current", "use scope=matrix, or a later block")
     return pl.concat(frames)
 
 
@@ -101,10 +108,10 @@ def block_mean_interval(measured: pl.DataFrame, column: str, resamples: int) -> 
     """Interval of the mean over blocks of the block means; None for fewer than two users."""
     if measured["user"].n_unique() < 2:
         return None
-    return interval(_per_block(measured, column)[column].to_numpy(), measured["user"].to_numpy(), resamples)
+    return interval(block_weighted(measured, column)[column].to_numpy(), measured["user"].to_numpy(), resamples)
 
 
-def _per_block(measured: pl.DataFrame, column: str) -> pl.DataFrame:
+def block_weighted(measured: pl.DataFrame, column: str) -> pl.DataFrame:
     """`column` weighted by the inverse of its block's size, so that the mean over rows is the mean of block means."""
     size = pl.len().over("block")
     return measured.with_columns(pl.col(column) * measured.height / (pl.col("block").n_unique() * size))
@@ -144,7 +151,7 @@ def differences(measures: Sequence[Measures]) -> list[dict[str, Any]]:
             if b[metric].null_count() or a[metric].null_count():
                 line[metric] = None
                 continue
-            effect = compare(_per_block(a, metric), _per_block(b, metric), metric, first.config.bootstrap)
+            effect = compare(block_weighted(a, metric), block_weighted(b, metric), metric, first.config.bootstrap)
             line[metric] = effect.mean
             line[f"{metric} shown"] = describe(effect)
         lines.append(line)

@@ -28,7 +28,7 @@ def read_histories(path: Path) -> dict[str, list[str]]:
     try:
         match path.suffix:
             case ".jsonl":
-                frame = pl.read_ndjson(path)
+                frame = pl.read_ndjson(path, infer_schema_length=None)  # the first rows may be empty histories
             case ".csv":
                 frame = pl.read_csv(path, infer_schema=False)
             case _:
@@ -44,16 +44,18 @@ def read_histories(path: Path) -> dict[str, list[str]]:
     if frame.is_empty():
         raise DataError(f"{path} has no rows", "give at least one history")
     if column == "history":
-        if not isinstance(frame.schema["history"], pl.List):
-            raise DataError(
-                f"{path}: history is {frame.schema['history']}, expected a list of items", "write a JSON list"
-            )
+        lists = frame.schema["history"]
+        if not isinstance(lists, pl.List):
+            raise DataError(f"{path}: history is {lists}, expected a list of items", "write a JSON list")
+        _check_ids(path, "history", lists.inner)
         if frame["user"].is_duplicated().any():
             twice = frame.filter(pl.col("user").is_duplicated())["user"][0]
             raise DataError(f"{path}: user {twice!r} has several histories", "write one line per user")
         grouped = frame.with_columns(pl.col("history").cast(pl.List(pl.String)))
     else:
+        _check_ids(path, "item", frame.schema["item"])
         grouped = frame.group_by("user", maintain_order=True).agg(history=pl.col("item").cast(pl.String))
+    _check_ids(path, "user", frame.schema["user"])
     if grouped["user"].null_count():
         raise DataError(f"{path}: {grouped['user'].null_count()} rows have no user", "fill in the user column")
     return {
@@ -62,11 +64,19 @@ def read_histories(path: Path) -> dict[str, list[str]]:
     }
 
 
+def _check_ids(path: Path, column: str, dtype: Any) -> None:
+    if not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        raise DataError(f"{path}: {column} holds {dtype}, expected text or integers", "write the ids as text")
+
+
 def read_catalogue(path: Path) -> list[str]:
     """Item ids of a text file, one per line."""
     if not path.is_file():
         raise DataError(f"no such file: {path}", "check the path")
-    items = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        items = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", "expected a UTF-8 text file, one item id per line") from error
     if not items:
         raise DataError(f"{path} lists no item", "write one item id per line")
     return items

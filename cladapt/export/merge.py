@@ -32,7 +32,9 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
     model = load_adapter(base, adapter)
     probe = probe_tokens(base)
     before = logits(model, probe)
-    merged = model.merge_and_unload(safe_merge=True)
+    if not torch.isfinite(before).all():
+        raise CheckFailed(f"merging {adapter}: its logits are not finite", "train it again with a lower train.lr")
+    merged = model.merge_and_unload()
     after = logits(merged, probe)
     difference = (before - after).abs()
     bound = tolerance * float(before.abs().max())
@@ -42,7 +44,15 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
             f"merging {adapter} changes the logits by {report.max_difference:.3g}, allowed {bound:.3g}",
             "serve the adapter unmerged, or check that base and adapter belong together",
         )
-    record = {**base.provenance, "merged": adapter_provenance(adapter), "parent_base": base.fingerprint}
+    source = adapter_provenance(adapter)
+    record = {
+        **base.provenance,
+        # the merged weights have seen what the adapter has: to learn it again would be to test on training data
+        "fitted_block": max(base.fitted_block, int(source.get("block", 0))),
+        "stream": source.get("stream", base.provenance.get("stream")),
+        "merged": source,
+        "parent_base": base.fingerprint,
+    }
     save_base(out, merged, base.tokenizer, base.sids, record)
     return report
 

@@ -8,15 +8,14 @@ from typing import Any
 from cladapt.artifacts import atomic_dir, read_json, write_json
 from cladapt.errors import ConfigError
 from cladapt.export.merge import merge
-from cladapt.model.adapter import adapter_provenance, read_adapter
+from cladapt.model.adapter import adapter_parameters, adapter_provenance, load_adapter
 from cladapt.model.load import load_base
 
 
 def export_peft(adapter: Path, base_folder: Path, out: Path) -> dict[str, Any]:
     """Copy the adapter in stock PEFT form, pointing to its base, after checking that the two belong together."""
-    base = load_base(base_folder)
-    tensors = read_adapter(adapter, base)
     refuse_existing(out)
+    parameters = adapter_parameters(load_adapter(load_base(base_folder), adapter))
     with atomic_dir(out) as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         config = read_json(folder / "adapter_config.json")
@@ -25,8 +24,8 @@ def export_peft(adapter: Path, base_folder: Path, out: Path) -> dict[str, Any]:
     return {
         "target": "peft",
         "out": str(out),
-        "tensors": len(tensors),
-        "parameters": sum(t.numel() for t in tensors.values()),
+        "tensors": len(parameters),
+        "parameters": sum(p.numel() for p in parameters.values()),
         "base": str(base_folder),
         "block": adapter_provenance(adapter).get("block"),
     }

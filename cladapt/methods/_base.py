@@ -39,7 +39,10 @@ class Method:
         """Before the first step of a block: anchors, adapter initialisation."""
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
-        """Terms added to the loss of one micro-batch; `out` is its mean cross-entropy."""
+        """Terms beside the mean cross-entropy `out` of one micro-batch, as if it were the whole step.
+
+        The loop weighs them by the micro-batch's share of the step's targets, so that the shares add up to one term.
+        """
         return {}
 
     def edit_grads(self, ctx: Context) -> None:

@@ -3,7 +3,7 @@
     L_t = CE(D_t) + lambda * R,   groups g of the adapter vector v, anchor a = v at the block's start, p = softmax(v_g)
     literal   R = sum_g KL(softmax(v_g) || softmax(a_g))                      the paper
     code      R = literal / number of adapted modules                         the released code's mean
-    scaled    R = sum_g KL(softmax(v_g / tau_g) || softmax(a_g / tau_g)),     tau_g = std(a_g), fixed during a block
+    scaled    R = mean_g KL(softmax(v_g / tau_g) || softmax(a_g / tau_g)),    tau_g = std(a_g), fixed during a block
     l2        R = 1/2 ||v - a||^2
 
 The gradient is the closed form p * (d - E_p[d]) / tau with d = (v - a) / tau, added once per optimiser step, in
@@ -29,7 +29,7 @@ from cladapt.model.anchors import AdapterVector, Grouping
 class PesoConfig(Settings):
     """Options of PESO."""
 
-    strength: Annotated[float, Field(ge=0.0)] = 2.0
+    strength: Annotated[float, Field(ge=0.0)] = 1.0
     """lambda; 0 is plain fine-tuning, bit for bit."""
     regulariser: Literal["literal", "code", "scaled", "l2"] = "scaled"
     """Which proximal term."""
@@ -70,7 +70,8 @@ class Peso(Method):
             per_group, grad = ops.proximal_l2(value, self.anchor, self._lengths)
         else:
             per_group, grad = ops.proximal_kl(value, self.anchor, self._anchor_p, self._lengths, self._inverse_tau)
-        weight = self.config.strength / (self._vector.n_modules if self.config.regulariser == "code" else 1)
+        shares = {"code": self._vector.n_modules, "scaled": self._vector.lengths.numel()}
+        weight = self.config.strength / shares.get(self.config.regulariser, 1)
         return weight * per_group.sum(), grad.mul_(weight)
 
     @torch.no_grad()

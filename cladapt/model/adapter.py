@@ -36,7 +36,7 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int) -> "PeftModel":
         target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
     )
     try:
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
             model = get_peft_model(base.model, lora, adapter_name=NAME)
     except ValueError as error:
@@ -78,7 +78,7 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
 
 def save_adapter(folder: Path, model: "PeftModel", base: Base, provenance: Mapping[str, Any]) -> None:
     """Write PEFT's own files and, beside them, `cladapt.json`."""
-    with atomic_dir(folder) as temporary, _quiet():
+    with atomic_dir(folder) as temporary, quiet():
         model.save_pretrained(str(temporary), save_embedding_layers=False)
         record = {**provenance, "base": base.fingerprint, "sids": base.provenance["sids"], "cladapt": __version__}
         write_json(temporary / PROVENANCE, record)
@@ -112,7 +112,7 @@ def load_adapter(base: Base, folder: Path) -> "PeftModel":
     tensors = read_adapter(folder, base)
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    with _quiet():
+    with quiet():
         model = get_peft_model(base.model, config, adapter_name=NAME)
     set_adapter_tensors(model, tensors)
     return model.eval()
@@ -129,8 +129,8 @@ def unload(model: "PeftModel") -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # PEFT warns about hub look-ups and tied heads that do not concern a local base
+def quiet() -> Iterator[None]:
+    """Without what PEFT warns about that does not concern a local base: hub look-ups, tied heads, renamed names."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")

@@ -118,7 +118,8 @@ def extend_model(
     rows = max(int(model.config.vocab_size), len(tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    # a tied table once; a set would draw the noise of two tables in an order that changes from process to process
+    tables = dict.fromkeys([model.get_input_embeddings().weight, model.get_output_embeddings().weight])
     with torch.no_grad():
         for table in tables:
             old = table[:before].float()
@@ -158,6 +159,9 @@ def save_base(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write base+tokens as one directory, whole or not at all."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

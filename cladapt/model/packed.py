@@ -42,13 +42,16 @@ class TrieSoftmax:
         self.degree = self.trie.child_start.diff()
 
     def nodes(self, tokens: Tensor) -> Tensor:
-        """The trie node from which each token of [R, S] was chosen: root for a first level, -1 outside an ID."""
+        """The trie node from which each token of [R, S] was chosen, the root for a first level.
+
+        -1 for a token outside an ID, and for a code that no catalogue item has after its prefix.
+        """
         level, code = self.level[tokens], self.code[tokens]
         node = torch.where(level == 0, 0, -1)
         for depth in range(1, len(self.token)):
             child = self.trie.step(node[:, :-1], code[:, :-1])
             node[:, 1:] = torch.where(level[:, 1:] == depth, child, node[:, 1:])
-        return node
+        return torch.where(self.trie.step(node, code) >= 0, node, -1)
 
     def log_prob(self, logits: Tensor, node: Tensor, token: Tensor) -> Tensor:
         """log softmax(logits over the children of node)[token]: [n, V], [n], [n] -> float32 [n].

@@ -8,14 +8,15 @@ from cladapt.errors import ConfigError
 from cladapt.eval.protocol import differences, table
 from cladapt.pipeline import runs
 from cladapt.pipeline.ship import export
-from cladapt.run import Run
+from cladapt.run import Run, new_run_path
 from cladapt.train.sinks import Sink
 
 METHODS = ("peso", "finetune")
 
 
-def demo(out: Path, seed: int, quick: bool, sink: Sink) -> dict[str, Any]:
+def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]:
     """Simulate, pretrain, adapt with each method, test, compare, export; returns the table."""
+    out = out or new_run_path("demo", seed)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} exists and is not empty", "remove it, or choose another --out")
     simulate = SimulateConfig(seed=seed, users=150, items=100, blocks=3) if quick else SimulateConfig(seed=seed)

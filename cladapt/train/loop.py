@@ -40,6 +40,7 @@ class FitSettings:
     clip: float = 1.0
     keep: Literal["best", "last"] = "best"
     patience: int = 0  # epochs without improvement before stopping; 0 = never
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,18 @@ class Fit:
         start_score = self.score() if resume is None else math.nan
         while self.position.epoch < self.settings.epochs:
             epoch = self.position.epoch
-            steps = self._steps(epoch)
+            steps = self.steps(epoch)
             for index in range(self.position.step, len(steps)):
-                tokens += self._step(steps[index], epoch + index / len(steps))
+                tokens += self.step(steps[index], epoch + index / len(steps))
                 self.position = replace(self.position, step=index + 1, total_steps=self.position.total_steps + 1)
-                if checkpoint and checkpoint_steps and self.position.total_steps % checkpoint_steps == 0:
+                due = checkpoint_steps and self.position.total_steps % checkpoint_steps == 0
+                if checkpoint and due and self.accelerator.is_main_process:
                     checkpoint(self.snapshot())
             if self._end_epoch(epoch):
                 break
-        if self.settings.keep == "best":
-            with torch.no_grad():
-                for name, parameter in self.ctx.parameters.items():
-                    parameter.copy_(self.best[name])
+        with torch.no_grad():
+            for name, value in self.best.items():
+                self.ctx.parameters[name].copy_(value)
         self.method.end_block(self.ctx)
         return FitResult(
             epoch=self.position.best_epoch,
@@ -148,7 +149,11 @@ class Fit:
 
     def _end_epoch(self, epoch: int) -> bool:
         score = self.score()
-        self.sink.emit({"kind": "epoch", "block": self.ctx.block, "epoch": epoch + 1, "valid_log_likelihood": score})
+        if self.validation and not math.isfinite(score):
+            raise DataError(
+                f"block {self.ctx.block}, epoch {epoch + 1}: the validation log-likelihood is {score}", "lower train.lr"
+            )
+        self._emit({"kind": "epoch", "block": self.ctx.block, "epoch": epoch + 1, "valid_log_likelihood": score})
         self.position = replace(self.position, epoch=epoch + 1, step=0)
         if self.settings.keep == "last" or score > self.position.best_score:
             self.position = replace(self.position, best_epoch=epoch + 1, best_score=score)
@@ -157,7 +162,7 @@ class Fit:
         patience = self.settings.patience
         return patience > 0 and epoch + 1 - self.position.best_epoch >= patience
 
-    def _steps(self, epoch: int) -> list[list[Batch]]:
+    def steps(self, epoch: int) -> list[list[Batch]]:
         """The optimiser steps of an epoch, each a list of micro-batches."""
         rows = pack(self.documents, self.settings.row_tokens, np.random.default_rng([self.settings.seed, epoch]))
         per_batch = max(1, self.settings.batch_tokens // self.settings.row_tokens)
@@ -165,7 +170,7 @@ class Fit:
         size = self.settings.accumulation
         return [batches[i : i + size] for i in range(0, len(batches), size)]
 
-    def _step(self, micro_batches: list[Batch], progress: float) -> int:
+    def step(self, micro_batches: list[Batch], progress: float) -> int:
         """One optimiser step on the mean loss over all its targets; returns the tokens used, padding excluded."""
         began = time.perf_counter()
         ctx, ranks = self.ctx, self.accelerator.num_processes
@@ -174,16 +179,19 @@ class Fit:
         self.module.train()
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
-            local = tuple(t.to(self.accelerator.device) for t in shard(batch, self.accelerator.process_index, ranks))
+            piece = shard(batch, self.accelerator.process_index, ranks)
+            share = int(piece[3][:, 1:].sum()) / targets
+            local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
-                losses = self.module(*local)
-                loss = losses.sum() / targets
-                terms = self.method.loss_terms(ctx, local, loss)
+                with self._autocast():
+                    loss = self.module(*local).sum() / targets
+                terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
                 # DDP averages over ranks, the loss is a sum over them
-                self.accelerator.backward(ranks * (loss + sum(terms.values(), torch.zeros_like(loss))))
+                self.accelerator.backward(ranks * (loss + share * sum(terms.values(), torch.zeros_like(loss))))
             total += loss.detach()
-            ctx.log.update({name: value.item() for name, value in terms.items()})
+            for name, value in terms.items():
+                ctx.log[name] = ctx.log.get(name, 0.0) + share * value.item()
         self.method.edit_grads(ctx)
         norm = self._clip()
         for group in self.optimizer.param_groups:
@@ -193,13 +201,14 @@ class Fit:
         ctx.step += 1
         self.method.after_step(ctx)
         used = sum(int((batch[1] > 0).sum()) for batch in micro_batches)
-        self.sink.emit(
+        loss_of_step = self.accelerator.reduce(total, "sum").item()
+        self._emit(
             {
                 "kind": "step",
                 "block": ctx.block,
                 "step": ctx.step,
                 "progress": progress / self.settings.epochs,
-                "loss": self.accelerator.reduce(total, "sum").item(),
+                "loss": loss_of_step,
                 "grad_norm": norm,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "tokens": used,
@@ -208,6 +217,14 @@ class Fit:
             }
         )
         return used
+
+    def _emit(self, event: Mapping[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.sink.emit(event)
+
+    def _autocast(self) -> torch.autocast:
+        # not through accelerate, whose precision is fixed for the whole process by its first use
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _clip(self) -> float:
         parameters = list(self.ctx.parameters.values())
@@ -231,7 +248,9 @@ class Fit:
         ranks = self.accelerator.num_processes
         for batch in batches_of(rows, per_batch):
             local = shard(batch, self.accelerator.process_index, ranks)
-            total -= self.module(*(t.to(self.accelerator.device) for t in local)).double().sum()
+            with self._autocast():
+                losses = self.module(*(t.to(self.accelerator.device) for t in local))
+            total -= losses.double().sum()
         return self.accelerator.reduce(total, "sum").item() / len(self.validation)
 
     def snapshot(self) -> Snapshot:
@@ -256,8 +275,11 @@ class Fit:
                 parameter.copy_(tensors[f"parameter/{name}"])
                 prefix = f"optimizer/{name}/"
                 state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                # the fused AdamW counts its steps on the device
+                fused = self.optimizer.param_groups[0]["fused"]
                 self.optimizer.state[parameter] = {
-                    key: t.clone() if key == "step" else t.to(parameter.device).clone() for key, t in state.items()
+                    key: t.to("cpu" if key == "step" and not fused else parameter.device).clone()
+                    for key, t in state.items()
                 }
         self.best = {key.removeprefix("best/"): t for key, t in tensors.items() if key.startswith("best/")}
         self.method.load_state_dict(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from cladapt.config import BaseConfig
 from cladapt.methods import Context
 from cladapt.methods.finetune import Finetune
+from cladapt.model.adapter import quiet
 from cladapt.model.packed import PackedLoss, TrieSoftmax
 from cladapt.tokens.prompts import Document
 from cladapt.train.loop import Fit, FitResult, FitSettings
@@ -47,7 +48,8 @@ def fit_token_rows(
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     tables = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
     names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
-    wrapped = get_peft_model(model, TrainableTokensConfig(token_indices=list(new_ids), target_modules=names))
+    with quiet():
+        wrapped = get_peft_model(model, TrainableTokensConfig(token_indices=list(new_ids), target_modules=names))
     parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     result = _fit(
         PackedLoss(cast("PreTrainedModel", wrapped.get_base_model()), softmax), parameters, train, valid, config, sink

@@ -1,6 +1,7 @@
 """Where the events of a run go. An event is a flat dict with a `kind`; every sink gets all of them, in order."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,18 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends one JSON object per event to a file, with a schema version and the wall-clock time."""
+    """Appends one JSON object per event to a file, with a schema version and the wall-clock time.
+
+    A number that JSON lacks (no validation, say) becomes null.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def emit(self, event: Mapping[str, Any]) -> None:
-        line = json.dumps({"schema_version": LOG_SCHEMA_VERSION, "time": round(time.time(), 3), **event})
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+        line = json.dumps({"schema_version": LOG_SCHEMA_VERSION, "time": round(time.time(), 3), **known})
         try:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(line + "\n")

@@ -1,5 +1,7 @@
 """A run over a stream: one adapter evolves block after block, and each block leaves an adapter directory."""
 
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cladapt.artifacts import read_tensors, write_tensors
+from cladapt.artifacts import atomic_dir, read_tensors, write_tensors
 from cladapt.config import RunConfig, TrainConfig
 from cladapt.data.histories import BlockSplit, split_block
 from cladapt.data.schema import Stream
@@ -84,6 +86,7 @@ def fit_settings(config: TrainConfig, seed: int, block: int) -> FitSettings:
         weight_decay=config.weight_decay,
         clip=config.clip,
         keep=config.keep,
+        precision=config.precision,
     )
 
 
@@ -102,10 +105,14 @@ def train_stream(
     method = build(config.method)
     if not method.trains:
         return {}
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_mixed(config.train.precision))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = create_adapter(base, config.adapter, config.seed)
     if from_adapter is not None:
         set_adapter_tensors(model, read_adapter(from_adapter, base))
+        if accelerator.is_main_process:
+            _keep_start(run, from_adapter)
+    elif _start_folder(run).is_dir():  # a continued run starts where it once did
+        set_adapter_tensors(model, read_adapter(_start_folder(run), base))
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
     results: dict[int, FitResult] = {}
     checkpoints = run / "checkpoints"
@@ -134,18 +141,18 @@ def train_stream(
         results[block] = result
         if accelerator.is_main_process:
             _finish_block(run, block, model, base, method.state_dict(), provenance, result)
+            sink.emit(
+                {
+                    "kind": "block",
+                    "block": block,
+                    "kept_epoch": result.epoch,
+                    "valid_log_likelihood": result.score,
+                    "steps": result.steps,
+                    "tokens": result.tokens,
+                    "seconds": result.seconds,
+                }
+            )
         accelerator.wait_for_everyone()
-        sink.emit(
-            {
-                "kind": "block",
-                "block": block,
-                "kept_epoch": result.epoch,
-                "valid_log_likelihood": result.score,
-                "steps": result.steps,
-                "tokens": result.tokens,
-                "seconds": result.seconds,
-            }
-        )
     return results
 
 
@@ -170,21 +177,26 @@ def _finish_block(
     result: FitResult,
 ) -> None:
     write_tensors(_method_file(run, block), state)
-    parent = adapter_folder(run, block - 1)
+    parents = (adapter_folder(run, block - 1), _start_folder(run))
     record = {
         **provenance,
         "block": block,
-        "parent": parent.name if parent.is_dir() else None,
+        "parent": next((parent.name for parent in parents if parent.is_dir()), None),
         "kept_epoch": result.epoch,
-        "valid_log_likelihood": result.score,
+        "valid_log_likelihood": result.score if math.isfinite(result.score) else None,
     }
     save_adapter(adapter_folder(run, block), model, base, record)
     clear_checkpoints(run / "checkpoints", block)
 
 
+def _start_folder(run: Path) -> Path:
+    return run / "adapters" / "start"
+
+
+def _keep_start(run: Path, from_adapter: Path) -> None:
+    with atomic_dir(_start_folder(run)) as folder:
+        shutil.copytree(from_adapter, folder, dirs_exist_ok=True)
+
+
 def _method_file(run: Path, block: int) -> Path:
     return run / "method" / f"block_{block:03d}.safetensors"
-
-
-def _mixed(precision: str) -> str:
-    return "bf16" if precision == "bf16" else "no"

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +55,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line: 0 ok, 1 internal, 2 usage or config, 3 data, 4 environment, 5 check failed, 130 Ctrl-C."""
     output.debug = "--debug" in arguments
+    warnings.showwarning = _show_warning
     try:
         code = app(arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -75,6 +77,12 @@ def run(arguments: list[str]) -> int:
         typer.echo(f"error: internal: {type(error).__name__}: {' '.join(str(error).split())}", err=True)
         typer.echo("hint: run again with --debug and report the traceback", err=True)
         return 1
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+    """One `warning:` line for what the engine warns of; other packages' warnings only under `--debug`."""
+    if output.debug or f"{os.sep}cladapt{os.sep}" in filename:
+        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 def _usage(error: Any) -> int:

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory for the demo's files.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write; default: a new one in runs/.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of data, base and runs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller stream and fewer epochs: a smoke test.")] = False,
 ) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def penalty_by_autograd(ps: dict[str, nn.Parameter], anchors: list[torch.Tensor]
             continue
         tau = a.std(unbiased=False) if config.regulariser == "scaled" else 1.0
         lv, la = (v / tau).log_softmax(0), (a / tau).log_softmax(0)
-        total = total + (lv.exp() * (lv - la)).sum()
+        total = total + (lv.exp() * (lv - la)).sum() / (len(anchors) if config.regulariser == "scaled" else 1)
     return config.strength * total  # one module: the code's mean over modules equals the sum
 
 

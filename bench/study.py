@@ -1,0 +1,253 @@
+"""A study: a grid of runs on one stream, several seeds, counted and compared. `python bench/study.py RECIPE.yaml`
+
+A recipe names the source, the base, the settings common to all cells, the cells and the seeds. The stream is imported
+once, the base of a (stream, seed) is trained once and shared, and every cell is cached by the hash of its resolved
+configuration, so an interrupted study goes on where it stopped and an edited recipe redoes only what it changed.
+Tables with paired intervals over users are rebuilt from the cells and written to `bench/results/<recipe name>/`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+from pydantic import Field
+
+from cladapt.artifacts import atomic_path, hash_value, read_json, write_json
+from cladapt.config import (
+    BaseConfig,
+    BlocksConfig,
+    EvalConfig,
+    RunConfig,
+    Settings,
+    SimulateConfig,
+    TokensConfig,
+    load_recipe,
+    resolve,
+)
+from cladapt.data.readers import Columns
+from cladapt.data.schema import Stream
+from cladapt.errors import CladaptError, ConfigError
+from cladapt.eval.continual import Matrix, summaries
+from cladapt.eval.metrics import summarise, user_metrics
+from cladapt.eval.protocol import FROZEN, block_weighted, ceiling_row, metric_columns, model_row
+from cladapt.eval.significance import compare, describe
+from cladapt.pipeline import bases, runs, streams
+from cladapt.pipeline.report import regulariser_log
+from cladapt.run import Run
+from cladapt.train.sinks import MemorySink
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT.parent.parent / "shared" / "data"
+
+
+class Recipe(Settings):
+    """What a study runs."""
+
+    source: str = ""
+    """Folder of real data below the data root; empty = simulate."""
+    blocks: BlocksConfig = BlocksConfig()
+    simulate: SimulateConfig = SimulateConfig()
+    tokens: TokensConfig = TokensConfig()
+    base: BaseConfig = BaseConfig()
+    run: Mapping[str, Any] = {}
+    """Settings of `RunConfig` common to all cells."""
+    cells: Mapping[str, Mapping[str, Any]] = {}
+    """Name -> settings of `RunConfig` (and `base`, for its own base) on top of the common ones."""
+    reference: str = ""
+    """The cell that the others are compared with; empty = the first."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    name: str
+    seed: int
+    base: BaseConfig
+    config: Mapping[str, Any]
+
+
+class Study:
+    """A recipe with its working directory."""
+
+    def __init__(self, name: str, recipe: Recipe, work: Path, data: Path) -> None:
+        self.name, self.recipe, self.work, self.data = name, recipe, work, data
+        self.stream = (
+            work
+            / "streams"
+            / hash_value(recipe.model_dump(mode="json", include={"source", "blocks", "simulate", "tokens"}))
+        )
+
+    def cells(self) -> Iterator[Cell]:
+        """The grid, seed by seed so that a stopped study has whole seeds."""
+        for seed in self.recipe.seeds:
+            for name, settings in self.recipe.cells.items():
+                own = merge(self.recipe.run, settings)
+                base = merge(self.recipe.base.model_dump(mode="json"), own.pop("base", {}))
+                config = resolve(BaseConfig, {**base, "seed": seed}, f"cell {name}: base")
+                yield Cell(name, seed, config, {**own, "seed": seed})
+
+    def prepare_stream(self) -> None:
+        """Import or simulate the stream and give it IDs, once."""
+        if not (self.stream / "manifest.json").is_file():
+            if self.recipe.source:
+                streams.import_data(
+                    str(self.data / self.recipe.source), self.stream, "auto", Columns(), self.recipe.blocks
+                )
+            else:
+                streams.simulate_data(self.stream, self.recipe.simulate)
+        if not (self.stream / streams.SIDS).is_file():
+            streams.build_tokens(self.stream, self.recipe.tokens, None)
+
+    def base(self, cell: Cell) -> Path:
+        """The base of a cell, trained when it is not there yet."""
+        key = hash_value([Stream.load(self.stream).fingerprint, cell.base.model_dump(mode="json")])
+        folder = self.work / "bases" / key
+        if not folder.is_dir():
+            began = time.perf_counter()
+            report = bases.pretrain_base(self.stream, folder, cell.base, MemorySink())
+            say(f"base {key}: {time.perf_counter() - began:.0f} s, {report}")
+        return folder
+
+    def run(self, cell: Cell) -> Path:
+        """Train and measure a cell, or take it from the cache; returns its run directory."""
+        base = self.base(cell)
+        values = {**cell.config, "data": str(self.stream), "base": str(base)}
+        config = resolve(RunConfig, values, f"cell {cell.name}")
+        folder = self.work / "cells" / hash_value([config.model_dump(mode="json"), base.name, self.stream.name])
+        if (folder / "metrics.json").is_file():
+            return folder
+        began = time.perf_counter()
+        if (folder / "config.json").is_file():
+            runs.resume(folder, MemorySink())
+        else:
+            runs.train(config, folder, None, MemorySink())
+        trained = time.perf_counter()
+        runs.evaluate_run(Run.open(folder), config.eval, None, MemorySink())
+        ended = time.perf_counter()
+        write_json(folder / "seconds.json", {"train": trained - began, "evaluate": ended - trained})
+        say(
+            f"cell {cell.name}, seed {cell.seed}: trained in {trained - began:.0f} s, tested in {ended - trained:.0f} s"
+        )
+        return folder
+
+
+def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, `own` over `common`."""
+    merged = dict(common)
+    for key, value in own.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged
+
+
+def rows_of(folder: Path) -> pl.DataFrame:
+    """All per-user rows of a cell."""
+    return pl.concat([pl.read_parquet(path) for path in sorted((folder / "users").glob("block_[0-9]*.parquet"))])
+
+
+def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
+    """`summary` (a line per cell name, seeds pooled), `differences` against the reference, `cells` (a line each)."""
+    pooled: dict[str, list[pl.DataFrame]] = {}
+    lines, counts, ceiling = [], {}, {}
+    config = EvalConfig()
+    for cell, folder in done:
+        run, rows = Run.open(folder), rows_of(folder)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        config, first = run.config.eval, metrics["base_block"]
+        current = rows.filter((pl.col("model_block") == pl.col("block")) & (pl.col("model_block") > first))
+        frozen = rows.filter((pl.col("model_block") == first) & (pl.col("block") > first))
+        own = current if current.height else frozen
+        pooled.setdefault(cell.name, []).append(own.with_columns(seed=pl.lit(cell.seed)))
+        base_name = (
+            FROZEN if cell.base == done[0][0].base.model_copy(update={"seed": cell.seed}) else f"{FROZEN} ({cell.name})"
+        )
+        if not any(frame["seed"][0] == cell.seed for frame in pooled.get(base_name, [])):
+            pooled.setdefault(base_name, []).append(frozen.with_columns(seed=pl.lit(cell.seed)))
+        for path in (folder / "users").glob("[!b]*.parquet"), (folder / "users").glob("block_p*.parquet"):
+            counts |= {p.stem.replace("_", " "): pl.read_parquet(p) for p in path}
+        ceiling = {int(b): v for b, v in metrics["ceiling"].items()} or ceiling
+        grid = Matrix.build(summarise(rows, config.top_k), f"HR@{max(config.top_k)}", first)
+        line = {"cell": cell.name, "seed": cell.seed, **model_row(cell.name, own, config)}
+        line |= {name: mean.value if not mean.missing else None for name, mean in summaries(grid).items()}
+        chosen = [read_json(a / "cladapt.json")["valid_log_likelihood"] for a in run.adapters.values()]
+        line["valid log_likelihood"] = sum(chosen) / len(chosen) if chosen else None
+        log = regulariser_log(run)
+        for key in ("peso/distance, last", "peso/term, last", "peso/ratio, mean", "peso/cosine, mean"):
+            values = [block[key] for block in log if key in block]
+            line[key.replace("/", " ")] = sum(values) / len(values) if values else None
+        lines.append({k: v for k, v in line.items() if k not in ("model", "users") and "95 %" not in k})
+    summary = [model_row(name, pl.concat(frames), config) | {"seeds": len(frames)} for name, frames in pooled.items()]
+    summary += [model_row(name, frame, config) for name, frame in counts.items()]
+    if ceiling:
+        summary.append(ceiling_row(ceiling, config))
+    reference = study.recipe.reference or next(iter(study.recipe.cells))
+    differences = []
+    for name, frames in pooled.items():
+        if name != reference and reference in pooled:
+            line = {"difference": f"{name} - {reference}"}
+            for metric in metric_columns(config):
+                a, b = (
+                    block_weighted(user_metrics(pl.concat(f), config.top_k), metric)
+                    for f in (frames, pooled[reference])
+                )
+                effect = compare(a, b, metric, config.bootstrap)
+                line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
+                if metric in (f"HR@{max(config.top_k)}", "log_likelihood"):
+                    line[f"{metric} shown"] = describe(effect)
+            differences.append(line)
+    frames = {"cells": lines, "summary": summary, "differences": differences}
+    return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
+
+
+def write_results(study: Study, done: list[tuple[Cell, Path]], results: Path) -> None:
+    """The tables as csv, and the means on stdout."""
+    for name, frame in tables(study, done).items():
+        with atomic_path(results / study.name / f"{name}.csv") as path:
+            frame.write_csv(path, float_precision=6)
+        with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=240, float_precision=4, tbl_hide_dataframe_shape=True):
+            print(f"{study.name}: {name}\n{frame}")
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run a study from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/studies"), help="where streams, bases and cells are kept"
+    )
+    parser.add_argument("--data", type=Path, default=DATA, help="where the real data lies")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--only", nargs="*", default=None, help="run these cells alone")
+    arguments = parser.parse_args()
+    try:
+        recipe = resolve(Recipe, load_recipe(arguments.recipe), str(arguments.recipe))
+        if not recipe.cells:
+            raise ConfigError(f"{arguments.recipe} has no cells", "name at least one")
+        study = Study(arguments.recipe.stem, recipe, arguments.work, arguments.data)
+        study.prepare_stream()
+        done = []
+        for cell in study.cells():
+            if arguments.only is None or cell.name in arguments.only:
+                done.append((cell, study.run(cell)))
+        write_results(study, done, arguments.results)
+    except CladaptError as error:
+        say(f"error: {error.message}\nhint: {error.hint}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

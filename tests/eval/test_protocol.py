@@ -1,0 +1,250 @@
+"""Tables, differences and summaries against plain-Python arithmetic on small made-up rows."""
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import polars as pl
+import pytest
+
+from cladapt.config import EvalConfig, SimulateConfig
+from cladapt.data.simulate import simulate
+from cladapt.errors import ConfigError
+from cladapt.eval.baselines import evaluate_counts
+from cladapt.eval.metrics import ROWS
+from cladapt.eval.protocol import (
+    COUNTS,
+    Measures,
+    block_mean_interval,
+    ceiling_row,
+    continual_summary,
+    differences,
+    matrix,
+    measure_counts,
+    measure_run,
+    metric_columns,
+    model_row,
+    slice_table,
+    table,
+)
+from cladapt.eval.significance import NO_DIFFERENCE
+
+CONFIG = EvalConfig(top_k=(2, 4), beams=6, bootstrap=200)
+BASE = 1
+USERS = {1: "abc", 2: "abcd", 3: "ae"}  # blocks of different sizes: their means must weigh the same
+
+
+def make_rows(seed: int, model_blocks: Sequence[int] = (1, 2, 3), likelihood: bool = True) -> pl.DataFrame:
+    rows = []
+    for t, s in product(model_blocks, USERS):
+        for u, user in enumerate(USERS[s]):
+            rank = (seed + 3 * t + 5 * s + 2 * u) % 8
+            rows.append(
+                {
+                    "model_block": t,
+                    "block": s,
+                    "user": user,
+                    "item": "i",
+                    "rank": rank if rank < 6 else None,
+                    "share": 1 + (u + s) % 2,
+                    "log_likelihood": -1.0 - 0.1 * rank - 0.01 * t if likelihood else None,
+                    "frequency": u,
+                    "user_kind": "new",
+                    "new_item": False,
+                }
+            )
+    return pl.DataFrame(rows, schema=ROWS)
+
+
+def make_measures(name: str, seed: int, model_blocks: Sequence[int] = (1, 2, 3), **more: Any) -> Measures:
+    beside = {
+        counts: make_rows(7 + i, [2, 3], likelihood=False).filter(
+            (pl.col("model_block") == pl.col("block")) & (pl.col("block") > BASE)
+        )
+        for i, counts in enumerate(COUNTS)
+    }
+    return Measures(name, make_rows(seed, model_blocks), more.pop("beside", beside), BASE, CONFIG, **more)
+
+
+def value(row: dict[str, Any], metric: str) -> float:
+    rank, share = row["rank"], row["share"]
+    if metric == "log_likelihood":
+        return row["log_likelihood"]
+    if metric.endswith(" (ID)"):
+        return value({**row, "share": 1}, metric.removesuffix(" (ID)"))
+    name, _, k = metric.partition("@")
+    if rank is None or (k and rank >= int(k)):
+        return 0.0
+    return {"HR": 1.0, "NDCG": 1 / math.log2(rank + 2), "MRR": 1 / (rank + 1)}[name] / share
+
+
+def mean_of_block_means(rows: pl.DataFrame, metric: str) -> float:
+    blocks = rows["block"].unique().to_list()
+    return fmean(fmean(value(r, metric) for r in rows.filter(pl.col("block") == b).to_dicts()) for b in blocks)
+
+
+def test_a_line_is_the_mean_over_blocks_of_block_means() -> None:
+    rows = make_measures("m", 0).current
+    line = model_row("m", rows, CONFIG)
+    assert rows["block"].value_counts().sort("block")["count"].to_list() == [4, 2]
+    for metric in ["HR@2", "NDCG@2", "HR@4", "NDCG@4", "MRR", "log_likelihood", "HR@4 (ID)"]:
+        assert line[metric] == pytest.approx(mean_of_block_means(rows, metric)), metric
+    assert line["model"] == "m"
+    assert line["users"] == 5  # a..d and e; a has a row in both blocks
+    assert metric_columns(CONFIG) == ["HR@2", "HR@4", "NDCG@2", "NDCG@4", "MRR", "log_likelihood"]
+
+
+def test_the_interval_stands_around_the_line_s_value() -> None:
+    rows = make_measures("m", 0).current
+    line = model_row("m", rows, CONFIG)
+    for metric in ("HR@4", "log_likelihood"):
+        low, high = map(float, line[f"{metric} 95 %"].strip("[]").split(", "))
+        assert low < line[metric] < high
+    effect = block_mean_interval(rows.with_columns(x=pl.col("log_likelihood")), "x", 200)
+    assert effect is not None
+    assert effect.mean == pytest.approx(line["log_likelihood"])
+
+
+def test_one_user_has_values_but_no_interval_and_a_model_without_likelihood_says_none() -> None:
+    rows = make_measures("m", 0).current.filter(pl.col("user") == "a")
+    line = model_row("m", rows, CONFIG)
+    assert line["HR@4"] == pytest.approx(mean_of_block_means(rows, "HR@4"))
+    assert (line["users"], line["HR@4 95 %"]) == (1, None)
+    counts = model_row("markov", rows.with_columns(log_likelihood=pl.lit(None, pl.Float64)), CONFIG)
+    assert counts["log_likelihood"] is None
+    assert counts["HR@4"] == line["HR@4"]
+
+
+def test_current_and_frozen_rows() -> None:
+    measures = make_measures("m", 0)
+    assert set(measures.current.select("model_block", "block").rows()) == {(2, 2), (3, 3)}
+    assert set(measures.frozen.select("model_block", "block").rows()) == {(1, 2), (1, 3)}
+
+
+def test_the_table_lists_runs_then_what_stands_beside_them() -> None:
+    ceiling = {2: {"HR@2": 0.5, "log_likelihood": -1.0}, 3: {"HR@2": 0.7, "log_likelihood": -3.0}}
+    first, second = make_measures("peso", 0, ceiling=ceiling), make_measures("finetune", 4)
+    lines = table([first, second])
+    assert [line["model"] for line in lines] == ["peso", "finetune", "frozen", *COUNTS, "ceiling"]
+    assert lines[0] == model_row("peso", first.current, CONFIG)
+    assert lines[1] == model_row("finetune", second.current, CONFIG)
+    assert lines[2] == model_row("frozen", first.frozen, CONFIG)
+    assert lines[3] == model_row(COUNTS[0], first.beside[COUNTS[0]], CONFIG)
+    assert lines[-1] == ceiling_row(ceiling, CONFIG)
+    assert lines[-1]["HR@2"] == pytest.approx(0.6)
+    assert lines[-1]["log_likelihood"] == pytest.approx(-2.0)
+    assert lines[-1]["MRR"] is None
+    assert "ceiling" not in [line["model"] for line in table([second])]
+
+
+def test_a_difference_is_the_difference_of_two_cells() -> None:
+    measures = [make_measures("peso", 0), make_measures("finetune", 4)]
+    cells = {line["model"]: line for line in table(measures)}
+    lines = differences(measures)
+    assert [line["difference"] for line in lines] == [f"peso - {n}" for n in ("finetune", "frozen", *COUNTS)]
+    for line in lines:
+        other = cells[line["difference"].removeprefix("peso - ")]
+        assert line["HR@4"] == pytest.approx(cells["peso"]["HR@4"] - other["HR@4"])
+        if other["log_likelihood"] is None:
+            assert line["log_likelihood"] is None
+            assert "log_likelihood shown" not in line
+        else:
+            expected = cells["peso"]["log_likelihood"] - other["log_likelihood"]
+            assert line["log_likelihood"] == pytest.approx(expected)
+
+
+def test_equal_runs_show_no_difference_and_a_constant_gain_is_shown() -> None:
+    first = make_measures("peso", 0)
+    better = Measures("b", first.rows.with_columns(pl.col("log_likelihood") + 0.5), {}, BASE, CONFIG)
+    (same, *_), (gain, *_) = differences([first, make_measures("twin", 0)]), differences([better, first])
+    assert (same["HR@4"], same["HR@4 shown"]) == (0.0, NO_DIFFERENCE)
+    assert gain["log_likelihood"] == pytest.approx(0.5)
+    assert gain["log_likelihood shown"].startswith("+0.5000 [")
+
+
+def test_a_run_that_adapts_nothing_has_the_base_s_rows_alone() -> None:
+    measures = make_measures("frozen", 0, model_blocks=[1])
+    assert measures.current.is_empty()
+    assert [line["model"] for line in table([measures])] == ["frozen", *COUNTS]
+    assert table([measures])[0]["MRR"] == pytest.approx(mean_of_block_means(measures.frozen, "MRR"))
+    assert differences([measures]) == []
+    # beside a run that adapts it stands once, as the frozen line
+    lines = table([make_measures("peso", 0), measures])
+    assert [line["model"] for line in lines] == ["peso", "frozen", *COUNTS]
+
+
+def test_the_matrix_holds_the_mean_of_every_cell() -> None:
+    measures = make_measures("m", 0)
+    grid = matrix(measures, "NDCG@4")
+    assert (grid.model_blocks, grid.blocks, grid.base) == ((1, 2, 3), (1, 2, 3), BASE)
+    for t, s in product((1, 2, 3), repeat=2):
+        cell = measures.rows.filter((pl.col("model_block") == t) & (pl.col("block") == s))
+        assert grid[t, s] == pytest.approx(fmean(value(row, "NDCG@4") for row in cell.to_dicts()))
+
+
+def test_continual_summaries_by_hand() -> None:
+    measures = make_measures("m", 0)
+    r = matrix(measures, "MRR")
+    (line,) = continual_summary(measures, ["MRR"])
+    assert line == {
+        "metric": "MRR",
+        "average": pytest.approx((r[2, 2] + r[3, 3]) / 2),
+        "backward transfer": pytest.approx((r[3, 1] - r[1, 1] + r[3, 2] - r[2, 2]) / 2),
+        "forward transfer": pytest.approx(r[2, 3] - r[1, 3]),
+        "plasticity": pytest.approx((r[2, 2] - r[1, 2] + r[3, 3] - r[2, 3]) / 2),
+    }
+    (nothing,) = continual_summary(make_measures("frozen", 0, model_blocks=[1]), ["MRR"])
+    assert nothing["average"] is None
+
+
+def test_every_model_meets_every_block_in_order() -> None:
+    asked, notes = [], []
+
+    def rows(lm: str, model_block: int, block: int) -> pl.DataFrame:
+        asked.append((lm, model_block, block))
+        return make_rows(0, [model_block]).filter(pl.col("block") == block)
+
+    evaluator: Any = SimpleNamespace(rows=rows, config=CONFIG)
+    models: Any = iter([(1, "base"), (2, "second")])
+    found = measure_run(evaluator, models, [1, 3], notes.append)
+    assert asked == [("base", 1, 1), ("base", 1, 3), ("second", 2, 1), ("second", 2, 3)]
+    assert found.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert notes[1] == "tested the model of block 1 on block 3: 2 users"
+
+
+def test_counts_are_made_up_to_the_tested_block_for_the_run_s_users() -> None:
+    stream = simulate(SimulateConfig(users=40, items=40, topics=4, blocks=3)).stream
+    everyone = {b: evaluate_counts(stream, "markov", b, b, True, CONFIG.beams) for b in (2, 3)}
+    chosen = pl.concat([everyone[2].head(3), everyone[3].head(2)])
+    found = measure_counts(stream, chosen, [2, 3], CONFIG)
+    assert list(found) == list(COUNTS)
+    assert found["markov"].equals(chosen)
+    for name in COUNTS:
+        assert found[name].select("block", "user").equals(chosen.select("block", "user"))
+
+
+def test_slices_take_the_run_s_current_rows_or_the_base_s() -> None:
+    stream = simulate(SimulateConfig(users=40, items=40, topics=4, blocks=3)).stream
+    measures, frozen = make_measures("m", 0), make_measures("frozen", 0, model_blocks=[1])
+    for which, rows in ((measures, measures.current), (frozen, frozen.frozen)):
+        lines = {line["slice"]: line for line in slice_table(which, stream)}
+        assert lines["all"]["MRR"] == pytest.approx(fmean(value(row, "MRR") for row in rows.to_dicts()))
+        assert list(lines["all"]) == ["slice", "users", "HR@4", "MRR", "log_likelihood"]
+        assert lines["new users"]["users"] == rows["user"].n_unique()
+        assert lines["dormant users"]["users"] == 0
+
+
+def test_the_current_scope_tests_each_model_on_its_own_block_and_the_base_on_the_later_ones() -> None:
+    def rows(lm: str, model_block: int, block: int) -> pl.DataFrame:
+        return make_rows(0, [model_block]).filter(pl.col("block") == block)
+
+    config = EvalConfig(top_k=(2,), scope="current")
+    evaluator: Any = SimpleNamespace(rows=rows, config=config)
+    models: Any = [(1, "base"), (2, "second"), (3, "third")]
+    found = measure_run(evaluator, models, [1, 2, 3], lambda _: None)
+    assert found.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 2), (1, 3), (2, 2), (3, 3)]
+    with pytest.raises(ConfigError, match=r"no model is tested on \[1\] with scope=current"):
+        measure_run(evaluator, models, [1], lambda _: None)

@@ -1,0 +1,145 @@
+"""A merged checkpoint against base + adapter: weights by the formula, logits, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import LoraModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cladapt.artifacts import read_tensors, write_tensors
+from cladapt.config import AdapterConfig
+from cladapt.errors import CheckFailed, DataError
+from cladapt.export.merge import logits, merge, probe_tokens
+from cladapt.model.adapter import adapter_parameters, create_adapter, load_adapter, save_adapter
+from cladapt.model.load import load_base, new_model, save_base
+from cladapt.tokens.sids import SidTable
+
+SIDS = SidTable(tuple(f"i{n}" for n in range(12)), np.array(list(np.ndindex(4, 3))), (4, 3))
+SETTINGS = AdapterConfig(rank=3, alpha=12.0)
+
+
+def make_base(folder: Path, seed: int) -> Path:
+    model, tokenizer = new_model("tiny", SIDS, seed)
+    save_base(folder, model, tokenizer, SIDS, {"fitted_block": 1, "stream": "s"})
+    return folder
+
+
+def make_adapter(folder: Path, base_folder: Path) -> Path:
+    base = load_base(base_folder)
+    model = create_adapter(base, SETTINGS, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(folder, model, base, {"block": 3, "stream": "s", "method": "peso"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "base", 0)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapter") / "adapter", base)
+
+
+def test_the_merged_weights_are_w_plus_scale_b_a(base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = merge(adapter, base, tmp_path / "out")
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in factors}
+    assert len(adapted) == 14  # seven linear layers in each of two blocks
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        module = name.removesuffix(".weight")
+        expected = weight.double()
+        if module in adapted:
+            a, b = (factors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+            expected = expected + 12.0 / 3 * b @ a
+        torch.testing.assert_close(after[name].double(), expected, atol=1e-6, rtol=0)
+    assert 0.0 < report.max_difference <= report.bound
+    assert report.mean_difference <= report.max_difference
+
+
+def test_the_merged_checkpoint_answers_as_base_and_adapter_do(base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = merge(adapter, base, tmp_path / "out")
+    plain = load_base(base)
+    probe = probe_tokens(plain)
+    bare = logits(plain.model, probe)
+    expected = logits(load_adapter(plain, adapter), probe)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    difference = (logits(merged, probe) - expected).abs().max().item()
+    assert difference == pytest.approx(report.max_difference, rel=0.5, abs=1e-6)
+    assert (bare - expected).abs().max().item() > 100 * report.bound  # the adapter says something
+
+
+def test_the_merged_base_says_what_it_has_seen_and_where_it_comes_from(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merge(adapter, base, tmp_path / "out")
+    parent, merged = load_base(base), load_base(tmp_path / "out")
+    # a run that adapts it further must start after the adapter's block, or it would learn that block twice
+    assert merged.fitted_block == 3
+    assert merged.provenance["stream"] == "s"
+    assert merged.provenance["parent_base"] == parent.fingerprint != merged.fingerprint
+    assert merged.provenance["merged"]["method"] == "peso"
+    assert merged.sids.fingerprint == parent.sids.fingerprint
+
+
+def test_probes_are_seeded_histories_of_items(base: Path) -> None:
+    loaded = load_base(base)
+    probe = probe_tokens(loaded)
+    assert probe.shape == (8, 1 + 32)
+    assert torch.equal(probe, probe_tokens(loaded))
+    assert (probe[:, 0] == loaded.bos()).all()
+    assert {tuple(item) for item in probe[:, 1:].unflatten(1, (-1, 2)).flatten(0, 1).tolist()} <= {
+        tuple(item) for item in loaded.item_tokens().tolist()
+    }
+
+
+def scale_one_factor(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
+    next(p for name, p in self.named_parameters() if "lora_B" in name).data.mul_(1.5)
+    return LORA_MERGE(self, *args, **kwargs)
+
+
+LORA_MERGE = LoraModel.merge_and_unload
+
+
+def test_a_merge_that_changes_the_answers_is_refused_and_nothing_written(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraModel, "merge_and_unload", scale_one_factor)
+    with pytest.raises(CheckFailed, match=r"merging .*adapter changes the logits by .*, allowed .*\(serve the adapter"):
+        merge(adapter, base, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tolerance_is_what_the_check_goes_by(base: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="allowed 0 "):
+        merge(adapter, base, tmp_path / "out", tolerance=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(base: Path, bad: float, tmp_path: Path) -> None:
+    broken = make_adapter(tmp_path / "adapter", base)
+    tensors = read_tensors(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = bad
+    write_tensors(broken / "adapter_model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(CheckFailed, match=r"merging .*adapter: its logits are not finite \(train it again"):
+        merge(broken, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", 1)
+    with pytest.raises(DataError, match=r"was trained on the base .*, this base is .*give the base directory"):
+        merge(adapter, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,289 @@
+"""Packed rows against plain forward passes, and the trie's softmax against sums over the item list."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cladapt.config import AdapterConfig
+from cladapt.errors import DataError
+from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
+from cladapt.model.load import Base
+from cladapt.model.packed import PackedLoss, TrieSoftmax, block_mask
+from cladapt.tokens.prompts import Document, PackedForm, PromptForm, Template, pack
+from cladapt.tokens.sids import SidTable
+from cladapt.tokens.tokenizer import make_tokenizer, sid_token_ids
+from cladapt.tokens.trie import Trie
+
+# the prefix (0, 0) branches, (0, 1) and (1,) have only children, (2, 2, 1) is two items'
+CODES = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [2, 2, 1], [2, 2, 1], [2, 2, 2], [2, 1, 0]])
+SIZES = (4, 3, 4)
+
+
+def table(codes: np.ndarray = CODES, sizes: tuple[int, ...] = SIZES) -> SidTable:
+    return SidTable(tuple(f"i{k}" for k in range(len(codes))), codes, sizes)
+
+
+def make_base(sids: SidTable) -> Base:
+    tokenizer = make_tokenizer(sids)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config._attn_implementation = "sdpa"
+        config.initializer_range = 0.3  # far from uniform
+        lm = LlamaForCausalLM(config).eval()
+    return Base(lm.requires_grad_(False), tokenizer, sids, {})
+
+
+def make_softmax(base: Base, catalogue: np.ndarray | None = None) -> TrieSoftmax:
+    ids = torch.from_numpy(sid_token_ids(base.tokenizer, base.sids))
+    levels = [ids[a:b] for a, b in pairwise(base.sids.offsets.tolist())]
+    codes = base.sids.codes if catalogue is None else catalogue
+    return TrieSoftmax(Trie.build(codes), levels, len(base.tokenizer), torch.device("cpu"))
+
+
+def document(base: Base, items: list[int], first_target: int = 0) -> Document:
+    tokens = base.item_tokens()[items].numpy().ravel()
+    loss = np.arange(1 + len(tokens)) > first_target * base.sids.levels
+    return Document(np.r_[base.bos(), tokens], loss)
+
+
+def rows_of(documents: list[Document], size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = pack(documents, size, None)
+    return tuple(torch.from_numpy(a) for a in (rows.tokens, rows.document, rows.position, rows.loss))  # type: ignore[return-value]
+
+
+def log_likelihood(base: Base, prompt: np.ndarray, item: int, catalogue: np.ndarray) -> float:
+    """Of an item after a prompt, level by level among the codes of the catalogue's items with the same prefix."""
+    ids = sid_token_ids(base.tokenizer, base.sids)
+    tokens = np.r_[prompt, base.item_tokens()[item].numpy()]
+    with torch.no_grad():
+        logits = base.model(torch.from_numpy(tokens)[None]).logits[0, len(prompt) - 1 : -1].double()
+    total, code = 0.0, base.sids.codes[item]
+    for level in range(base.sids.levels):
+        alike = catalogue[(catalogue[:, :level] == code[:level]).all(axis=1)]
+        siblings = np.unique(alike[:, level])
+        among = logits[level, ids[base.sids.offsets[level] + siblings]].log_softmax(0)
+        total += among[siblings.tolist().index(code[level])].item()
+    return total
+
+
+def test_the_mask_is_causal_inside_a_document_and_closed_outside() -> None:
+    numbers = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0]])
+    mask = block_mask(numbers, torch.float32)
+    assert mask.shape == (2, 1, 6, 6)
+    for r in range(2):
+        for i in range(6):
+            for j in range(6):
+                seen = j <= i and numbers[r, i] == numbers[r, j]
+                assert mask[r, 0, i, j] == (0.0 if seen else torch.finfo(torch.float32).min)
+    assert block_mask(numbers, torch.bfloat16).isfinite().all()
+
+
+def test_a_document_is_blind_to_its_neighbours() -> None:
+    base = make_base(table())
+    loss = PackedLoss(base.model, make_softmax(base))
+    first, second = document(base, [0, 4, 7]), document(base, [6, 1, 2])
+    other = document(base, [3, 1, 5])
+    tokens, numbers, position, marked = rows_of([first, second], 20)
+    assert numbers.max() == 2
+    of_second = marked & (numbers == 2)
+    plain = loss(tokens, numbers, position, of_second)
+    changed = tokens.clone()
+    changed[numbers == 1] = torch.from_numpy(other.tokens)
+    torch.testing.assert_close(loss(changed, numbers, position, of_second), plain, rtol=0, atol=1e-6)
+    alone = rows_of([second], 20)
+    torch.testing.assert_close(loss(*alone), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("row_tokens", [13, 26, 64])
+def test_packed_losses_equal_plain_passes_over_each_document(row_tokens: int) -> None:
+    base = make_base(table())
+    rng = np.random.default_rng(0)
+    documents = [document(base, rng.integers(8, size=n).tolist(), first_target=n // 3) for n in (1, 4, 2, 3, 4)]
+    total = 0.0
+    for d in documents:
+        tokens = torch.from_numpy(d.tokens)[None]
+        with torch.no_grad():
+            logits = base.model(tokens).logits
+        total += F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")[torch.from_numpy(d.loss[1:])].sum()
+    losses = PackedLoss(base.model)(*rows_of(documents, row_tokens))
+    assert losses.dtype == torch.float32
+    assert len(losses) == sum(d.loss.sum() for d in documents)
+    torch.testing.assert_close(losses.sum(), torch.as_tensor(total), rtol=1e-5, atol=0)
+
+
+def test_the_vocabulary_softmax_is_the_models_own_loss() -> None:
+    base = make_base(table())
+    d = document(base, [0, 4, 7, 2], first_target=2)
+    tokens = torch.from_numpy(d.tokens)[None]
+    labels = torch.where(torch.from_numpy(d.loss), tokens, -100)
+    with torch.no_grad():
+        own = base.model(tokens, labels=labels).loss
+    torch.testing.assert_close(PackedLoss(base.model)(*rows_of([d], len(d.tokens))).mean(), own)
+
+
+def test_nodes_are_the_prefixes_of_the_catalogue() -> None:
+    base = make_base(table())
+    softmax = make_softmax(base)
+    codes = base.sids.codes
+    # a reference numbering: the root, then level by level the distinct prefixes in ascending order
+    prefixes = [(), *(tuple(p) for level in (1, 2, 3) for p in np.unique(codes[:, :level], axis=0).tolist())]
+    tokens = torch.from_numpy(np.stack([document(base, [i, j]).tokens for i in range(8) for j in range(8)]))
+    node = softmax.nodes(tokens)
+    assert (node[:, 0] == -1).all()  # bos
+    for row, (i, j) in enumerate((i, j) for i in range(8) for j in range(8)):
+        expected = [prefixes.index(tuple(codes[item, :level].tolist())) for item in (i, j) for level in range(3)]
+        assert node[row, 1:].tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_log_probabilities_over_the_catalogue_sum_to_one_and_match_the_item_list(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = np.unique(rng.integers((3, 2, 4), size=(9, 3)), axis=0)
+    base = make_base(table(codes, (3, 2, 4)))
+    softmax = make_softmax(base)
+    n = len(codes)
+    tokens = base.item_tokens()
+    prefixes = {tuple(c[:level]) for c in codes.tolist() for level in range(3)}
+    after = {p: torch.from_numpy(rng.normal(size=len(base.tokenizer)) * 3).float() for p in sorted(prefixes)}
+    logits = torch.stack([torch.stack([after[tuple(c[:level])] for level in range(3)]) for c in codes.tolist()])
+    log_prob = softmax.log_prob(logits.flatten(0, 1), softmax.nodes(tokens).flatten(), tokens.flatten()).view(n, 3)
+    assert log_prob.sum(dim=1).double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    for i in range(n):
+        for level in range(3):
+            alike = codes[(codes[:, :level] == codes[i, :level]).all(axis=1)]
+            siblings = {int(t[level]) for t, c in zip(tokens, codes, strict=True) if c.tolist() in alike.tolist()}
+            denominator = sum(math.exp(logits[i, level, t].item()) for t in siblings)
+            expected = logits[i, level, tokens[i, level]].item() - math.log(denominator)
+            assert log_prob[i, level].item() == pytest.approx(expected, abs=1e-5)
+            if len(siblings) == 1:
+                assert log_prob[i, level].item() == 0.0
+
+
+def test_the_trie_loss_of_a_model_is_minus_the_log_likelihood_among_items() -> None:
+    base = make_base(table())
+    catalogue = CODES[[0, 1, 2, 3, 4, 6]]
+    loss = PackedLoss(base.model, make_softmax(base, catalogue))
+    for items in ([2, 4], [5, 0], [7, 1, 6]):  # 7 is outside the catalogue, but only seen, not predicted
+        d = document(base, items, first_target=len(items) - 1)
+        expected = log_likelihood(base, document(base, items[:-1]).tokens, items[-1], catalogue)
+        assert loss(*rows_of([d], 16)).sum().item() == pytest.approx(-expected, abs=1e-5)
+
+
+def test_an_only_child_costs_nothing_and_is_left_out() -> None:
+    base = make_base(table())
+    loss = PackedLoss(base.model, make_softmax(base))
+    assert len(loss(*rows_of([document(base, [0])], 4))) == 3
+    assert len(loss(*rows_of([document(base, [2])], 4))) == 2  # (0, 1) has one item
+    assert len(loss(*rows_of([document(base, [3])], 4))) == 1  # (1,) leads to one item
+    single = PackedLoss(base.model, make_softmax(base, CODES[:1]))
+    assert len(single(*rows_of([document(base, [0, 0])], 7))) == 0
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "target"),
+    [
+        (CODES[:3], 3),  # its first code is unknown
+        (CODES[[0, 1, 6]], 7),  # known first code, unknown second
+        (CODES[[0, 2, 3, 7]], 1),  # known prefix (0, 0) with the only child 0, but its own last code is 1
+        (CODES[[0, 1, 4]], 6),  # the same, elsewhere
+        (np.array([[2, 2, 0], [2, 2, 3]]), 4),  # known prefix with several children, its own not among them
+    ],
+)
+def test_a_target_outside_the_catalogue_is_a_data_error(catalogue: np.ndarray, target: int) -> None:
+    base = make_base(table())
+    loss = PackedLoss(base.model, make_softmax(base, catalogue))
+    with pytest.raises(DataError, match="a target's semantic ID is not in the catalogue") as caught:
+        loss(*rows_of([document(base, [0, target], first_target=1)], 8))
+    assert caught.value.hint == "use a catalogue that holds every target"
+
+
+def test_padding_rows_and_empty_targets_stay_finite() -> None:
+    base = make_base(table())
+    tokens, numbers, position, marked = rows_of([document(base, [0, 4])], 12)
+    tokens, numbers, position, marked = (
+        torch.cat([t, torch.zeros_like(t)]) for t in (tokens, numbers, position, marked)
+    )
+    for softmax in (None, make_softmax(base)):
+        loss = PackedLoss(base.model, softmax)
+        assert loss(tokens, numbers, position, marked).isfinite().all()
+        assert loss(tokens, numbers, position, torch.zeros_like(marked)).shape == (0,)
+
+
+def test_the_mark_on_a_first_token_counts_for_nothing() -> None:
+    base = make_base(table())
+    tokens, numbers, position, marked = rows_of([document(base, [0, 4])], 7)
+    plain = PackedLoss(base.model)(tokens, numbers, position, marked)
+    marked[:, 0] = True
+    assert torch.equal(PackedLoss(base.model)(tokens, numbers, position, marked), plain)
+    assert marked[:, 0].all()  # the caller's tensor is left alone
+
+
+@pytest.mark.parametrize("trie", [True, False])
+def test_every_trainable_tensor_gets_a_gradient(trie: bool) -> None:
+    base = make_base(table())
+    model = create_adapter(base, AdapterConfig(rank=2, dropout=0.0), seed=0)
+    parameters = adapter_parameters(model)
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    loss = PackedLoss(adapted_lm(model), make_softmax(base) if trie else None)
+    loss(*rows_of([document(base, [0, 4, 6, 1])], 16)).mean().backward()
+    assert parameters
+    for name, p in parameters.items():
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_the_gradient_is_that_of_the_plain_model() -> None:
+    base = make_base(table())
+    lm = base.model.double().requires_grad_(True)
+    d = document(base, [0, 4, 7, 2], first_target=1)
+    tokens = torch.from_numpy(d.tokens)[None]
+    lm(tokens, labels=torch.where(torch.from_numpy(d.loss), tokens, -100)).loss.backward()
+    plain = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad()
+    PackedLoss(lm)(*rows_of([d, document(base, [1])], 20))[: d.loss.sum()].mean().backward()
+    assert plain.keys() == {name for name, _ in lm.named_parameters()}
+    for name, p in lm.named_parameters():
+        # the loss is in float32 by contract, the rest here in float64
+        torch.testing.assert_close(p.grad, plain[name], rtol=1e-4, atol=1e-7)
+
+
+def test_one_packed_pass_gives_every_target_the_loss_of_its_own_prompt() -> None:
+    base = make_base(table())
+    form = PackedForm(base.item_tokens().numpy(), base.bos(), window=8, row_tokens=40)
+    items = np.array([0, 4, 6, 1, 2, 7])
+    loss = PackedLoss(base.model, make_softmax(base))
+    separately = [log_likelihood(base, form.prompt(items[:k]), items[k], CODES) for k in range(len(items))]
+    (packed,) = form.documents(items, 0)
+    assert loss(*rows_of([packed], 40)).sum().item() == pytest.approx(-sum(separately), abs=1e-4)
+    (tail,) = form.documents(items, 4)
+    assert loss(*rows_of([tail], 40)).sum().item() == pytest.approx(-sum(separately[4:]), abs=1e-4)
+
+
+def test_a_worded_prompt_and_its_document_mean_the_same() -> None:
+    base = make_base(table())
+    form = PromptForm(
+        base.item_tokens().numpy(), base.tokenizer, window=3, row_tokens=40, template=Template("a {items} b", "c", ", ")
+    )
+    items = np.array([0, 4, 6, 1, 2])
+    separately = [log_likelihood(base, form.prompt(items[:k]), items[k], CODES) for k in range(len(items))]
+    documents = form.documents(items, 0)
+    for softmax_rows in (rows_of(documents, 40), rows_of(documents, 20)):
+        total = PackedLoss(base.model, make_softmax(base))(*softmax_rows).sum().item()
+        assert total == pytest.approx(-sum(separately), abs=1e-4)

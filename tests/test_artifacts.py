@@ -1,0 +1,186 @@
+"""Atomic writes, and what the readers say about files that cannot be used."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from cladapt.artifacts import (
+    atomic_dir,
+    atomic_path,
+    hash_file,
+    hash_value,
+    read_json,
+    read_parquet,
+    read_tensors,
+    write_json,
+    write_parquet,
+    write_tensors,
+)
+from cladapt.errors import DataError, EnvironmentProblem
+
+Atomic = Callable[[Path], AbstractContextManager[Path]]
+
+
+def put(path: Path, text: str, writer: Atomic) -> None:
+    (path if writer is atomic_path else path / "inside").write_text(text)
+
+
+def get(path: Path, writer: Atomic) -> str:
+    return (path if writer is atomic_path else path / "inside").read_text()
+
+
+both = pytest.mark.parametrize("writer", [atomic_path, atomic_dir])
+
+
+@both
+def test_a_write_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path, writer: Atomic) -> None:
+    target = tmp_path / "new" / "target"
+    for text in ("old", "new"):
+        with writer(target) as temporary:
+            assert temporary.parent == target.parent  # a rename must not cross file systems
+            put(temporary, text, writer)
+        assert get(target, writer) == text
+    assert os.listdir(target.parent) == ["target"]
+
+
+@both
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, DataError("a", "b")])
+def test_a_failure_inside_keeps_the_old_and_leaves_nothing_else(
+    tmp_path: Path, writer: Atomic, error: type[BaseException] | BaseException
+) -> None:
+    target = tmp_path / "target"
+    with writer(target) as temporary:
+        put(temporary, "old", writer)
+    with pytest.raises(error if isinstance(error, type) else type(error)), writer(target) as temporary:  # noqa: PT012
+        put(temporary, "half", writer)
+        assert get(target, writer) == "old"
+        raise error
+    assert get(target, writer) == "old"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@both
+def test_a_failure_inside_a_first_write_leaves_nothing(tmp_path: Path, writer: Atomic) -> None:
+    with pytest.raises(ZeroDivisionError), writer(tmp_path / "target") as temporary:  # noqa: PT012
+        put(temporary, "half", writer)
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+@both
+def test_a_failed_rename_brings_the_old_back(tmp_path: Path, writer: Atomic, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "target", Path.rename
+    with writer(target) as temporary:
+        put(temporary, "old", writer)
+
+    def fail(self: Path, onto: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(self, onto)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*target: No space left on device"):  # noqa: SIM117
+        with writer(target) as temporary:
+            put(temporary, "new", writer)
+    assert get(target, writer) == "old"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@both
+def test_a_parent_that_is_a_file_is_an_environment_problem(tmp_path: Path, writer: Atomic) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EnvironmentProblem, match="cannot write") as caught, writer(tmp_path / "file" / "x" / "y"):
+        pass
+    assert caught.value.hint == "check the permissions and the free space there"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@both
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_forbidden_folder_is_an_environment_problem(tmp_path: Path, writer: Atomic) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(EnvironmentProblem, match="Permission denied"), writer(tmp_path / "target") as temporary:
+        put(temporary, "new", writer)
+
+
+def test_a_folder_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    with pytest.raises(EnvironmentProblem, match="target: it is a file"), atomic_dir(tmp_path / "target"):
+        pass
+    assert (tmp_path / "target").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_json_keeps_order_and_text(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"z": 1, "a": ["ü", None, 0.1]})
+    assert (tmp_path / "a.json").read_text("utf-8").startswith('{\n  "z": 1')
+    assert "ü" in (tmp_path / "a.json").read_text("utf-8")
+    assert read_json(tmp_path / "a.json") == {"z": 1, "a": ["ü", None, 0.1]}
+
+
+def test_parquet_and_tensors_read_back_what_was_written(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": [1, 2], "b": ["x", None]})
+    write_parquet(tmp_path / "a.parquet", frame)
+    assert read_parquet(tmp_path / "a.parquet", {"a": pl.Int64(), "b": pl.String()}).equals(frame)
+    base = torch.arange(6.0).view(2, 3)
+    tensors = {"t": base.t(), "half": base.bfloat16(), "bytes": torch.tensor([255], dtype=torch.uint8)}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"k": "v"})
+    read = read_tensors(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_no_tensor_at_all_is_a_file_too(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {})
+    assert read_tensors(tmp_path / "a.safetensors") == {}
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors, lambda path: read_parquet(path, {})])
+def test_an_absent_file_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(DataError, match=f"no such file: {tmp_path / 'absent'}"):
+        read(tmp_path / "absent")
+
+
+def test_broken_json_is_located(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n  "a": 1,\n  oops\n}')
+    with pytest.raises(DataError, match=r"a\.json:3:3: not valid JSON: Expecting property name"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b'"\xff"')
+    with pytest.raises(DataError, match=r"cannot read .*a\.json") as caught:
+        read_json(tmp_path / "a.json")
+    assert caught.value.hint == "expected a UTF-8 JSON file"
+    with pytest.raises(DataError, match="cannot read"):
+        read_json(tmp_path)
+
+
+def test_truncated_binary_files_are_data_errors(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"t": torch.zeros(100)})
+    write_parquet(tmp_path / "a.parquet", pl.DataFrame({"a": [1]}))
+    for name in ("a.safetensors", "a.parquet"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.safetensors: not a readable safetensors file"):
+        read_tensors(tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file"):
+        read_parquet(tmp_path / "a.parquet", {"a": pl.Int64()})
+
+
+def test_wrong_columns_are_all_named_with_what_was_expected(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", pl.DataFrame({"a": [1], "b": ["x"]}))
+    with pytest.raises(DataError, match=r"wrong columns \(b: String; c: missing\)") as caught:
+        read_parquet(tmp_path / "a.parquet", {"a": pl.Int64(), "b": pl.Int32(), "c": pl.String()})
+    assert caught.value.hint == "expected a: Int64, b: Int32, c: String"
+
+
+def test_hashes_are_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    assert hash_file(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()[:16]
+    assert hash_value({"b": 1, "a": [0.5]}) == hash_value({"a": [0.5], "b": 1})
+    assert hash_value({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()[:16]
+    assert hash_value([1, 2]) != hash_value([2, 1])

@@ -1,0 +1,88 @@
+"""The run directory: created once, found again, identified by what shapes its adapters."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cladapt.config import EvalConfig, MethodConfig, RunConfig, TrainConfig
+from cladapt.errors import ConfigError, DataError
+from cladapt.run import Run, environment, new_run_path
+
+
+@pytest.fixture(autouse=True)
+def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+CONFIG = RunConfig(seed=3, method=MethodConfig(options={"strength": 0.1}), train=TrainConfig(lr=0.1))
+
+
+def test_what_is_opened_is_what_was_created() -> None:
+    run = Run.create(Path("runs/a"), CONFIG)
+    assert Run.open(Path("runs/a")) == run
+    assert run.adapters == {}
+    found = json.loads(Path("runs/a/environment.json").read_text())
+    assert found["packages"].keys() >= {"torch", "transformers", "peft"}
+    assert found == environment()
+
+
+def test_the_latest_is_the_one_created_last_wherever_it_lies(tmp_path: Path) -> None:
+    Run.create(Path("runs/a"), CONFIG)
+    Run.create(tmp_path / "elsewhere" / "b", RunConfig())
+    latest = Run.latest()
+    assert latest.path.resolve() == (tmp_path / "elsewhere" / "b").resolve()
+    assert latest.config == RunConfig()
+
+
+def test_no_latest_run_says_how_to_make_one() -> None:
+    with pytest.raises(DataError, match=r"no run here: runs/latest\.json does not exist") as caught:
+        Run.latest()
+    assert caught.value.hint == "run `cladapt train` first, or name a run directory"
+
+
+def test_a_directory_that_holds_something_is_never_taken(tmp_path: Path) -> None:
+    Run.create(Path("runs/a"), CONFIG)
+    with pytest.raises(ConfigError, match="runs/a exists and is not empty") as caught:
+        Run.create(Path("runs/a"), CONFIG)
+    assert caught.value.hint == "continue it with --resume runs/a, or choose another --out"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file exists and is not empty"):
+        Run.create(tmp_path / "file", CONFIG)
+    (tmp_path / "empty").mkdir()
+    assert Run.create(tmp_path / "empty", CONFIG).config == CONFIG
+
+
+def test_what_is_no_run_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not a run directory: it has no config\.json"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text('{"schema_version": 99}')
+    with pytest.raises(DataError, match=r"config\.json has an unknown form") as caught:
+        Run.open(tmp_path)
+    assert caught.value.hint == "expected schema_version 1"
+    (tmp_path / "config.json").write_text('{"schema_version": 1, "config": {"sed": 1}}')
+    with pytest.raises(ConfigError, match=r"config\.json: 1 mistake: unknown key 'sed', did you mean 'seed'"):
+        Run.open(tmp_path)
+
+
+def test_adapters_are_the_finished_blocks_alone() -> None:
+    run = Run.create(Path("runs/a"), CONFIG)
+    for name in ("block_002", "block_010", ".block_011.77.tmp", "start"):
+        (run.path / "adapters" / name).mkdir(parents=True)
+    assert run.adapters == {2: run.path / "adapters" / "block_002", 10: run.path / "adapters" / "block_010"}
+
+
+def test_the_hash_follows_what_shapes_the_adapters_and_ignores_the_evaluation() -> None:
+    hashed = Run(Path("a"), CONFIG).config_hash
+    assert Run(Path("b"), CONFIG).config_hash == hashed
+    assert Run(Path("a"), CONFIG.model_copy(update={"eval": EvalConfig(beams=50)})).config_hash == hashed
+    for change in ({"seed": 4}, {"train": TrainConfig(lr=0.2)}, {"method": MethodConfig(options={"strength": 0.2})}):
+        assert Run(Path("a"), CONFIG.model_copy(update=change)).config_hash != hashed
+
+
+def test_a_new_path_names_method_and_seed_and_is_fresh() -> None:
+    first = new_run_path("peso+eisam", 7)
+    assert first.parent == Path("runs")
+    assert first.name.endswith("-peso_eisam-s7")
+    first.mkdir(parents=True)
+    assert new_run_path("peso+eisam", 7) != first
