@@ -128,7 +128,7 @@ class Study:
         if (folder / "config.json").is_file():
             runs.resume(folder, MemorySink())
         else:
-            runs.train(config, folder, None, MemorySink())
+            runs.train(config, folder, MemorySink())
         trained = time.perf_counter()
         runs.evaluate_run(Run.open(folder), config.eval, None, MemorySink())
         ended = time.perf_counter()
@@ -188,23 +188,31 @@ def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFram
     summary += [model_row(name, frame, config) for name, frame in counts.items()]
     if ceiling:
         summary.append(ceiling_row(ceiling, config))
-    reference = study.recipe.reference or next(iter(study.recipe.cells))
-    differences = []
-    for name, frames in pooled.items():
-        if name != reference and reference in pooled:
-            line = {"difference": f"{name} - {reference}"}
-            for metric in metric_columns(config):
-                a, b = (
-                    block_weighted(user_metrics(pl.concat(f), config.top_k), metric)
-                    for f in (frames, pooled[reference])
-                )
-                effect = compare(a, b, metric, config.bootstrap)
-                line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
-                if metric in (f"HR@{max(config.top_k)}", "log_likelihood"):
-                    line[f"{metric} shown"] = describe(effect)
-            differences.append(line)
+    own = study.recipe.reference or next(iter(study.recipe.cells))
+    seeds = sorted({cell.seed for cell, _ in done})
+    references = {own: pooled[own]} if own in pooled else {}
+    references |= {name: [rows.with_columns(seed=pl.lit(seed)) for seed in seeds] for name, rows in counts.items()}
+    differences = [
+        difference(name, pl.concat(frames), reference, pl.concat(others), config)
+        for reference, others in references.items()
+        for name, frames in pooled.items()
+        if name != reference and len(frames) == len(others)
+    ]
     frames = {"cells": lines, "summary": summary, "differences": differences}
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
+
+
+def difference(name: str, rows: pl.DataFrame, other: str, others: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
+    """Paired differences of two lines of the summary in every metric that both have, with intervals over users."""
+    line: dict[str, Any] = {"difference": f"{name} - {other}"}
+    a, b = (user_metrics(frame, config.top_k) for frame in (rows, others))
+    for metric in metric_columns(config):
+        if a[metric].null_count() or b[metric].null_count():
+            continue
+        effect = compare(block_weighted(a, metric), block_weighted(b, metric), metric, config.bootstrap)
+        line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
+        line[f"{metric} shown"] = describe(effect)
+    return line
 
 
 def write_results(study: Study, done: list[tuple[Cell, Path]], results: Path) -> None:
@@ -212,8 +220,11 @@ def write_results(study: Study, done: list[tuple[Cell, Path]], results: Path) ->
     for name, frame in tables(study, done).items():
         with atomic_path(results / study.name / f"{name}.csv") as path:
             frame.write_csv(path, float_precision=6)
-        with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=240, float_precision=4, tbl_hide_dataframe_shape=True):
-            print(f"{study.name}: {name}\n{frame}")
+        brief = frame.select(c for c in frame.columns if not c.endswith((" low", " high", " 95 %")) and "NDCG" not in c)
+        with pl.Config(
+            tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_column_data_types=True
+        ):
+            print(f"{study.name}: {name}\n{brief}")
 
 
 def say(text: str) -> None:

@@ -220,6 +220,8 @@ class RunConfig(Settings):
     """Stream directory; empty = the embedded simulated stream."""
     base: str = ""
     """Base+tokens directory; empty = the embedded tiny base."""
+    from_adapter: str = ""
+    """Adapter directory that the first block starts from; empty = a fresh adapter."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
     adapter: AdapterConfig = AdapterConfig()

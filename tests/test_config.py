@@ -32,7 +32,11 @@ def test_nothing_given_resolves_to_the_defaults() -> None:
 def test_a_resolved_configuration_survives_its_own_json() -> None:
     config = resolve(
         RunConfig,
-        {"adapter": {"targets": ["q_proj", "v_proj"]}, "method": {"options": {"strength": 0.1}}, "eval": {"top_k": [1]}},
+        {
+            "adapter": {"targets": ["q_proj", "v_proj"]},
+            "method": {"options": {"strength": 0.1}},
+            "eval": {"top_k": [1]},
+        },
     )
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     assert config.adapter.targets == ("q_proj", "v_proj")

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from cladapt.config import BaseConfig, EvalConfig, MethodConfig, RunConfig, SimulateConfig, TrainConfig
-from cladapt.errors import ConfigError
 from cladapt.eval.protocol import differences, table
+from cladapt.export.targets import refuse_existing
 from cladapt.pipeline import runs
 from cladapt.pipeline.ship import export
 from cladapt.run import Run, new_run_path
@@ -17,8 +17,7 @@ METHODS = ("peso", "finetune")
 def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]:
     """Simulate, pretrain, adapt with each method, test, compare, export; returns the table."""
     out = out or new_run_path("demo", seed)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} exists and is not empty", "remove it, or choose another --out")
+    refuse_existing(out)
     simulate = SimulateConfig(seed=seed, users=150, items=100, blocks=3) if quick else SimulateConfig(seed=seed)
     pretrain = BaseConfig(seed=seed, epochs=4) if quick else BaseConfig(seed=seed)
     runs.make_embedded(out / "stream", out / "base", simulate, pretrain, sink)
@@ -31,7 +30,7 @@ def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]
             method=MethodConfig(name=name),
             train=TrainConfig(epochs=2) if quick else TrainConfig(),
         )
-        runs.train(config, out / name, None, sink)
+        runs.train(config, out / name, sink)
         run = Run.open(out / name)
         measured, _ = runs.evaluate_run(run, EvalConfig(), None, sink)
         measures.append(measured)

@@ -18,7 +18,7 @@ from cladapt.data.simulate import ceiling
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.protocol import Measures, differences, measure_counts, measure_run, table
-from cladapt.methods import build
+from cladapt.methods import Method, build
 from cladapt.model.adapter import (
     adapted_lm,
     adapter_parameters,
@@ -32,7 +32,7 @@ from cladapt.model.load import Base, load_base
 from cladapt.pipeline import bases, streams
 from cladapt.pipeline.report import run_report
 from cladapt.run import RUNS, Run, new_run_path
-from cladapt.tokens.prompts import pack
+from cladapt.tokens.prompts import Form, pack
 from cladapt.train.sinks import Fan, JsonlSink, Sink
 from cladapt.train.stream import blocks_to_learn, make_form, train_stream, training_documents
 
@@ -43,24 +43,36 @@ EMBEDDED = RUNS / "embedded"
 METRICS_SCHEMA_VERSION = 1
 
 
-def train(config: RunConfig, out: Path | None, from_adapter: Path | None, sink: Sink) -> dict[str, Any]:
+def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Start a run: adapt the base to every block that it has not seen."""
     config = with_embedded(config, sink)
     stream, base = open_inputs(config)
-    build(config.method)
     blocks_to_learn(stream, base)
+    prepare(config, base)
     run = Run.create(out or new_run_path(config.method.name, config.seed), config)
-    return _learn(run, stream, base, sink, from_adapter)
+    return _learn(run, stream, base, sink)
+
+
+def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torch.nn.Parameter]]:
+    """Method, form and adapter parameters of a run: mistakes in its settings show before anything is written."""
+    method = build(config.method)
+    form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
+    model = create_adapter(base, config.adapter, config.seed)
+    if config.from_adapter:
+        set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
+    parameters = adapter_parameters(model)
+    unload(model)
+    return method, form, parameters
 
 
 def resume(path: Path, sink: Sink) -> dict[str, Any]:
     """Continue an interrupted run exactly where its last checkpoint or finished block stands."""
     run = Run.open(path)
     stream, base = open_inputs(run.config)
-    return _learn(run, stream, base, sink, None)
+    return _learn(run, stream, base, sink)
 
 
-def _learn(run: Run, stream: Stream, base: Base, sink: Sink, from_adapter: Path | None) -> dict[str, Any]:
+def _learn(run: Run, stream: Stream, base: Base, sink: Sink) -> dict[str, Any]:
     log = JsonlSink(run.path / "log.jsonl")
     backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(run.config.kernels).items()}
     log.emit({"kind": "kernels", "ops": backends})
@@ -72,10 +84,9 @@ def _learn(run: Run, stream: Stream, base: Base, sink: Sink, from_adapter: Path 
         "form": run.config.train.form,
         "window": run.config.train.window,
         "softmax": run.config.train.softmax,
+        "from_adapter": run.config.from_adapter or None,
     }
-    results = train_stream(
-        run.path, run.config, stream, base, Fan([log, sink]), run.config_hash, provenance, from_adapter
-    )
+    results = train_stream(run.path, run.config, stream, base, Fan([log, sink]), run.config_hash, provenance)
     blocks = [
         {
             "block": block,
@@ -99,10 +110,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     if not config.data or not config.base:
         raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
     stream, base = open_inputs(config)
-    method = build(config.method)
-    model = create_adapter(base, config.adapter, config.seed)
-    parameters = adapter_parameters(model)
-    form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
+    method, form, parameters = prepare(config, base)
     blocks = []
     for block in blocks_to_learn(stream, base):
         documents = training_documents(split_block(stream, block), form)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.tokens.prompts import Document, PackedRows, pack
+from cladapt.train.interrupt import deferred_interrupt
 from cladapt.train.sinks import Sink
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -116,24 +117,29 @@ class Fit:
         checkpoint_steps: int = 0,
         resume: Snapshot | None = None,
     ) -> FitResult:
-        """Train to the end and leave the kept epoch's values in the parameters."""
+        """Train to the end and leave the kept epoch's values in the parameters.
+
+        Ctrl-C takes effect after the step it comes in, and after a checkpoint.
+        """
         began, tokens = time.perf_counter(), 0
         torch.manual_seed(self.settings.seed * 1009 + self.ctx.block)
         self.method.begin_block(self.ctx)
         if resume is not None:
             self._restore(resume)
         start_score = self.score() if resume is None else math.nan
-        while self.position.epoch < self.settings.epochs:
-            epoch = self.position.epoch
-            steps = self.steps(epoch)
-            for index in range(self.position.step, len(steps)):
-                tokens += self.step(steps[index], epoch + index / len(steps))
-                self.position = replace(self.position, step=index + 1, total_steps=self.position.total_steps + 1)
-                due = checkpoint_steps and self.position.total_steps % checkpoint_steps == 0
-                if checkpoint and due and self.accelerator.is_main_process:
-                    checkpoint(self.snapshot())
-            if self._end_epoch(epoch):
-                break
+        with deferred_interrupt() as interrupted:
+            while self.position.epoch < self.settings.epochs:
+                epoch = self.position.epoch
+                steps = self.steps(epoch)
+                for index in range(self.position.step, len(steps)):
+                    tokens += self.step(steps[index], epoch + index / len(steps))
+                    self.position = replace(self.position, step=index + 1, total_steps=self.position.total_steps + 1)
+                    due = checkpoint_steps > 0 and self.position.total_steps % checkpoint_steps == 0
+                    self._pause(interrupted(), due, checkpoint)
+                finished = self._end_epoch(epoch)
+                self._pause(interrupted(), False, checkpoint)
+                if finished:
+                    break
         with torch.no_grad():
             for name, value in self.best.items():
                 self.ctx.parameters[name].copy_(value)
@@ -146,6 +152,13 @@ class Fit:
             tokens=tokens,
             seconds=time.perf_counter() - began,
         )
+
+    def _pause(self, stop: bool, due: bool, checkpoint: Callable[[Snapshot], None] | None) -> None:
+        """Between two steps: write a checkpoint where one is due or Ctrl-C came, which is then obeyed."""
+        if checkpoint and (stop or due) and self.accelerator.is_main_process:
+            checkpoint(self.snapshot())
+        if stop:
+            raise KeyboardInterrupt
 
     def _end_epoch(self, epoch: int) -> bool:
         score = self.score()

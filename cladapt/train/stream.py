@@ -1,7 +1,6 @@
 """A run over a stream: one adapter evolves block after block, and each block leaves an adapter directory."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cladapt.artifacts import atomic_dir, read_tensors, write_tensors
+from cladapt.artifacts import read_tensors, write_tensors
 from cladapt.config import RunConfig, TrainConfig
 from cladapt.data.histories import BlockSplit, split_block
 from cladapt.data.schema import Stream
@@ -98,7 +97,6 @@ def train_stream(
     sink: Sink,
     config_hash: str,
     provenance: Mapping[str, Any],
-    from_adapter: Path | None = None,
 ) -> dict[int, FitResult]:
     """Adapt to every block that the base has not seen; finished blocks of an interrupted run are taken as they are."""
     blocks = blocks_to_learn(stream, base)
@@ -107,12 +105,8 @@ def train_stream(
         return {}
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = create_adapter(base, config.adapter, config.seed)
-    if from_adapter is not None:
-        set_adapter_tensors(model, read_adapter(from_adapter, base))
-        if accelerator.is_main_process:
-            _keep_start(run, from_adapter)
-    elif _start_folder(run).is_dir():  # a continued run starts where it once did
-        set_adapter_tensors(model, read_adapter(_start_folder(run), base))
+    if config.from_adapter:
+        set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
     results: dict[int, FitResult] = {}
     checkpoints = run / "checkpoints"
@@ -177,25 +171,16 @@ def _finish_block(
     result: FitResult,
 ) -> None:
     write_tensors(_method_file(run, block), state)
-    parents = (adapter_folder(run, block - 1), _start_folder(run))
+    before = adapter_folder(run, block - 1)
     record = {
         **provenance,
         "block": block,
-        "parent": next((parent.name for parent in parents if parent.is_dir()), None),
+        "parent": before.name if before.is_dir() else provenance.get("from_adapter"),
         "kept_epoch": result.epoch,
         "valid_log_likelihood": result.score if math.isfinite(result.score) else None,
     }
     save_adapter(adapter_folder(run, block), model, base, record)
     clear_checkpoints(run / "checkpoints", block)
-
-
-def _start_folder(run: Path) -> Path:
-    return run / "adapters" / "start"
-
-
-def _keep_start(run: Path, from_adapter: Path) -> None:
-    with atomic_dir(_start_folder(run)) as folder:
-        shutil.copytree(from_adapter, folder, dirs_exist_ok=True)
 
 
 def _method_file(run: Path, block: int) -> Path:

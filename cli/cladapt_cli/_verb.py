@@ -6,6 +6,7 @@ Results go to stdout (tables, or one JSON object), progress and errors to stderr
 import functools
 import inspect
 import json as jsonlib
+import math
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -64,7 +65,8 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Comma
 def show(result: dict[str, Any]) -> None:
     """Print a result: one JSON object under `--json`, else key-value lines and a table for every list of dicts."""
     if output.json:
-        typer.echo(jsonlib.dumps({"schema_version": SCHEMA_VERSION, **result}, ensure_ascii=False, default=str))
+        found = _finite({"schema_version": SCHEMA_VERSION, **result})
+        typer.echo(jsonlib.dumps(found, ensure_ascii=False, default=str, allow_nan=False))
         return
     from rich.console import Console
     from rich.table import Table
@@ -87,6 +89,15 @@ def show(result: dict[str, Any]) -> None:
             for row in value:
                 table.add_row(*(_text(row.get(column)) for column in columns))
             console.print(table)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_rows(value: Any) -> bool:

@@ -63,6 +63,5 @@ def recommend(
     """Recommend items for histories and write them to a file."""
     from cladapt.pipeline import ship
 
-    return ship.recommend(
-        histories, out, adapter, base, block, top_k, beams or 2 * top_k, catalogue, exclude_seen=not include_seen
-    )
+    width = 2 * top_k if beams is None else beams
+    return ship.recommend(histories, out, adapter, base, block, top_k, width, catalogue, exclude_seen=not include_seen)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import cladapt
 from cladapt import __version__
 from cladapt.errors import CladaptError
 from cladapt_cli import adapters, base, config, data, demo, doctor, tokens, train
@@ -55,9 +56,9 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line: 0 ok, 1 internal, 2 usage or config, 3 data, 4 environment, 5 check failed, 130 Ctrl-C."""
     output.debug = "--debug" in arguments
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes what it does not show as *_
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="cladapt", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except CladaptError as error:
         if output.debug:
@@ -81,7 +82,8 @@ def run(arguments: list[str]) -> int:
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
     """One `warning:` line for what the engine warns of; other packages' warnings only under `--debug`."""
-    if output.debug or f"{os.sep}cladapt{os.sep}" in filename:
+    ours = filename.startswith(os.path.dirname(cladapt.__file__) + os.sep)
+    if output.debug or (ours and not output.quiet):
         typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 

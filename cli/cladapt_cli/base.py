@@ -41,5 +41,5 @@ def pretrain(
     from cladapt.config import BaseConfig, resolve
     from cladapt.pipeline import bases
 
-    values = overrides_of(override) | ({"preset": preset} if preset else {})
+    values = overrides_of(override) | ({} if preset is None else {"preset": preset})
     return bases.pretrain_base(data, out, resolve(BaseConfig, values, "base pretrain"), Progress())

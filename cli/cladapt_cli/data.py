@@ -33,8 +33,8 @@ def import_(
     from cladapt.pipeline import streams
 
     given: dict[str, Any] = {
-        "fractions": fractions.split(",") if fractions else None,
-        "dates": dates.split(",") if dates else None,
+        "fractions": None if fractions is None else fractions.split(","),
+        "dates": None if dates is None else dates.split(","),
         "min_events": min_events,
         "k_core": k_core,
     }

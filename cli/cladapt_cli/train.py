@@ -42,27 +42,28 @@ def train(
     from cladapt.errors import ConfigError
     from cladapt.pipeline import runs
 
-    if resume is not None:
-        if recipe or method or data or base or override or out or from_adapter or dry_run:
-            raise ConfigError(
-                "--resume continues a run as it was configured", "give --resume alone, or start a new run without it"
-            )
-        return runs.resume(resume, Progress())
     flags = {
         "method.name": method,
-        "data": data,
-        "base": base,
         "seed": seed,
         "train.lr": lr,
         "train.epochs": epochs,
         "adapter.rank": rank,
     }
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    values = merge_overrides(load_recipe(recipe) if recipe else {}, [*given, *(override or [])])
-    config = resolve(RunConfig, values, str(recipe) if recipe else "train")
+    named = {"data": data, "base": base, "from_adapter": from_adapter}
+    folders = {key: str(folder) for key, folder in named.items() if folder is not None}
+    if resume is not None:
+        if recipe or given or folders or override or out or dry_run:
+            raise ConfigError(
+                "--resume continues a run as it was configured", "give --resume alone, or start a new run without it"
+            )
+        return runs.resume(resume, Progress())
+    # a folder's name is no YAML: `--data 2024` means the folder, not the number
+    values = {**merge_overrides(load_recipe(recipe) if recipe else {}, given), **folders}
+    config = resolve(RunConfig, merge_overrides(values, override or []), str(recipe) if recipe else "train")
     if dry_run:
         return runs.plan(config)
-    return runs.train(config, out, from_adapter, Progress())
+    return runs.train(config, out, Progress())
 
 
 def evaluate(
@@ -78,6 +79,6 @@ def evaluate(
     from cladapt.config import merge_overrides
     from cladapt.pipeline import runs
 
-    flags = {"top_k": f"[{top_k}]" if top_k else None, "beams": beams}
+    flags = {"top_k": None if top_k is None else f"[{top_k}]", "beams": beams}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return runs.evaluate(run, merge_overrides({}, [*given, *(override or [])]), block, Progress())

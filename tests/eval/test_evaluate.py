@@ -96,9 +96,7 @@ def test_rows_of_block_2_by_hand(stream: Stream, base: Base, exclude_seen: bool)
         (1, 2, "cy", "c", 1, 2, "new", False),
     ]
     # f is born in block 3: no row of block 2 ranks it
-    expected = [
-        expected_rank(base, history, "c", "abcdeg", exclude_seen) for history in ("acdbae", "dg")
-    ]
+    expected = [expected_rank(base, history, "c", "abcdeg", exclude_seen) for history in ("acdbae", "dg")]
     assert rows["rank"].to_list() == [rank for rank, _ in expected]
     np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
     assert (rows["rank"][0] is None) == exclude_seen  # ada has had c before

@@ -17,8 +17,8 @@ from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.methods.finetune import Finetune
 from cladapt.model.packed import PackedLoss
-from cladapt.tokens.prompts import Document
-from cladapt.train.loop import Batch, Fit, FitResult, FitSettings, Snapshot, batches_of, pack, rate, shard
+from cladapt.tokens.prompts import Document, pack
+from cladapt.train.loop import Batch, Fit, FitResult, FitSettings, Snapshot, batches_of, rate, shard
 from cladapt.train.sinks import MemorySink
 
 VOCABULARY = 12
@@ -112,7 +112,9 @@ def test_a_step_follows_the_mean_over_all_its_targets_however_it_is_cut(accumula
     train = documents(14)
     # a row of 16 tokens a micro-batch, or all in one
     method, sink = Probe(), MemorySink()
-    fit = make_fit(train, method=method, sink=sink, batch_tokens=64 // accumulation, accumulation=accumulation, epochs=1)
+    fit = make_fit(
+        train, method=method, sink=sink, batch_tokens=64 // accumulation, accumulation=accumulation, epochs=1
+    )
     first, *_ = fit.steps(0)
     assert len(first) == accumulation
     assert len({int(b[3].sum()) for b in first}) == accumulation  # micro-batches of unequal weight
@@ -367,7 +369,7 @@ class Scripted(Fit):
 def test_the_kept_epoch_and_where_patience_ends(
     keep: Any, patience: int, scores: list[float], epoch: int, ran: int
 ) -> None:
-    fit = Scripted(make_fit(documents(4), keep=keep, patience=patience, epochs=len(scores)), scores)
+    fit = Scripted(make_fit(documents(4), keep=keep, patience=patience, epochs=len(scores), warmup=0.0), scores)
     result = fit.run()
     assert (result.epoch, result.score, fit.kept()) == (epoch, scores[epoch - 1], epoch)
     assert len(fit.after_epoch) == 1 + ran

@@ -1,0 +1,120 @@
+"""Base+tokens directories: a small model from scratch, and a given one with new token rows."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.data.schema import Stream
+from cladapt.errors import ConfigError, DataError
+from cladapt.model.load import load_base, new_model
+from cladapt.pipeline import bases, streams
+from cladapt.tokens.sids import SidTable
+from cladapt.train.sinks import MemorySink
+
+QUICK = BaseConfig(epochs=3)
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "stream"
+    streams.simulate_data(folder, SimulateConfig(users=60, items=40, topics=4, blocks=3))
+    streams.build_tokens(folder, TokensConfig(dimensions=8, levels=2, codes=4), None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows other tokens, some of them spelt like ours."""
+    folder = tmp_path_factory.mktemp("source") / "source"
+    model, tokenizer = new_model("tiny", SidTable(("x", "y"), np.array([[0], [1]]), (2,)), 0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_pretraining_learns_block_1_and_says_so(stream: Path, tmp_path: Path) -> None:
+    sink = MemorySink()
+    report = bases.pretrain_base(stream, tmp_path / "base", QUICK, sink)
+    base = load_base(tmp_path / "base")
+    assert base.fitted_block == 1
+    assert base.provenance["stream"] == Stream.load(stream).fingerprint
+    assert BaseConfig(**base.provenance["config"]) == QUICK
+    assert base.sids.fingerprint == streams.load_sids(stream, Stream.load(stream)).fingerprint
+    assert report["parameters"] == sum(p.numel() for p in base.model.parameters())
+    assert report["vocabulary"] == len(base.tokenizer) == 4 + len(base.sids.tokens)
+    epochs = [e["valid_log_likelihood"] for e in sink.events if e["kind"] == "epoch"]
+    assert report["valid_log_likelihood"] == max(epochs) == epochs[report["kept_epoch"] - 1]
+    assert report["valid_log_likelihood"] > -math.log(34)  # better than a uniform choice among block 1's items
+
+
+def test_pretraining_is_repeatable_and_the_seed_matters(stream: Path, tmp_path: Path) -> None:
+    one = BaseConfig(epochs=1)
+    for name, config in (("a", one), ("b", one), ("c", one.model_copy(update={"seed": 1}))):
+        bases.pretrain_base(stream, tmp_path / name, config, MemorySink())
+    prints = [load_base(tmp_path / name).fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize("form", ["packed", "prompt"])
+def test_new_rows_are_fitted_and_the_rest_of_the_model_stays(
+    form: str, stream: Path, source: Path, tmp_path: Path
+) -> None:
+    config = BaseConfig(epochs=2, batch_tokens=2048, row_tokens=512)
+    report = bases.init_base(str(source), stream, tmp_path / "base", form, config, MemorySink())
+    base = load_base(tmp_path / "base")
+    assert base.fitted_block == 0  # block 1 is still to be learned
+    assert base.provenance["source"] == str(source)
+    old, new = load_file(source / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    # <a_0> and <a_1> are among the source's six tokens already; the other tokens of the IDs are new
+    table = "model.embed_tokens.weight"
+    assert report["new_tokens"] == base.provenance["new_tokens"] == len(base.sids.tokens) - 2
+    assert report["vocabulary"] == len(new[table]) == 6 + report["new_tokens"]
+    assert torch.equal(new[table][:6], old[table])
+    assert all(torch.equal(new[name], old[name]) for name in old if name not in (table, "lm_head.weight"))
+    assert report["kept_epoch"] >= 1
+    assert math.isfinite(report["valid_log_likelihood"])
+
+
+def test_no_epochs_leave_the_rows_as_they_were_drawn(stream: Path, source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        report = bases.init_base(str(source), stream, tmp_path / name, "packed", BaseConfig(epochs=0), MemorySink())
+    assert "kept_epoch" not in report
+    assert load_base(tmp_path / "a").fingerprint == load_base(tmp_path / "b").fingerprint
+
+
+def test_a_base_without_pretraining_is_a_random_model(stream: Path, tmp_path: Path) -> None:
+    report = bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
+    assert report["kept_epoch"] == 0
+    sids = streams.load_sids(stream, Stream.load(stream))
+    fresh, _ = new_model("tiny", sids, 0)
+    loaded = dict(load_base(tmp_path / "base").model.named_parameters())
+    assert all(torch.equal(p, loaded[name]) for name, p in fresh.named_parameters())
+
+
+def test_what_cannot_become_a_base_is_refused_before_anything_is_written(
+    stream: Path, source: Path, tmp_path: Path
+) -> None:
+    out, sink = tmp_path / "out", MemorySink()
+    with pytest.raises(ConfigError, match=r"form 'words' is not known \(use packed or prompt"):
+        bases.init_base(str(source), stream, out, "words", QUICK, sink)
+    with pytest.raises(DataError, match=r"cannot load a causal LM from '.*nowhere'.*give a local"):
+        bases.init_base(str(tmp_path / "nowhere"), stream, out, "packed", QUICK, sink)
+    for make in (
+        lambda data: bases.pretrain_base(data, out, QUICK, sink),
+        lambda data: bases.init_base(str(source), data, out, "packed", QUICK, sink),
+    ):
+        with pytest.raises(DataError, match="is not a stream directory"):
+            make(tmp_path / "nowhere")
+    bare = tmp_path / "bare"
+    streams.simulate_data(bare, SimulateConfig(users=60, items=40, topics=4, blocks=3))
+    with pytest.raises(DataError, match=r"has no sids\.parquet"):
+        bases.pretrain_base(bare, out, QUICK, sink)
+    assert not out.exists()
+    assert sink.events == []
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        bases.pretrain_base(stream, bare, QUICK, sink)
