@@ -2,7 +2,8 @@
 
 A recipe names the source, the base, the settings common to all cells, the cells and the seeds. The stream is imported
 once, the base of a (stream, seed) is trained once and shared, and every cell is cached by the hash of its resolved
-configuration, so an interrupted study goes on where it stopped and an edited recipe redoes only what it changed.
+configuration (evaluation settings apart), so an interrupted study goes on where it stopped and an edited recipe redoes
+only what it changed.
 Tables with paired intervals over users are rebuilt from the cells and written to `bench/results/<recipe name>/`.
 """
 
@@ -121,21 +122,21 @@ class Study:
         base = self.base(cell)
         values = {**cell.config, "data": str(self.stream), "base": str(base)}
         config = resolve(RunConfig, values, f"cell {cell.name}")
-        folder = self.work / "cells" / hash_value([config.model_dump(mode="json"), base.name, self.stream.name])
-        if (folder / "metrics.json").is_file():
-            return folder
-        began = time.perf_counter()
-        if (folder / "config.json").is_file():
-            runs.resume(folder, MemorySink())
-        else:
-            runs.train(config, folder, MemorySink())
-        trained = time.perf_counter()
-        runs.evaluate_run(Run.open(folder), config.eval, None, MemorySink())
-        ended = time.perf_counter()
-        write_json(folder / "seconds.json", {"train": trained - began, "evaluate": ended - trained})
-        say(
-            f"cell {cell.name}, seed {cell.seed}: trained in {trained - began:.0f} s, tested in {ended - trained:.0f} s"
-        )
+        folder = self.work / "cells" / Run(Path(), config).config_hash
+        took = folder / "seconds.json"
+        if not took.is_file():
+            began = time.perf_counter()
+            if (folder / "config.json").is_file():
+                runs.resume(folder, MemorySink())
+            else:
+                runs.train(config, folder, MemorySink())
+            write_json(took, {"train": time.perf_counter() - began})
+            say(f"cell {cell.name}, seed {cell.seed}: trained in {time.perf_counter() - began:.0f} s")
+        measured = folder / "metrics.json"
+        if not measured.is_file() or read_json(measured)["config"] != config.eval.model_dump(mode="json"):
+            began = time.perf_counter()
+            runs.evaluate_run(Run.open(folder), config.eval, None, MemorySink())
+            say(f"cell {cell.name}, seed {cell.seed}: tested in {time.perf_counter() - began:.0f} s")
         return folder
 
 
@@ -161,7 +162,7 @@ def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFram
     for cell, folder in done:
         run, rows = Run.open(folder), rows_of(folder)
         metrics = json.loads((folder / "metrics.json").read_text())
-        config, first = run.config.eval, metrics["base_block"]
+        config, first = resolve(EvalConfig, metrics["config"]), metrics["base_block"]
         current = rows.filter((pl.col("model_block") == pl.col("block")) & (pl.col("model_block") > first))
         frozen = rows.filter((pl.col("model_block") == first) & (pl.col("block") > first))
         own = current if current.height else frozen

@@ -197,6 +197,8 @@ class EvalConfig(Settings):
     """Never recommend an item of the user's own history (for all rows of the table alike)."""
     scope: Literal["matrix", "current"] = "matrix"
     """`matrix`: every model on every block; `current`: each on its own block, the base on every later one."""
+    targets: Literal["test", "valid"] = "test"
+    """`test`: what is reported; `valid`: what hyper-parameters are chosen by."""
     max_users: Annotated[int, Field(ge=0)] = 0
     """Evaluate a seeded sample of this many users per block; 0 takes all."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000

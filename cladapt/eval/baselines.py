@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from cladapt.data.histories import TrainingLog, split_block, training_sequences, user_kinds
+from cladapt.data.histories import Target, TrainingLog, split_block, training_sequences, user_kinds
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.metrics import ROWS
@@ -109,7 +109,13 @@ def rank_targets(
 
 
 def evaluate_counts(
-    stream: Stream, model_name: str, model_block: int, block: int, exclude_seen: bool = True, beams: int = 20
+    stream: Stream,
+    model_name: str,
+    model_block: int,
+    block: int,
+    exclude_seen: bool = True,
+    beams: int = 20,
+    targets: Target = "test",
 ) -> pl.DataFrame:
     """Rows (schema ROWS) of a model counted on the training parts of blocks 1..`model_block`, tested on `block`."""
     if model_name not in MODELS:
@@ -118,8 +124,8 @@ def evaluate_counts(
     split = split_block(stream, block)
     if not split.n_test:
         raise DataError(f"block {block} has no test user", "lower blocks.min_events, or merge blocks")
-    target = split.targets("test")
-    histories = [split.history(int(i), before="test") for i in split.test_users]
+    target = split.targets(targets)
+    histories = [split.history(int(i), before=targets) for i in split.test_users]
     catalogue = np.zeros(stream.n_items, dtype=bool)
     catalogue[stream.catalogue(block)] = True
     ranks = []

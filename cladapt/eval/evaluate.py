@@ -146,7 +146,7 @@ class Evaluator:
     def _build(self, block: int) -> _Cases:
         split = split_block(self.stream, block)
         held_out = np.flatnonzero(split.held_out)
-        target = split.targets("test")
+        target = split.targets(self.config.targets)
         kinds = np.asarray(user_kinds(self.stream, block))[held_out]
         limit = self.config.max_users
         if 0 < limit < len(held_out):
@@ -154,7 +154,7 @@ class Evaluator:
             held_out, target, kinds = held_out[chosen], target[chosen], kinds[chosen]
         if not len(held_out):
             raise DataError(f"block {block} has no test user", "lower blocks.min_events, or merge blocks")
-        histories = [split.history(int(i), before="test") for i in held_out]
+        histories = [split.history(int(i), before=self.config.targets) for i in held_out]
         catalogue = Catalogue(self.base.sids, self.stream.catalogue(block))
         frequency = np.bincount(training_sequences(self.stream, block).item, minlength=self.stream.n_items)
         frame = pl.DataFrame(

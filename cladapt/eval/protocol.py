@@ -79,7 +79,9 @@ def measure_counts(
     users = rows.select("block", "user").unique()
     found = {}
     for name in COUNTS:
-        frames = [evaluate_counts(stream, name, b, b, config.exclude_seen, config.beams) for b in blocks]
+        frames = [
+            evaluate_counts(stream, name, b, b, config.exclude_seen, config.beams, config.targets) for b in blocks
+        ]
         found[name] = pl.concat(frames).join(users, on=["block", "user"], how="semi", maintain_order="left")
     return found
 

@@ -202,7 +202,9 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
     )
     later = [b for b in blocks if b > base.fitted_block]
     truth = streams.truth_of(Path(run.config.data))
-    best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
+    best = (
+        {} if truth is None or config.targets != "test" else {b: ceiling(truth, stream, b, config.top_k) for b in later}
+    )
     return Measures(
         run.config.method.name, rows, measure_counts(stream, rows, later, config), base.fitted_block, config, best
     )

@@ -107,7 +107,9 @@ def learned(folder: Path, method: Method, blocks: tuple[int, ...] = (2, 3), **ch
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(t, other[n]) and t.dtype == other[n].dtype for n, t in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(t, other[n]) and t.dtype == other[n].dtype for n, t in one.items()
+    )
 
 
 @every_method
@@ -238,7 +240,7 @@ class Cube(torch.autograd.Function):
         return x**3
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor * ctx.saved_tensors[0] ** 2, None
 
 

@@ -108,7 +108,8 @@ def test_the_scale_is_alpha_over_rank_or_its_root(base: Base, folder: Path) -> N
     for rslora, expected in ((False, 16 / 4), (True, 16 / 2)):
         config = AdapterConfig(rank=4, alpha=16, rslora=rslora)
         model = create_adapter(load_base(folder), config, seed=0)
-        assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == expected
+        module = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        assert module.scaling == {"default": expected}
 
 
 def test_anything_but_lora_that_would_train_is_refused(base: Base) -> None:
@@ -129,6 +130,7 @@ def test_a_directory_brings_the_adapter_back_bit_for_bit(base: Base, folder: Pat
     assert all(torch.equal(found[n], t) for n, t in expected.items())
     assert torch.equal(logits(loaded), logits(model))
     settings = loaded.peft_config["default"]
+    assert isinstance(settings, LoraConfig)
     assert (settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora) == (3, 5, 0.3, True)
     assert read_adapter(tmp_path / "adapter", base).keys() == expected.keys()
 

@@ -71,7 +71,14 @@ def checkpoint(folder: Path, family: str = "llama", tied: bool = True, padding: 
 
 
 def tables(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    embedding, head = (dict(m.named_parameters())["weight"] for m in (model.get_input_embeddings(), lm_head(model)))
+    return embedding.detach(), head.detach()
+
+
+def lm_head(model: PreTrainedModel) -> torch.nn.Module:
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Module)
+    return head
 
 
 def saved(folder: Path, fitted_block: int = 1, seed: int = 0) -> tuple[Path, PreTrainedModel]:
@@ -134,10 +141,10 @@ def test_new_tokens_leave_the_old_rows_as_they_were(tmp_path: Path, family: str,
 def test_the_model_grows_no_further_than_it_must(tmp_path: Path) -> None:
     roomy = checkpoint(tmp_path / "roomy", padding=PADDING_ROWS)
     model, tokenizer, _ = extend_model(str(roomy), SIDS, seed=0)
-    assert len(model.get_input_embeddings().weight) == len(tokenizer) - len(SIDS.tokens) + PADDING_ROWS
+    assert len(tables(model)[0]) == len(tokenizer) - len(SIDS.tokens) + PADDING_ROWS
     tight = checkpoint(tmp_path / "tight", padding=0)
     model, tokenizer, _ = extend_model(str(tight), SIDS, seed=0)
-    assert len(model.get_input_embeddings().weight) == len(tokenizer) == model.config.vocab_size
+    assert len(tables(model)[0]) == len(tokenizer) == model.config.vocab_size
 
 
 def test_new_rows_follow_the_seed(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_packed_losses_equal_plain_passes_over_each_document(row_tokens: int) ->
     base = make_base(table())
     rng = np.random.default_rng(0)
     documents = [document(base, rng.integers(8, size=n).tolist(), first_target=n // 3) for n in (1, 4, 2, 3, 4)]
-    total = 0.0
+    total = torch.zeros(())
     for d in documents:
         tokens = torch.from_numpy(d.tokens)[None]
         with torch.no_grad():
@@ -122,7 +122,7 @@ def test_packed_losses_equal_plain_passes_over_each_document(row_tokens: int) ->
     losses = PackedLoss(base.model)(*rows_of(documents, row_tokens))
     assert losses.dtype == torch.float32
     assert len(losses) == sum(d.loss.sum() for d in documents)
-    torch.testing.assert_close(losses.sum(), torch.as_tensor(total), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.sum(), total, rtol=1e-5, atol=0)
 
 
 def test_the_vocabulary_softmax_is_the_models_own_loss() -> None:

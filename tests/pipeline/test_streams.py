@@ -52,9 +52,10 @@ def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -
 
 def test_what_was_dropped_is_reported(log: Path, tmp_path: Path) -> None:
     with log.open("a") as handle:
-        handle.write("rare,i1,2000\n")
-    report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES)
-    assert report["interactions"] == 24
+        handle.write("rare,i1,0\n")
+    config = BlocksConfig(fractions=(0.52, 0.48), min_events=3)
+    report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), config)
+    assert (report["users"], report["interactions"]) == (4, 24)
     assert sum(report["dropped"].values()) == 1
 
 

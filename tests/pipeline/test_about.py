@@ -1,0 +1,42 @@
+"""What the installation says about itself agrees with the installation."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+from cladapt import __version__, ops
+from cladapt.methods import available
+from cladapt.methods.peso import PesoConfig
+from cladapt.pipeline import about
+
+
+def test_doctor_names_versions_kernels_and_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = about.doctor()
+    json.dumps(found)  # open to any reader
+    assert found["cladapt"] == __version__
+    versions = {row["package"]: row["version"] for row in found["packages"]}
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert found["free_disk_gib"] > 0
+    rows = [(row["op"], row["implementation"], row["reason"]) for row in found["kernels"]]
+    assert rows == [(op, implementation, reason) for op, (implementation, reason) in ops.backends().items()]
+    assert all(reason for _, _, reason in rows)
+
+
+def test_every_method_of_the_folder_is_listed_with_its_first_line() -> None:
+    listed = {row["method"]: row for row in about.list_methods()["methods"]}
+    assert list(listed) == list(available())
+    assert listed["peso"]["what"].startswith("PESO: a proximal term")
+    assert (listed["peso"]["trains"], listed["frozen"]["trains"]) == (True, False)
+    assert all(row["what"] for row in listed.values())
+
+
+def test_every_option_has_its_default_and_meaning() -> None:
+    options = [row for row in about.list_methods()["options"] if row["method"] == "peso"]
+    assert [row["key"] for row in options] == list(PesoConfig.model_fields)
+    defaults = PesoConfig()
+    for row in options:
+        assert row["value"] == getattr(defaults, row["key"])
+        assert row["meaning"]

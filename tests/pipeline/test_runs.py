@@ -1,0 +1,347 @@
+"""Runs end to end on a small stream: what is written, exact continuation, and what is refused before writing."""
+
+import json
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from cladapt.artifacts import read_json, write_json
+from cladapt.config import (
+    AdapterConfig,
+    BaseConfig,
+    EvalConfig,
+    MethodConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+    TrainConfig,
+)
+from cladapt.data.histories import split_block
+from cladapt.data.schema import Stream
+from cladapt.data.simulate import ceiling, load_truth
+from cladapt.errors import ConfigError, DataError
+from cladapt.eval.metrics import ROWS, summarise
+from cladapt.model.load import load_base
+from cladapt.pipeline import bases, runs, streams
+from cladapt.run import Run
+from cladapt.train.sinks import MemorySink
+
+SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
+TOKENS = TokensConfig(dimensions=8, levels=2, codes=4)
+PRETRAIN = BaseConfig(epochs=2)
+TRAIN = TrainConfig(epochs=3, batch_tokens=1024)
+EVAL = {"bootstrap": 100}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `stream`, `base` and the run `peso` over them, evaluated."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        streams.simulate_data(folder / "stream", SIMULATE)
+        streams.build_tokens(folder / "stream", TOKENS, None)
+        bases.pretrain_base(folder / "stream", folder / "base", PRETRAIN, MemorySink())
+        runs.train(config_of(folder), folder / "peso", MemorySink())
+        runs.evaluate(folder / "peso", EVAL, None, MemorySink())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # `runs/latest.json` belongs to the working folder
+
+
+def config_of(world: Path, method: str = "peso", **train: Any) -> RunConfig:
+    return RunConfig(
+        data=str(world / "stream"),
+        base=str(world / "base"),
+        method=MethodConfig(name=method),
+        train=TRAIN.model_copy(update=train),
+    )
+
+
+def adapters(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("adapters/*/*.safetensors"))}
+
+
+def test_a_run_leaves_an_adapter_per_block_and_a_log(world: Path) -> None:
+    run = Run.open(world / "peso")
+    assert list(run.adapters) == [2, 3]
+    assert run.config == config_of(world)
+    base, stream = load_base(world / "base"), Stream.load(world / "stream")
+    record = read_json(run.adapters[3] / "cladapt.json")
+    expected = {
+        "stream": stream.fingerprint,
+        "base": base.fingerprint,
+        "config": run.config_hash,
+        "method": "peso",
+        "block": 3,
+        "parent": "block_002",
+        "form": "packed",
+        "window": 20,
+        "softmax": "trie",
+    }
+    assert {key: record[key] for key in expected} == expected
+    events = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert events[0]["kind"] == "kernels"
+    assert [(e["block"], e["epoch"]) for e in events if e["kind"] == "epoch"] == [(b, e) for b in (2, 3) for e in (1, 2, 3)]
+    assert not list((run.path / "checkpoints").glob("*"))
+
+
+def test_the_summary_names_what_comes_next_and_equals_the_log(world: Path, tmp_path: Path) -> None:
+    sink = MemorySink()
+    result = runs.train(config_of(world, epochs=1), None, sink)
+    path = Path(result["run"])
+    assert path.parent == Path("runs")
+    assert Run.latest().path.resolve() == path.resolve()
+    assert result["next"] == f"cladapt eval {path}"
+    logged = [e for e in sink.events if e["kind"] == "block"]
+    assert [(b["block"], b["steps"], b["kept_epoch"]) for b in result["blocks"]] == [
+        (e["block"], e["steps"], e["kept_epoch"]) for e in logged
+    ]
+
+
+def test_the_same_run_twice_gives_the_same_adapters(world: Path, tmp_path: Path) -> None:
+    runs.train(config_of(world), tmp_path / "again", MemorySink())
+    assert adapters(tmp_path / "again") == adapters(world / "peso")
+
+
+class CtrlC:
+    """A sink that presses Ctrl-C at the given step of the given block."""
+
+    def __init__(self, block: int, step: int) -> None:
+        self.when = {"kind": "step", "block": block, "step": step}
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        if self.when.items() <= event.items():
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("checkpoint_steps", [0, 2])
+@pytest.mark.parametrize(("block", "step"), [(2, 1), (3, 3)])
+def test_an_interrupted_run_continues_to_the_same_adapters(
+    block: int, step: int, checkpoint_steps: int, world: Path, tmp_path: Path
+) -> None:
+    config = config_of(world, checkpoint_steps=checkpoint_steps)
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config, run, CtrlC(block, step))
+    # the step in which Ctrl-C came is finished and kept, whatever checkpoint_steps says
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert f"block_{block:03d}_step_{step:08d}" in names
+    assert len(Run.open(run).adapters) == block - 2
+    resumed = MemorySink()
+    result = runs.resume(run, resumed)
+    first = next(e for e in resumed.events if e["kind"] == "step")
+    assert (first["block"], first["step"]) == (block, step + 1)
+    assert [b["block"] for b in result["blocks"]] == list(range(block, 4))
+    assert adapters(run) == adapters(world / "peso")
+    assert not list((run / "checkpoints").iterdir())
+
+
+def test_ctrl_c_in_the_last_step_of_a_block_is_not_lost(world: Path, tmp_path: Path) -> None:
+    events = [json.loads(line) for line in (world / "peso" / "log.jsonl").read_text().splitlines()]
+    last = max(e["step"] for e in events if e["kind"] == "step" and e["block"] == 2)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config_of(world), tmp_path / "run", CtrlC(2, last))
+    runs.resume(tmp_path / "run", MemorySink())
+    assert adapters(tmp_path / "run") == adapters(world / "peso")
+
+
+def test_a_finished_run_resumes_to_nothing(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "peso", tmp_path / "run")
+    before = adapters(tmp_path / "run")
+    assert runs.resume(tmp_path / "run", MemorySink())["blocks"] == []
+    assert adapters(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config_of(world), run, CtrlC(2, 1))
+    record = read_json(run / "config.json")
+    record["config"]["train"]["lr"] = 0.5
+    write_json(run / "config.json", record)
+    with pytest.raises(DataError, match="was written under the configuration .*resume with the run's own"):
+        runs.resume(run, MemorySink())
+
+
+def test_evaluation_writes_rows_of_every_model_on_every_block(world: Path) -> None:
+    stream = Stream.load(world / "stream")
+    frames = [pl.read_parquet(world / "peso" / "users" / f"block_00{b}.parquet") for b in (1, 2, 3)]
+    for block, frame in enumerate(frames, 1):
+        assert frame.schema == ROWS
+        assert frame["model_block"].value_counts().sort("model_block").rows() == [
+            (t, split_block(stream, block).n_test) for t in (1, 2, 3)
+        ]
+    metrics = read_json(world / "peso" / "metrics.json")
+    assert metrics["schema_version"] == 1
+    assert metrics["matrix"] == summarise(pl.concat(frames), (5, 10), beams=20).to_dicts()
+    truth = load_truth(world / "stream")
+    assert metrics["ceiling"] == {str(b): ceiling(truth, stream, b, (5, 10)) for b in (2, 3)}
+    assert (world / "peso" / "report.html").read_text().startswith("<!")
+
+
+def test_the_latest_run_is_evaluated_by_default_and_settings_override_the_run_s(world: Path, tmp_path: Path) -> None:
+    runs.train(config_of(world, epochs=1), tmp_path / "mine", MemorySink())
+    sink = MemorySink()
+    result = runs.evaluate(None, {**EVAL, "top_k": (3,), "beams": 5, "max_users": 10}, 3, sink)
+    assert Path(result["run"]).resolve() == tmp_path / "mine"
+    models = [line["model"] for line in result["table"]]
+    assert models == ["peso", "frozen", "block popularity", "markov", "ceiling"]
+    assert "HR@3" in result["table"][0]
+    assert result["table"][0]["users"] == 10
+    notes = [e["text"] for e in sink.events if e["kind"] == "note"]
+    assert notes == [f"tested the model of block {t} on block 3: 10 users" for t in (1, 2, 3)]
+    names = sorted(path.name for path in (tmp_path / "mine" / "users").iterdir())
+    assert names == ["block_003.parquet", "block_popularity.parquet", "markov.parquet"]
+
+
+def test_evaluating_leaves_no_trace_of_one_model_in_the_next(world: Path, tmp_path: Path) -> None:
+    rows = pl.read_parquet(world / "peso" / "users" / "block_002.parquet")
+    run = Run.open(world / "peso")
+    stream, base = runs.open_inputs(run.config)
+    again = runs.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
+    assert again.rows.equals(rows)
+    # the base was bare before and is bare again
+    assert not [name for name, _ in base.model.named_parameters() if "lora" in name]
+    twice = runs.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
+    assert twice.rows.equals(rows)
+
+
+def test_a_method_that_does_not_train_has_base_rows_alone(world: Path, tmp_path: Path) -> None:
+    result = runs.train(config_of(world, "frozen"), tmp_path / "run", MemorySink())
+    assert result["blocks"] == []
+    table = runs.evaluate(tmp_path / "run", EVAL, None, MemorySink())["table"]
+    assert [line["model"] for line in table] == ["frozen", "block popularity", "markov", "ceiling"]
+
+
+def test_a_run_starts_from_an_adapter_and_remembers_it(world: Path, tmp_path: Path) -> None:
+    start = str(world / "peso" / "adapters" / "block_003")
+    bare = config_of(world, "finetune")
+    runs.train(bare.model_copy(update={"from_adapter": start}), tmp_path / "run", MemorySink())
+    runs.train(bare, tmp_path / "bare", MemorySink())
+    first = "adapters/block_002/adapter_model.safetensors"
+    assert adapters(tmp_path / "run")[first] != adapters(tmp_path / "bare")[first]
+    records = [read_json(folder / "cladapt.json") for folder in Run.open(tmp_path / "run").adapters.values()]
+    assert [(r["block"], r["parent"], r["from_adapter"]) for r in records] == [(2, start, start), (3, "block_002", start)]
+
+
+def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    plan = runs.plan(config_of(world))
+    assert list(tmp_path.iterdir()) == []
+    sink = MemorySink()
+    runs.train(config_of(world), tmp_path / "run", sink)
+    done = {e["block"]: e for e in sink.events if e["kind"] == "block"}
+    stream = Stream.load(world / "stream")
+    for block in plan["blocks"]:
+        split = split_block(stream, block["block"])
+        targets = sum(len(split.training(i)[0]) - split.training(i)[1] for i in range(len(split.user)))
+        assert block["targets"] == targets
+        assert block["tokens_per_epoch"] * TRAIN.epochs == done[block["block"]]["tokens"]
+        assert 0.0 < block["filled"] <= 1.0
+    tensors = sum(p.stat().st_size for p in (tmp_path / "run").glob("adapters/block_002/*.safetensors"))
+    assert 0 <= tensors - 4 * plan["trained_parameters"] < 8192  # float32 tensors and their header
+    assert plan["base_parameters"] == sum(p.numel() for p in load_base(world / "base").model.parameters())
+    assert plan["method_state_bytes"] == 4 * plan["trained_parameters"]  # PESO's anchor
+    assert plan["adapted_modules"] == 14
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"data": "nowhere"}, DataError, "nowhere is not a stream directory"),
+    ({"base": "nowhere"}, DataError, r"nowhere is not a base\+tokens directory"),
+    ({"method": MethodConfig(name="pesto")}, ConfigError, "no method 'pesto'.*did you mean 'peso'"),
+    ({"method": MethodConfig(options={"x": 1})}, ConfigError, "unknown key 'x'"),
+    ({"adapter": AdapterConfig(targets="nothing")}, ConfigError, "adapter.targets='nothing'"),
+    ({"train": TrainConfig(row_tokens=8)}, ConfigError, "row_tokens=8 holds 2 items"),
+]
+
+
+@pytest.mark.parametrize("start", [lambda config: runs.train(config, Path("run"), MemorySink()), runs.plan])
+@pytest.mark.parametrize(("change", "kind", "text"), BAD)
+def test_what_is_wrong_shows_before_anything_is_written(
+    change: dict[str, Any], kind: type[Exception], text: str, start: Any, world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=text):
+        start(config_of(world).model_copy(update=change))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("start", [lambda config: runs.train(config, Path("run"), MemorySink()), runs.plan])
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
+    start: Any, world: Path, tmp_path: Path
+) -> None:
+    adapter = str(world / "peso" / "adapters" / "block_003")
+    for change, text in (
+        ({"from_adapter": "nowhere"}, "nowhere is not an adapter directory"),
+        ({"from_adapter": adapter, "adapter": AdapterConfig(rank=2)}, "the adapter does not fit this model"),
+    ):
+        with pytest.raises(DataError, match=text):
+            start(config_of(world).model_copy(update=change))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["data", "base"])
+def test_half_of_the_inputs_is_a_mistake(given: str, world: Path, tmp_path: Path) -> None:
+    missing = {"data": "base", "base": "data"}[given]
+    config = RunConfig(**{given: str(world / given)})
+    with pytest.raises(ConfigError, match=rf"{given}='.*' without {missing} \(give both, or neither"):
+        runs.train(config, None, MemorySink())
+    with pytest.raises(ConfigError, match=r"--dry-run needs --data and --base \(name them"):
+        runs.plan(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_that_the_base_was_not_made_from_is_refused(world: Path, tmp_path: Path) -> None:
+    streams.simulate_data(tmp_path / "other", SIMULATE.model_copy(update={"seed": 1}))
+    config = config_of(world).model_copy(update={"data": str(tmp_path / "other")})
+    with pytest.raises(DataError, match="was trained on block 1 of the stream .*no test event is in its training"):
+        runs.open_inputs(config)
+
+
+def test_a_base_that_has_seen_everything_leaves_nothing_to_learn(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    record = read_json(tmp_path / "base" / "cladapt.json")
+    write_json(tmp_path / "base" / "cladapt.json", {**record, "fitted_block": 3})
+    config = config_of(world).model_copy(update={"base": str(tmp_path / "base")})
+    with pytest.raises(ConfigError, match="the base has seen block 3, the stream ends at block 3"):
+        runs.train(config, tmp_path / "run", MemorySink())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_missing_blocks_is_not_measured(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "peso", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "adapters" / "block_003")
+    with pytest.raises(DataError, match=r"half has adapters for the blocks \[2\], the stream needs \[2, 3\].*--resume"):
+        runs.evaluate(tmp_path / "half", EVAL, None, MemorySink())
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_a_block_that_is_not_there_is_refused(block: int, world: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--block {block}: the stream has blocks 1 to 3"):
+        runs.evaluate(world / "peso", EVAL, block, MemorySink())
+
+
+def test_the_embedded_inputs_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SimulateConfig", lambda: SIMULATE)
+    monkeypatch.setattr(runs, "TokensConfig", lambda: TOKENS)
+    monkeypatch.setattr(runs, "BaseConfig", lambda: BaseConfig(epochs=1))
+    sink = MemorySink()
+    config = runs.with_embedded(RunConfig(), sink)
+    assert (config.data, config.base) == ("runs/embedded/stream", "runs/embedded/base")
+    assert [e["text"].split(" in ")[0] for e in sink.events if e["kind"] == "note"] == [
+        "simulating the embedded stream",
+        "training the embedded base",
+    ]
+    print_before = load_base(Path(config.base)).fingerprint
+    again = MemorySink()
+    assert runs.with_embedded(RunConfig(), again) == config
+    assert again.events == []
+    assert load_base(Path(config.base)).fingerprint == print_before
+    assert runs.with_embedded(config, again) == config
