@@ -95,6 +95,8 @@ class BaseConfig(Settings):
 
     preset: Literal["tiny", "small", "medium"] = "tiny"
     """Size of a base trained from scratch."""
+    tie_embeddings: bool = False
+    """One table for embedding and head, which then cannot be adapted; for a base trained from scratch."""
     seed: Seed = 0
     """Seed of initialisation, order and dropout."""
     lr: PositiveFloat = 2e-3
@@ -126,8 +128,9 @@ class AdapterConfig(Settings):
     """Scale: alpha / r, or alpha / sqrt(r) with `rslora`."""
     dropout: Fraction = 0.05
     """Dropout on the adapter's input."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Modules to adapt: `all-linear` (the head excepted), a list of name endings, or one regular expression."""
+    targets: str | tuple[str, ...] = "auto"
+    """Modules to adapt: `auto` (every linear layer, the head too where it does not share the embedding's weights),
+    `all-linear` (without the head), a list of name endings, or one regular expression."""
     rslora: bool = False
     """Rank-stabilised scale."""
 

@@ -33,7 +33,7 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int) -> "PeftModel":
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with floats
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
-        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        target_modules=_targets(base.model, config.targets),
     )
     try:
         with torch.random.fork_rng(devices=[]), quiet():
@@ -46,6 +46,26 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int) -> "PeftModel":
         ) from error
     adapter_parameters(model)
     return model
+
+
+def _targets(lm: "PreTrainedModel", targets: str | tuple[str, ...]) -> str | list[str]:
+    """The target modules as PEFT takes them; a head that shares the embedding's weights is refused.
+
+    Merging an adapter of a shared head would change the embedding as well.
+    """
+    head = lm.get_output_embeddings()
+    shared = head.weight is lm.get_input_embeddings().weight
+    (name,) = (n for n, module in lm.named_modules() if module is head)
+    if targets == "auto":
+        return "all-linear" if shared else _linear_names(lm)
+    if isinstance(targets, str):
+        return targets
+    if shared and name.rpartition(".")[2] in targets:
+        raise ConfigError(
+            f"adapter.targets names the head {name!r}, which shares its weights with the embedding",
+            "leave it out, or use a base with a head of its own",
+        )
+    return list(targets)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -71,7 +71,9 @@ def trie_softmax(base: Base, trie: Trie) -> TrieSoftmax:
     return TrieSoftmax(trie, levels, len(head), head.device)
 
 
-def new_model(preset: str, sids: SidTable, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def new_model(
+    preset: str, sids: SidTable, seed: int, tie_embeddings: bool = False
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A Llama-family model of `preset` size with random weights and a vocabulary of semantic-ID tokens alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,7 +83,7 @@ def new_model(preset: str, sids: SidTable, seed: int) -> "tuple[PreTrainedModel,
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_embeddings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

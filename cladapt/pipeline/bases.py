@@ -21,7 +21,7 @@ def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict
     refuse_existing(out)
     stream = Stream.load(data)
     sids = load_sids(data, stream)
-    model, tokenizer = new_model(config.preset, sids, config.seed)
+    model, tokenizer = new_model(config.preset, sids, config.seed, config.tie_embeddings)
     base = Base(model, tokenizer, sids, {})
     form = make_form("packed", base, config.window, config.row_tokens)
     split = split_block(stream, 1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from cladapt.artifacts import read_tensors, write_tensors
+from cladapt.artifacts import hash_file, read_tensors, write_tensors
 from cladapt.config import RunConfig, TrainConfig
 from cladapt.data.histories import BlockSplit, split_block
 from cladapt.data.schema import Stream
@@ -172,10 +172,13 @@ def _finish_block(
 ) -> None:
     write_tensors(_method_file(run, block), state)
     before = adapter_folder(run, block - 1)
+    start = provenance.get("from_adapter")
+    parent = before if before.is_dir() else Path(start) if start else None
     record = {
         **provenance,
         "block": block,
-        "parent": before.name if before.is_dir() else provenance.get("from_adapter"),
+        "parent": before.name if parent == before else start,
+        "parent_hash": hash_file(parent / "adapter_model.safetensors") if parent else None,
         "kept_epoch": result.epoch,
         "valid_log_likelihood": result.score if math.isfinite(result.score) else None,
     }

@@ -31,6 +31,8 @@ class Output:
     json = False
     quiet = False
     debug = False
+    progress: Any = None
+    """What shows progress now; it is closed however a command ends, or the terminal would keep its hidden cursor."""
 
 
 output = Output()
@@ -45,7 +47,12 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Comma
         @functools.wraps(function)
         def wrapped(**arguments: Any) -> None:
             output.json, output.quiet, output.debug = (arguments.pop(key) for key in _SHARED)
-            result = function(**arguments)
+            try:
+                result = function(**arguments)
+            finally:
+                if output.progress is not None:
+                    output.progress.close()
+                    output.progress = None
             if result is not None:
                 show(result)
 

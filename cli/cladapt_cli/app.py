@@ -16,6 +16,7 @@ from cladapt_cli._verb import fail, output
 
 # typer carries its own copy of click or uses the installed one, by version: its public names lead to either
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="cladapt",
@@ -59,6 +60,8 @@ def run(arguments: list[str]) -> int:
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes what it does not show as *_
     try:
         code = app(arguments, prog_name="cladapt", standalone_mode=False)
+        if code == INTERRUPTED:  # how newer versions of typer pass Ctrl-C on
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except CladaptError as error:
         if output.debug:
@@ -68,7 +71,7 @@ def run(arguments: list[str]) -> int:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted: what was finished is kept; continue a run with --resume", err=True)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open until the interpreter ends
         return 0

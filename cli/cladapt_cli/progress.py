@@ -16,6 +16,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._block: int | None = None
+        output.progress = self
 
     def emit(self, event: Mapping[str, Any]) -> None:
         if output.quiet:

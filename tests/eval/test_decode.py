@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.decode import Decoder, left_pad
@@ -196,7 +196,8 @@ def test_equals_generate_whatever_the_checkpoint_s_generation_config_says(kind: 
     case = Case(random_codes((6, 4, 3), 40), (6, 4, 3), kind, seed=2)
     beams = 4
     for prompt in prompts_of(case, 6, 2):
-        generated = case.lm.generate(
+        generated = GenerationMixin.generate(
+            case.lm,
             torch.from_numpy(prompt)[None],
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             prefix_allowed_tokens_fn=allowed_after(case, len(prompt)),

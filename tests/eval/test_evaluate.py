@@ -1,6 +1,7 @@
 """Per-user rows against a small stream worked out by hand and a ranking by plain forward passes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -59,7 +60,7 @@ def base() -> Base:
     return Base(model.eval(), tokenizer, sids, {"fitted_block": 1})
 
 
-def make_evaluator(stream: Stream, base: Base, seed: int = 0, **config: object) -> Evaluator:
+def make_evaluator(stream: Stream, base: Base, seed: int = 0, **config: Any) -> Evaluator:
     form = PackedForm(base.item_tokens().numpy(), base.bos(), WINDOW, 64)
     return Evaluator(stream, base, form, EvalConfig(**{"top_k": (2,), "beams": 4, **config}), seed=seed)
 
@@ -109,6 +110,17 @@ def test_rows_of_block_3_by_hand(stream: Stream, base: Base) -> None:
         (2, 3, "cy", "f", 1, 0, "returning", True),
     ]
     expected = [expected_rank(base, "cdabf", "d", "abcdefg", True), expected_rank(base, "dgcab", "f", "abcdefg", True)]
+    assert rows["rank"].to_list() == [rank for rank, _ in expected]
+    np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
+
+
+def test_validation_targets_are_the_events_before_the_test_s(stream: Stream, base: Base) -> None:
+    rows = make_evaluator(stream, base, targets="valid").rows(base.model, 1, 2)
+    assert rows.drop("rank", "log_likelihood").rows() == [
+        (1, 2, "ada", "e", 2, 0, "returning", True),
+        (1, 2, "cy", "g", 1, 0, "new", False),
+    ]
+    expected = [expected_rank(base, "acdba", "e", "abcdeg", True), expected_rank(base, "d", "g", "abcdeg", True)]
     assert rows["rank"].to_list() == [rank for rank, _ in expected]
     np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
 

@@ -201,7 +201,8 @@ def test_continual_summaries_by_hand() -> None:
 
 
 def test_every_model_meets_every_block_in_order() -> None:
-    asked, notes = [], []
+    asked: list[tuple[str, int, int]] = []
+    notes: list[str] = []
 
     def rows(lm: str, model_block: int, block: int) -> pl.DataFrame:
         asked.append((lm, model_block, block))

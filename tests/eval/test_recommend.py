@@ -159,7 +159,7 @@ def test_numbers_as_ids_become_text(tmp_path: Path) -> None:
 
 def test_many_empty_histories_first_do_not_hide_the_items_that_follow(tmp_path: Path) -> None:
     path = tmp_path / "h.jsonl"
-    lines = [{"user": str(i), "history": []} for i in range(300)]
+    lines: list[dict[str, Any]] = [{"user": str(i), "history": []} for i in range(300)]
     lines += [{"user": "p", "history": [5]}, {"user": "q", "history": ["x"]}]
     path.write_text("\n".join(map(json.dumps, lines)))
     found = read_histories(path)
@@ -200,7 +200,7 @@ def test_unusable_history_files_say_what_is_wrong(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for read in (read_histories, read_catalogue):
         with pytest.raises(DataError, match=r"no such file: .*gone\.csv \(check the path"):
-            read(tmp_path / "gone.csv")  # type: ignore[operator]
+            read(tmp_path / "gone.csv")
 
 
 def test_a_catalogue_file_is_one_item_per_line(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ SIDS = SidTable(tuple(f"i{n}" for n in range(12)), np.array(list(np.ndindex(4, 3
 SETTINGS = AdapterConfig(rank=3, alpha=12.0)
 
 
-def make_base(folder: Path, seed: int) -> Path:
-    model, tokenizer = new_model("tiny", SIDS, seed)
+def make_base(folder: Path, seed: int, tied: bool = False) -> Path:
+    model, tokenizer = new_model("tiny", SIDS, seed, tied)
     save_base(folder, model, tokenizer, SIDS, {"fitted_block": 1, "stream": "s"})
     return folder
 
@@ -49,13 +49,16 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return make_adapter(tmp_path_factory.mktemp("adapter") / "adapter", base)
 
 
-def test_the_merged_weights_are_w_plus_scale_b_a(base: Path, adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tied", "modules"), [(True, 14), (False, 15)])
+def test_the_merged_weights_are_w_plus_scale_b_a(tied: bool, modules: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", 0, tied)
+    adapter = make_adapter(tmp_path / "adapter", base)
     report = merge(adapter, base, tmp_path / "out")
     before = load_file(base / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     factors = load_file(adapter / "adapter_model.safetensors")
     adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in factors}
-    assert len(adapted) == 14  # seven linear layers in each of two blocks
+    assert len(adapted) == modules  # seven linear layers in each of two blocks, and a head of its own
     assert before.keys() == after.keys()
     for name, weight in before.items():
         module = name.removesuffix(".weight")

@@ -1,6 +1,7 @@
 """Adapters: only LoRA factors train, directories are PEFT's own, and a base is given back as it was lent."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,26 @@ def test_only_lora_factors_of_the_linear_layers_train(base: Base) -> None:
     model = create_adapter(base, AdapterConfig(rank=3), seed=0)
     parameters = adapter_parameters(model)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parameters)
-    assert len(parameters) == 2 * 2 * len(LINEAR)  # A and B, two layers
-    assert {n.split(".lora_")[0].rpartition(".")[2] for n in parameters} == LINEAR  # all-linear, the head excepted
+    assert len(parameters) == 2 * 2 * len(LINEAR) + 2  # A and B, two layers and the head
+    assert modules(parameters) == {*LINEAR, "lm_head"}
     assert all(min(p.shape) == 3 and p.dtype == torch.float32 for p in parameters.values())
+
+
+def modules(parameters: Mapping[str, object]) -> set[str]:
+    return {n.split(".lora_")[0].rpartition(".")[2] for n in parameters}
+
+
+def test_a_head_that_shares_its_weights_is_left_out_and_refused_when_named() -> None:
+    model, tokenizer = new_model("tiny", SIDS, seed=0, tie_embeddings=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    base = Base(model, tokenizer, SIDS, {})
+    with pytest.raises(ConfigError, match="names the head 'lm_head', which shares its weights with the embedding"):
+        create_adapter(base, AdapterConfig(targets=("q_proj", "lm_head")), seed=0)
+    assert modules(adapter_parameters(create_adapter(base, AdapterConfig(), seed=0))) == LINEAR
+
+
+def test_all_linear_leaves_the_head_out(base: Base) -> None:
+    assert modules(adapter_parameters(create_adapter(base, AdapterConfig(targets="all-linear"), seed=0))) == LINEAR
 
 
 def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(base: Base, folder: Path) -> None:
@@ -154,7 +172,7 @@ def test_the_files_are_pefts_own_beside_the_provenance(base: Base, tmp_path: Pat
         for part, names in module.items()
         for name in names
         for factor in "AB"
-    }
+    } | {f"base_model.model.lm_head.lora_{factor}.weight" for factor in "AB"}
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     LoraConfig(task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "plain"))
     assert config.keys() == json.loads((tmp_path / "plain" / "adapter_config.json").read_text()).keys()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -71,14 +71,10 @@ def checkpoint(folder: Path, family: str = "llama", tied: bool = True, padding: 
 
 
 def tables(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    embedding, head = (dict(m.named_parameters())["weight"] for m in (model.get_input_embeddings(), lm_head(model)))
-    return embedding.detach(), head.detach()
-
-
-def lm_head(model: PreTrainedModel) -> torch.nn.Module:
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Module)
-    return head
+    """The weights of the embedding and of the head."""
+    modules = cast("list[torch.nn.Module]", [model.get_input_embeddings(), model.get_output_embeddings()])
+    embedding, head = (module.get_parameter("weight").detach() for module in modules)
+    return embedding, head
 
 
 def saved(folder: Path, fitted_block: int = 1, seed: int = 0) -> tuple[Path, PreTrainedModel]:

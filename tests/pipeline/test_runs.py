@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from safetensors.torch import load_file
 
 from cladapt.artifacts import read_json, write_json
 from cladapt.config import (
@@ -35,7 +36,7 @@ SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4)
 PRETRAIN = BaseConfig(epochs=2)
 TRAIN = TrainConfig(epochs=3, batch_tokens=1024)
-EVAL = {"bootstrap": 100}
+EVAL: dict[str, Any] = {"bootstrap": 100}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,9 @@ def test_a_run_leaves_an_adapter_per_block_and_a_log(world: Path) -> None:
     assert {key: record[key] for key in expected} == expected
     events = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     assert events[0]["kind"] == "kernels"
-    assert [(e["block"], e["epoch"]) for e in events if e["kind"] == "epoch"] == [(b, e) for b in (2, 3) for e in (1, 2, 3)]
+    assert [(e["block"], e["epoch"]) for e in events if e["kind"] == "epoch"] == [
+        (b, e) for b in (2, 3) for e in (1, 2, 3)
+    ]
     assert not list((run.path / "checkpoints").glob("*"))
 
 
@@ -168,7 +171,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(world: Path, tmp_path:
     record = read_json(run / "config.json")
     record["config"]["train"]["lr"] = 0.5
     write_json(run / "config.json", record)
-    with pytest.raises(DataError, match="was written under the configuration .*resume with the run's own"):
+    with pytest.raises(DataError, match=r"was written under the configuration .*resume with the run's own"):
         runs.resume(run, MemorySink())
 
 
@@ -230,7 +233,10 @@ def test_a_run_starts_from_an_adapter_and_remembers_it(world: Path, tmp_path: Pa
     first = "adapters/block_002/adapter_model.safetensors"
     assert adapters(tmp_path / "run")[first] != adapters(tmp_path / "bare")[first]
     records = [read_json(folder / "cladapt.json") for folder in Run.open(tmp_path / "run").adapters.values()]
-    assert [(r["block"], r["parent"], r["from_adapter"]) for r in records] == [(2, start, start), (3, "block_002", start)]
+    assert [(r["block"], r["parent"], r["from_adapter"]) for r in records] == [
+        (2, start, start),
+        (3, "block_002", start),
+    ]
 
 
 def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path: Path) -> None:
@@ -246,11 +252,11 @@ def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path:
         assert block["targets"] == targets
         assert block["tokens_per_epoch"] * TRAIN.epochs == done[block["block"]]["tokens"]
         assert 0.0 < block["filled"] <= 1.0
-    tensors = sum(p.stat().st_size for p in (tmp_path / "run").glob("adapters/block_002/*.safetensors"))
-    assert 0 <= tensors - 4 * plan["trained_parameters"] < 8192  # float32 tensors and their header
+    tensors = load_file(tmp_path / "run" / "adapters" / "block_002" / "adapter_model.safetensors")
+    assert plan["trained_parameters"] == sum(t.numel() for t in tensors.values())
+    assert plan["adapted_modules"] == len({name.split(".lora_")[0] for name in tensors})
     assert plan["base_parameters"] == sum(p.numel() for p in load_base(world / "base").model.parameters())
     assert plan["method_state_bytes"] == 4 * plan["trained_parameters"]  # PESO's anchor
-    assert plan["adapted_modules"] == 14
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -290,7 +296,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("given", ["data", "base"])
 def test_half_of_the_inputs_is_a_mistake(given: str, world: Path, tmp_path: Path) -> None:
     missing = {"data": "base", "base": "data"}[given]
-    config = RunConfig(**{given: str(world / given)})
+    config = RunConfig().model_copy(update={given: str(world / given)})
     with pytest.raises(ConfigError, match=rf"{given}='.*' without {missing} \(give both, or neither"):
         runs.train(config, None, MemorySink())
     with pytest.raises(ConfigError, match=r"--dry-run needs --data and --base \(name them"):
@@ -301,7 +307,7 @@ def test_half_of_the_inputs_is_a_mistake(given: str, world: Path, tmp_path: Path
 def test_a_stream_that_the_base_was_not_made_from_is_refused(world: Path, tmp_path: Path) -> None:
     streams.simulate_data(tmp_path / "other", SIMULATE.model_copy(update={"seed": 1}))
     config = config_of(world).model_copy(update={"data": str(tmp_path / "other")})
-    with pytest.raises(DataError, match="was trained on block 1 of the stream .*no test event is in its training"):
+    with pytest.raises(DataError, match=r"was trained on block 1 of the stream .*no test event is in its training"):
         runs.open_inputs(config)
 
 
