@@ -65,7 +65,7 @@ def run(
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_every_user_gets_the_ranking_of_plain_forward_passes(base: Base, exclude_seen: bool) -> None:
-    histories = {"one": "a", "none": "", "long": "gfbad", "two": "fe"}
+    histories = {"two": "fe", "none": "", "one": "a", "long": "gfbad"}
     frame, counts = run(base, histories, exclude_seen=exclude_seen)
     for user, history in histories.items():
         mine = frame.filter(pl.col("user") == user)

@@ -116,10 +116,10 @@ def test_the_same_run_twice_gives_the_same_adapters(world: Path, tmp_path: Path)
 
 
 class CtrlC:
-    """A sink that presses Ctrl-C at the given step of the given block."""
+    """A sink that presses Ctrl-C at the event that has these fields."""
 
-    def __init__(self, block: int, step: int) -> None:
-        self.when = {"kind": "step", "block": block, "step": step}
+    def __init__(self, kind: str, **fields: int) -> None:
+        self.when = {"kind": kind, **fields}
 
     def emit(self, event: Mapping[str, Any]) -> None:
         if self.when.items() <= event.items():
@@ -134,7 +134,7 @@ def test_an_interrupted_run_continues_to_the_same_adapters(
     config = config_of(world, checkpoint_steps=checkpoint_steps)
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        runs.train(config, run, CtrlC(block, step))
+        runs.train(config, run, CtrlC("step", block=block, step=step))
     # the step in which Ctrl-C came is finished and kept, whatever checkpoint_steps says
     names = [path.name for path in (run / "checkpoints").iterdir()]
     assert f"block_{block:03d}_step_{step:08d}" in names
@@ -148,11 +148,12 @@ def test_an_interrupted_run_continues_to_the_same_adapters(
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_ctrl_c_in_the_last_step_of_a_block_is_not_lost(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["step", "epoch"])
+def test_ctrl_c_at_the_end_of_a_block_is_not_lost(kind: str, world: Path, tmp_path: Path) -> None:
     events = [json.loads(line) for line in (world / "peso" / "log.jsonl").read_text().splitlines()]
-    last = max(e["step"] for e in events if e["kind"] == "step" and e["block"] == 2)
+    last = max(e[kind] for e in events if e["kind"] == kind and e["block"] == 2)
     with pytest.raises(KeyboardInterrupt):
-        runs.train(config_of(world), tmp_path / "run", CtrlC(2, last))
+        runs.train(config_of(world), tmp_path / "run", CtrlC(kind, block=2, **{kind: last}))
     runs.resume(tmp_path / "run", MemorySink())
     assert adapters(tmp_path / "run") == adapters(world / "peso")
 
@@ -167,7 +168,7 @@ def test_a_finished_run_resumes_to_nothing(world: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_configuration_is_refused(world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        runs.train(config_of(world), run, CtrlC(2, 1))
+        runs.train(config_of(world), run, CtrlC("step", block=2, step=1))
     record = read_json(run / "config.json")
     record["config"]["train"]["lr"] = 0.5
     write_json(run / "config.json", record)

@@ -411,22 +411,44 @@ def test_a_fit_is_a_function_of_its_seed_and_block() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def run_with_snapshots(every: int, resume: Snapshot | None = None) -> tuple[Fit, FitResult, list[Snapshot]]:
-    fit = make_fit(module=make_module(dropout=0.3), accumulation=2, epochs=3)
+def run_with_snapshots(
+    every: int, resume: Snapshot | None = None, sink: MemorySink | None = None
+) -> tuple[Fit, FitResult, list[Snapshot]]:
+    fit = make_fit(module=make_module(dropout=0.3), sink=sink, accumulation=2, epochs=3)
     taken: list[Snapshot] = []
     result = fit.run(checkpoint=taken.append, checkpoint_steps=every, resume=resume)
     return fit, result, taken
 
 
+def timeless(sink: MemorySink) -> list[dict[str, Any]]:
+    return [{k: v for k, v in event.items() if k != "tokens_per_second"} for event in sink.events]
+
+
 def test_every_snapshot_continues_to_the_same_end() -> None:
-    whole, result, snapshots = run_with_snapshots(1)
+    events, tail = MemorySink(), MemorySink()
+    whole, result, snapshots = run_with_snapshots(1, sink=events)
     assert [s.position.total_steps for s in snapshots] == list(range(1, result.steps + 1))
     assert any(s.position.step == len(whole.steps(0)) for s in snapshots)  # an epoch's last step, before its score
     for snapshot in snapshots[:: max(1, len(snapshots) // 5)] + snapshots[-1:]:
-        resumed, again, _ = run_with_snapshots(0, snapshot)
+        tail.events.clear()
+        resumed, again, _ = run_with_snapshots(0, snapshot, tail)
+        assert timeless(tail) == timeless(events)[-len(tail.events) :]
+        assert tail.events[0]["kind"] == "epoch" or tail.events[0]["step"] == snapshot.position.total_steps + 1
         assert (again.epoch, again.score, again.steps) == (result.epoch, result.score, result.steps)
         for name, p in whole.ctx.parameters.items():
             assert torch.equal(p, resumed.ctx.parameters[name]), (snapshot.position, name)
+
+
+def test_a_continued_fit_remembers_the_best_epoch_before_the_interruption() -> None:
+    scores, taken = [-3.0, -1.0, -2.0, -1.5], list[Snapshot]()
+    whole = Scripted(make_fit(documents(12), epochs=4), scores)
+    whole.run(taken.append, 1)
+    in_the_last = next(s for s in taken if s.position.epoch == 3)
+    resumed = Scripted(make_fit(documents(12), epochs=4), scores[3:])
+    next(resumed.scores)  # a continued fit does not score its start again
+    result = resumed.run(resume=in_the_last)
+    assert (result.epoch, result.score) == (2, -1.0)
+    assert all(torch.equal(p, whole.ctx.parameters[name]) for name, p in resumed.ctx.parameters.items())
 
 
 def test_snapshots_are_copies() -> None:

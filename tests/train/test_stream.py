@@ -14,11 +14,13 @@ import polars as pl
 import pytest
 import torch
 
+from cladapt.artifacts import read_tensors
 from cladapt.config import AdapterConfig, MethodConfig, RunConfig, SimulateConfig, TrainConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
+from cladapt.methods import Context, Method
 from cladapt.model.adapter import adapted_lm, adapter_provenance, load_adapter, read_adapter
 from cladapt.model.load import Base, load_base, new_model, save_base, weights_hash
 from cladapt.model.packed import PackedLoss
@@ -206,6 +208,40 @@ def test_a_finished_block_is_taken_as_it_is(method: str, folder: Path, tmp_path:
     assert sorted(run(tmp_path / "part", folder, config)) == [3]
     assert equal(tmp_path / "whole", tmp_path / "part", folder, 3)
     assert run(tmp_path / "part", folder, config) == {}
+
+
+class Counts(Method):
+    """Remembers how many blocks it has seen the end of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = 0
+
+    def end_block(self, ctx: Context) -> None:
+        self.blocks += 1
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"blocks": torch.tensor(self.blocks)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.blocks = int(state["blocks"])
+
+
+def test_a_method_takes_back_its_memory_of_the_finished_blocks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Counts] = []
+
+    def build(_config: MethodConfig) -> Counts:
+        made.append(Counts())
+        return made[-1]
+
+    monkeypatch.setattr("cladapt.train.stream.build", build)
+    run(tmp_path, folder, changed(epochs=1))
+    shutil.rmtree(adapter_folder(tmp_path, 3))
+    run(tmp_path, folder, changed(epochs=1))
+    assert [method.blocks for method in made] == [2, 2]
+    assert int(read_tensors(tmp_path / "method" / "block_002.safetensors")["blocks"]) == 1
 
 
 class Stops(MemorySink):
