@@ -151,13 +151,14 @@ def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows_of(folder: Path) -> pl.DataFrame:
     """All per-user rows of a cell."""
-    return pl.concat([pl.read_parquet(path) for path in sorted((folder / "users").glob("block_[0-9]*.parquet"))])
+    return pl.concat([pl.read_parquet(path) for path in sorted((folder / "users").glob("block_*.parquet"))])
 
 
 def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
     """`summary` (a line per cell name, seeds pooled), `differences` against the reference, `cells` (a line each)."""
     pooled: dict[str, list[pl.DataFrame]] = {}
     lines, counts, ceiling = [], {}, {}
+    named: dict[BaseConfig, str] = {}
     config = EvalConfig()
     for cell, folder in done:
         run, rows = Run.open(folder), rows_of(folder)
@@ -167,13 +168,13 @@ def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFram
         frozen = rows.filter((pl.col("model_block") == first) & (pl.col("block") > first))
         own = current if current.height else frozen
         pooled.setdefault(cell.name, []).append(own.with_columns(seed=pl.lit(cell.seed)))
-        base_name = (
-            FROZEN if cell.base == done[0][0].base.model_copy(update={"seed": cell.seed}) else f"{FROZEN} ({cell.name})"
+        base_name = named.setdefault(
+            cell.base.model_copy(update={"seed": 0}), f"{FROZEN} ({cell.name})" if named else FROZEN
         )
         if not any(frame["seed"][0] == cell.seed for frame in pooled.get(base_name, [])):
             pooled.setdefault(base_name, []).append(frozen.with_columns(seed=pl.lit(cell.seed)))
-        for path in (folder / "users").glob("[!b]*.parquet"), (folder / "users").glob("block_p*.parquet"):
-            counts |= {p.stem.replace("_", " "): pl.read_parquet(p) for p in path}
+        for path in sorted((folder / "users").glob("counts_*.parquet")):
+            counts[path.stem.removeprefix("counts_").replace("_", " ")] = pl.read_parquet(path)
         ceiling = {int(b): v for b, v in metrics["ceiling"].items()} or ceiling
         grid = Matrix.build(summarise(rows, config.top_k), f"HR@{max(config.top_k)}", first)
         line = {"cell": cell.name, "seed": cell.seed, **model_row(cell.name, own, config)}

@@ -310,7 +310,7 @@ def _parse(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
+    if isinstance(value, str) and text.strip() == value:  # quotes say that a text is meant
         try:
             return float(value)  # YAML reads 1e-4 (no dot) as text
         except ValueError:

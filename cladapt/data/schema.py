@@ -99,7 +99,6 @@ class Stream:
 
     def save(self, folder: Path) -> None:
         """Write the stream directory; the manifest's hashes are those of the files just written."""
-        folder.mkdir(parents=True, exist_ok=True)
         write_parquet(folder / "interactions.parquet", self.interactions)
         write_parquet(folder / "items.parquet", self.items)
         hashes = {name: hash_file(folder / name) for name in FILES}

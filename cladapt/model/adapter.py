@@ -27,19 +27,19 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int) -> "PeftModel":
     """Put a fresh LoRA adapter (B = 0) on the base; its initial values depend on `seed` alone."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with floats
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        target_modules=_targets(base.model, config.targets),
-    )
     try:
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with floats
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            target_modules=_targets(base.model, config.targets),
+        )
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
             model = get_peft_model(base.model, lora, adapter_name=NAME)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(
             f"adapter.targets={config.targets!r}: {str(error).splitlines()[0]}",
             f"linear modules of this model end in: {', '.join(_linear_names(base.model))}",
@@ -58,14 +58,19 @@ def _targets(lm: "PreTrainedModel", targets: str | tuple[str, ...]) -> str | lis
     (name,) = (n for n, module in lm.named_modules() if module is head)
     if targets == "auto":
         return "all-linear" if shared else _linear_names(lm)
-    if isinstance(targets, str):
-        return targets
-    if shared and name.rpartition(".")[2] in targets:
+    if shared and targets != "all-linear" and _names(targets, name):
         raise ConfigError(
             f"adapter.targets names the head {name!r}, which shares its weights with the embedding",
             "leave it out, or use a base with a head of its own",
         )
-    return list(targets)
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _names(targets: str | tuple[str, ...], module: str) -> bool:
+    """Whether PEFT takes `module` for one of the targets."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

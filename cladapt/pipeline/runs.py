@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from cladapt import ops
-from cladapt.artifacts import atomic_path, write_json, write_parquet
+from cladapt.artifacts import atomic_dir, atomic_path, write_json, write_parquet
 from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, resolve
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
@@ -172,10 +172,11 @@ def evaluate_run(run: Run, config: EvalConfig, block: int | None, sink: Sink) ->
     if block is not None and not 1 <= block <= stream.n_blocks:
         raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
     measures = measure(run, stream, base, config, block, sink)
-    for s in measures.rows["block"].unique().sort().to_list():
-        write_parquet(run.path / "users" / f"block_{s:03d}.parquet", measures.rows.filter(pl.col("block") == s))
-    for name, rows in measures.beside.items():
-        write_parquet(run.path / "users" / f"{name.replace(' ', '_')}.parquet", rows)
+    with atomic_dir(run.path / "users") as users:  # whole, so that no rows of an earlier evaluation stay
+        for s in measures.rows["block"].unique().sort().to_list():
+            write_parquet(users / f"block_{s:03d}.parquet", measures.rows.filter(pl.col("block") == s))
+        for name, rows in measures.beside.items():
+            write_parquet(users / f"counts_{name.replace(' ', '_')}.parquet", rows)
     html, result = run_report(run, measures, stream, base)
     write_json(run.path / "metrics.json", {"schema_version": METRICS_SCHEMA_VERSION, **result})
     with atomic_path(run.path / "report.html") as temporary:
@@ -197,17 +198,14 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
     evaluator = Evaluator(stream, base, form, config, run.config.train.softmax, run.config.seed)
     blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
 
+    later = [b for b in blocks if b > base.fitted_block]
+    truth = streams.truth_of(Path(run.config.data)) if config.targets == "test" else None
+    best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
     rows = measure_run(
         evaluator, _models(base, adapters), blocks, lambda text: sink.emit({"kind": "note", "text": text})
     )
-    later = [b for b in blocks if b > base.fitted_block]
-    truth = streams.truth_of(Path(run.config.data))
-    best = (
-        {} if truth is None or config.targets != "test" else {b: ceiling(truth, stream, b, config.top_k) for b in later}
-    )
-    return Measures(
-        run.config.method.name, rows, measure_counts(stream, rows, later, config), base.fitted_block, config, best
-    )
+    counts = measure_counts(stream, rows, later, config)
+    return Measures(run.config.method.name, rows, counts, base.fitted_block, config, best)
 
 
 def _models(base: Base, adapters: Mapping[int, Path]) -> Iterator[tuple[int, "PreTrainedModel"]]:
@@ -256,11 +254,11 @@ def with_embedded(config: RunConfig, sink: Sink) -> RunConfig:
 
 def make_embedded(stream: Path, base: Path, simulate: SimulateConfig, pretrain: BaseConfig, sink: Sink) -> None:
     """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept."""
-    if not (stream / "manifest.json").is_file():
+    if not stream.is_dir():
         sink.emit({"kind": "note", "text": f"simulating the embedded stream in {stream}"})
-        streams.simulate_data(stream, simulate)
-    if not (stream / streams.SIDS).is_file():
-        streams.build_tokens(stream, TokensConfig(), None)
+        with atomic_dir(stream) as folder:
+            streams.simulate_data(folder, simulate)
+            streams.build_tokens(folder, TokensConfig(), None)
     if not base.is_dir():
         sink.emit({"kind": "note", "text": f"training the embedded base in {base}"})
         bases.pretrain_base(stream, base, pretrain, sink)

@@ -132,7 +132,8 @@ class Fit:
                 epoch = self.position.epoch
                 steps = self.steps(epoch)
                 for index in range(self.position.step, len(steps)):
-                    tokens += self.step(steps[index], epoch + index / len(steps))
+                    # the middle of the step: a first step at rate 0 would be lost, and blocks are short
+                    tokens += self.step(steps[index], epoch + (index + 0.5) / len(steps))
                     self.position = replace(self.position, step=index + 1, total_steps=self.position.total_steps + 1)
                     due = checkpoint_steps > 0 and self.position.total_steps % checkpoint_steps == 0
                     self._pause(interrupted(), due, checkpoint)

@@ -73,7 +73,7 @@ class Learner:
 
     def __init__(self, folder: Path, method: Method, dropout: float = 0.0) -> None:
         self.base, self.method = load_base(folder), method
-        config = AdapterConfig(rank=2, dropout=dropout, targets=("q_proj", "v_proj", "down_proj"))
+        config = AdapterConfig(rank=2, dropout=dropout, targets=("q_proj", "v_proj", "down_proj", "lm_head"))
         self.model = create_adapter(self.base, config, seed=0)
         generator = torch.Generator().manual_seed(1)
         moved = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in self.tensors().items()}

@@ -84,12 +84,13 @@ def saved(folder: Path, fitted_block: int = 1, seed: int = 0) -> tuple[Path, Pre
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_preset_is_a_llama_over_the_id_tokens_alone(preset: str) -> None:
-    model, tokenizer = new_model(preset, SIDS, seed=0)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_preset_is_a_llama_over_the_id_tokens_alone(preset: str, tied: bool) -> None:
+    model, tokenizer = new_model(preset, SIDS, seed=0, tie_embeddings=tied)
     assert len(tokenizer) == 4 + len(SIDS.tokens) == model.config.vocab_size
     assert model.config.hidden_size == PRESETS[preset]["hidden_size"]
     assert len(model.model.layers) == PRESETS[preset]["num_hidden_layers"]
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     assert (model.config.bos_token_id, model.config.pad_token_id) == (tokenizer.bos_token_id, tokenizer.pad_token_id)
 
 

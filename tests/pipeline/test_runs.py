@@ -204,7 +204,7 @@ def test_the_latest_run_is_evaluated_by_default_and_settings_override_the_run_s(
     notes = [e["text"] for e in sink.events if e["kind"] == "note"]
     assert notes == [f"tested the model of block {t} on block 3: 10 users" for t in (1, 2, 3)]
     names = sorted(path.name for path in (tmp_path / "mine" / "users").iterdir())
-    assert names == ["block_003.parquet", "block_popularity.parquet", "markov.parquet"]
+    assert names == ["block_003.parquet", "counts_block_popularity.parquet", "counts_markov.parquet"]
 
 
 def test_evaluating_leaves_no_trace_of_one_model_in_the_next(world: Path, tmp_path: Path) -> None:
