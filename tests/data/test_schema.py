@@ -89,7 +89,7 @@ def test_fingerprint_follows_the_content(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_stream_that_was_never_saved_has_no_fingerprint() -> None:
-    with pytest.raises(DataError, match=r"this stream was never saved, so it has no fingerprint"):
+    with pytest.raises(DataError, match=r"this stream was not read from files, so it has no fingerprint"):
         _ = Stream(interactions(), items()).fingerprint
 
 

@@ -232,7 +232,9 @@ def test_the_log_has_the_rate_of_the_progress_and_every_field() -> None:
     events = [e for e in sink.events if e["kind"] == "step"]
     assert len(events) == result.steps == sum(len(fit.steps(e)) for e in range(3))
     assert [e["step"] for e in events] == list(range(1, result.steps + 1))
-    progress = [(epoch + i / len(fit.steps(epoch))) / 3 for epoch in range(3) for i in range(len(fit.steps(epoch)))]
+    sizes = [len(fit.steps(epoch)) for epoch in range(3)]
+    progress = [(epoch + (i + 0.5) / size) / 3 for epoch, size in enumerate(sizes) for i in range(size)]
+    assert min(e["lr"] for e in events) > 0  # no step is lost to a rate of zero
     assert [e["progress"] for e in events] == pytest.approx(progress)
     assert [e["lr"] for e in events] == pytest.approx([0.01 * rate(p, fit.settings) for p in progress])
     assert sum(e["tokens"] for e in events) == result.tokens == 3 * sum(len(d.tokens) for d in fit.documents)

@@ -1,0 +1,211 @@
+"""Csv and parquet: columns, separators, times, folders, item tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from cladapt.artifacts import hash_file
+from cladapt.data.readers import Columns, RawLog, read
+from cladapt.errors import DataError
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def rows_of(log: RawLog) -> list[tuple[Any, ...]]:
+    return list(log.events.select("user", "item", "timestamp").iter_rows())
+
+
+def test_csv_columns_are_mapped_and_ids_stay_text(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "ts,who,price,what\n1700000001,007,9,x\n1700000000,8,9,y\n")
+    log = read(source, columns=Columns(user="who", item="what", timestamp="ts"))
+    assert dict(log.events.schema) == {
+        "user": pl.String,
+        "item": pl.String,
+        "timestamp": pl.Int64,
+        "order": pl.Int64,
+        "block": pl.Int32,
+    }
+    assert list(log.events.iter_rows()) == [("007", "x", 1700000001, 0, None), ("8", "y", 1700000000, 1, None)]
+    assert (log.source, log.index, log.dropped, log.items.height) == ("csv", None, {}, 0)
+    assert log.files == {"log.csv": hash_file(source)}
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("l.csv", ","), ("l.csv", ";"), ("l.csv", "\t"), ("l.csv", "|"), ("l.tsv", "\t")]
+)
+def test_the_separator_comes_from_the_name_or_the_header(tmp_path: Path, name: str, separator: str) -> None:
+    lines = (("user", "item", "timestamp"), ("a", '"x, or ; y"', "5"))
+    source = write(tmp_path / name, "\ufeff" + "\r\n".join(separator.join(line) for line in lines) + "\r\n")
+    assert rows_of(read(source)) == [("a", "x, or ; y", 5)]
+
+
+def test_unusable_and_repeated_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
+    lines = [",x,1", "a,,1", "a,x,", "a,x,soon", "a,x,2024-02-30", "a,x,1", "a,x,1", "a,x,2", "b,x,1"]
+    log = read(write(tmp_path / "log.csv", "user,item,timestamp\n" + "\n".join(lines)))
+    assert rows_of(log) == [("a", "x", 1), ("a", "x", 2), ("b", "x", 1)]
+    assert log.events["order"].to_list() == [5, 7, 8]
+    assert log.dropped == {"bad_time": 2, "duplicate": 1, "no_item": 1, "no_time": 1, "no_user": 1}
+
+
+def test_nothing_left_is_an_error_with_the_counts(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,soon\n,x,1\n")
+    with pytest.raises(DataError, match=r"none of the 2 rows can be used \(bad_time: 1, no_user: 1\)"):
+        read(source)
+    with pytest.raises(DataError, match="none of the 0 rows can be used"):
+        read(write(tmp_path / "none.csv", "user,item,timestamp\n"))
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("1700000000000", "it looks like milliseconds: divide the column by 1e3"),
+        ("1700000000000000", "it looks like microseconds: divide the column by 1e6"),
+        ("1700000000000000000", "it looks like nanoseconds: divide the column by 1e9"),
+    ],
+)
+def test_times_finer_than_seconds_are_never_guessed(tmp_path: Path, value: str, hint: str) -> None:
+    source = write(tmp_path / "log.csv", f"user,item,timestamp\na,x,{value}\n")
+    with pytest.raises(DataError, match=rf"log.csv: timestamp: {value} is too large for unix seconds") as error:
+        read(source)
+    assert hint in error.value.hint
+    table = pl.DataFrame({"user": ["a"], "item": ["x"], "timestamp": [int(value)]})
+    table.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match="too large for unix seconds"):
+        read(tmp_path / "log.parquet")
+
+
+def test_compact_dates_are_not_taken_for_seconds_of_1970(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="20240131 looks like a date written YYYYMMDD"):
+        read(write(tmp_path / "log.csv", "user,item,timestamp\na,x,20240131\na,y,20240201\n"))
+
+
+def test_without_times_the_row_order_stands_and_repeats_stay(tmp_path: Path) -> None:
+    log = read(write(tmp_path / "log.csv", "user,item\nb,x\na,x\nb,x\n"), columns=Columns(timestamp=""))
+    assert list(log.events.iter_rows()) == [
+        ("b", "x", None, 0, None),
+        ("a", "x", None, 1, None),
+        ("b", "x", None, 2, None),
+    ]
+    assert log.dropped == {}
+
+
+def test_order_keeps_what_whole_seconds_lose(tmp_path: Path) -> None:
+    log = read(write(tmp_path / "log.csv", "user,item,timestamp\na,late,5.9\na,next,6\na,early,5.25\na,early,5.5\n"))
+    assert list(log.events.sort("timestamp", "order")["item"]) == ["early", "early", "late", "next"]
+    assert log.dropped == {}
+
+
+def test_missing_columns_name_those_found_and_the_options(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "uid,item,ts\na,x,1\n")
+    with pytest.raises(DataError, match=r"log.csv has no column 'user', 'timestamp'; it has: uid, item, ts") as error:
+        read(source)
+    assert error.value.hint == (
+        'name the columns: --user COL --item COL --timestamp COL; --timestamp "" takes the row order as time'
+    )
+
+
+@pytest.mark.parametrize("content", ["", "user,item,timestamp\na,x,1,extra,fields\n"], ids=["empty", "ragged"])
+def test_a_broken_csv_is_named(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*log\.csv: "):
+        read(write(tmp_path / "log.csv", content))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\nJos\u00e9,x,1\n", "latin-1")
+    with pytest.raises(DataError, match=r"cannot read .*log\.csv"):
+        read(source)
+
+
+def test_ready_made_blocks_are_read_and_must_be_numbers(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp,part\na,x,1,1\na,y,2,2\n")
+    assert read(source, columns=Columns(block="part")).events["block"].to_list() == [1, 2]
+    bad = write(tmp_path / "bad.csv", "user,item,timestamp,part\na,x,1,1\na,y,2,second\n")
+    with pytest.raises(DataError, match="column 'part' holds 'second', not a block number"):
+        read(bad, columns=Columns(block="part"))
+    with pytest.raises(DataError, match=r"no column 'day'") as error:
+        read(source, columns=Columns(block="day"))
+    assert "--block COL" in error.value.hint
+
+
+@pytest.fixture
+def table() -> pl.DataFrame:
+    return pl.DataFrame({"user": [1, 2, 3], "item": ["x", "y", "z"], "timestamp": [10, 20, 30]})
+
+
+def test_parquet_as_file_folder_and_glob_gives_the_same_events(tmp_path: Path, table: pl.DataFrame) -> None:
+    (tmp_path / "log").mkdir()
+    for k in range(3):
+        table[k : k + 1].write_parquet(tmp_path / "log" / f"part-{k}.parquet")
+    write(tmp_path / "log" / "_SUCCESS", "")
+    write(tmp_path / "log" / "_delta" / "x.parquet", "not data")
+    table.write_parquet(tmp_path / "log.parquet")
+    single, folder = read(tmp_path / "log.parquet"), read(tmp_path / "log")
+    pattern = read(str(tmp_path / "log" / "part-*.parquet"))
+    assert rows_of(single) == rows_of(folder) == rows_of(pattern) == [("1", "x", 10), ("2", "y", 20), ("3", "z", 30)]
+    assert set(folder.files) == set(pattern.files) == {f"part-{k}.parquet" for k in range(3)}
+    assert folder.source == "parquet"
+
+
+def test_a_partition_folder_is_a_column(tmp_path: Path, table: pl.DataFrame) -> None:
+    for part in (1, 2):
+        (tmp_path / "log" / f"part={part}").mkdir(parents=True)
+        table[part - 1 : part].write_parquet(tmp_path / "log" / f"part={part}" / "0.parquet")
+    log = read(tmp_path / "log", columns=Columns(block="part"))
+    assert log.events["block"].to_list() == [1, 2]
+    assert set(log.files) == {"part=1/0.parquet", "part=2/0.parquet"}
+
+
+def test_csv_files_of_a_folder_follow_each_other_without_the_item_table(tmp_path: Path) -> None:
+    write(tmp_path / "d" / "2.csv", "timestamp;item;user\n1;x;a\n")
+    write(tmp_path / "d" / "1.csv", "user,item,timestamp\na,z,1\n")
+    items = write(tmp_path / "d" / "items.csv", "item,name\nx,Ex\n")
+    log = read(tmp_path / "d", columns=Columns(items=items))
+    assert list(log.events.select("item", "order").iter_rows()) == [("z", 0), ("x", 1)]
+    assert set(log.files) == {"1.csv", "2.csv", "items.csv"}
+
+
+def test_item_texts_join_the_chosen_columns(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,sku,timestamp\na,x,1\n")
+    items = write(tmp_path / "t" / "items.csv", "sku,name,brand,size\nx,Ex,,9\ny, Why ,Acme,\nx,Again,,\n,None,,\n")
+    every = read(source, columns=Columns(item="sku", items=items))
+    assert list(every.items.iter_rows()) == [("x", "Ex | 9"), ("y", "Why | Acme")]
+    assert every.dropped == {"item_row_without_id": 1, "item_row_repeated": 1}
+    assert set(every.files) == {"log.csv", "t/items.csv"}
+    some = read(source, columns=Columns(item="sku", items=items, text=("brand", "name")))
+    assert list(some.items.iter_rows()) == [("x", "Ex"), ("y", "Acme | Why")]
+
+
+def test_an_item_table_may_be_parquet_with_lists_and_integer_ids(tmp_path: Path, table: pl.DataFrame) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,12,1\n")
+    frame = pl.DataFrame({"item": [12.0, None], "tags": [["red", "big"], []], "year": [1999, None]})
+    frame.write_parquet(tmp_path / "items.parquet")
+    log = read(source, columns=Columns(items=tmp_path / "items.parquet"))
+    assert list(log.items.iter_rows()) == [("12", "red, big | 1999")]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        ("id,name\nx,Ex\n", {}, r"items.csv has no column 'item'; it has: id, name"),
+        ("item,name\nx,Ex\n", {"text": ("title",)}, r"items.csv has no column 'title'; it has: item, name"),
+        ("item\nx\n", {}, r"items.csv has no column beside 'item'"),
+    ],
+)
+def test_a_bad_item_table_is_an_error(tmp_path: Path, content: str, columns: Mapping[str, Any], message: str) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\n")
+    items = write(tmp_path / "items.csv", content)
+    with pytest.raises(DataError, match=message):
+        read(source, columns=Columns(items=items, **columns))
+
+
+def test_a_missing_item_table_is_an_error(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\n")
+    with pytest.raises(DataError, match=r"no such item table: .*nowhere\.csv"):
+        read(source, columns=Columns(items=tmp_path / "nowhere.csv"))
