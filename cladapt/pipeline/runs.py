@@ -34,7 +34,7 @@ from cladapt.pipeline.report import run_report
 from cladapt.run import RUNS, Run, new_run_path
 from cladapt.tokens.prompts import Form, pack
 from cladapt.train.sinks import Fan, JsonlSink, Sink
-from cladapt.train.stream import blocks_to_learn, make_form, train_stream, training_documents
+from cladapt.train.stream import blocks_to_learn, learned_block, make_form, train_stream, training_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +47,8 @@ def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Start a run: adapt the base to every block that it has not seen."""
     config = with_embedded(config, sink)
     stream, base = open_inputs(config)
-    blocks_to_learn(stream, base)
     prepare(config, base)
+    blocks_to_learn(stream, learned_block(config, base))
     run = Run.create(out or new_run_path(config.method.name, config.seed), config)
     return _learn(run, stream, base, sink)
 
@@ -112,7 +112,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     stream, base = open_inputs(config)
     method, form, parameters = prepare(config, base)
     blocks = []
-    for block in blocks_to_learn(stream, base):
+    for block in blocks_to_learn(stream, learned_block(config, base)):
         documents = training_documents(split_block(stream, block), form)
         rows = pack(documents, config.train.row_tokens, None)
         batches = math.ceil(len(rows.tokens) / max(1, config.train.batch_tokens // config.train.row_tokens))
@@ -185,10 +185,11 @@ def evaluate_run(run: Run, config: EvalConfig, block: int | None, sink: Sink) ->
 
 
 def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int | None, sink: Sink) -> Measures:
-    """Rows of the base and of every adapter of a run on every block, and of the counts-only models."""
+    """Rows of what the run starts from and of its adapters on every block, and of the counts-only models."""
     adapters = run.adapters
     trains = build(run.config.method).trains
-    expected = list(blocks_to_learn(stream, base))
+    learned = learned_block(run.config, base)
+    expected = list(blocks_to_learn(stream, learned))
     if trains and sorted(adapters) != expected:
         raise DataError(
             f"{run.path} has adapters for the blocks {sorted(adapters)}, the stream needs {expected}",
@@ -198,21 +199,24 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
     evaluator = Evaluator(stream, base, form, config, run.config.train.softmax, run.config.seed)
     blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
 
-    later = [b for b in blocks if b > base.fitted_block]
+    later = [b for b in blocks if b > learned]
     truth = streams.truth_of(Path(run.config.data)) if config.targets == "test" else None
     best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
-    rows = measure_run(
-        evaluator, _models(base, adapters), blocks, lambda text: sink.emit({"kind": "note", "text": text})
-    )
+    start = Path(run.config.from_adapter) if run.config.from_adapter else None
+    models = _models(base, start, learned, adapters)
+    rows = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
     counts = measure_counts(stream, rows, later, config)
-    return Measures(run.config.method.name, rows, counts, base.fitted_block, config, best)
+    return Measures(run.config.method.name, rows, counts, learned, config, best)
 
 
-def _models(base: Base, adapters: Mapping[int, Path]) -> Iterator[tuple[int, "PreTrainedModel"]]:
-    """The base as it is, then with each adapter in turn; the base is bare again at the end."""
-    yield base.fitted_block, base.model
+def _models(
+    base: Base, start: Path | None, learned: int, adapters: Mapping[int, Path]
+) -> Iterator[tuple[int, "PreTrainedModel"]]:
+    """What the run starts from, then each of its adapters in turn; the base is bare again at the end."""
     model = None
-    for block, folder in adapters.items():
+    if start is None:
+        yield learned, base.model
+    for block, folder in {**({} if start is None else {learned: start}), **adapters}.items():
         if model is None:
             model = load_adapter(base, folder)
         else:

@@ -19,6 +19,7 @@ from cladapt.methods import Context, build
 from cladapt.model.adapter import (
     adapted_lm,
     adapter_parameters,
+    adapter_provenance,
     create_adapter,
     read_adapter,
     save_adapter,
@@ -99,7 +100,6 @@ def train_stream(
     provenance: Mapping[str, Any],
 ) -> dict[int, FitResult]:
     """Adapt to every block that the base has not seen; finished blocks of an interrupted run are taken as they are."""
-    blocks = blocks_to_learn(stream, base)
     method = build(config.method)
     if not method.trains:
         return {}
@@ -107,6 +107,7 @@ def train_stream(
     model = create_adapter(base, config.adapter, config.seed)
     if config.from_adapter:
         set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
+    blocks = blocks_to_learn(stream, learned_block(config, base))
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
     results: dict[int, FitResult] = {}
     checkpoints = run / "checkpoints"
@@ -150,13 +151,20 @@ def train_stream(
     return results
 
 
-def blocks_to_learn(stream: Stream, base: Base) -> Sequence[int]:
-    """The blocks after the last one that the base has seen."""
-    blocks = range(base.fitted_block + 1, stream.n_blocks + 1)
+def learned_block(config: RunConfig, base: Base) -> int:
+    """The last block that the base, or the adapter a run starts from, has learned; 0 for none."""
+    if not config.from_adapter:
+        return base.fitted_block
+    return max(base.fitted_block, int(adapter_provenance(Path(config.from_adapter)).get("block", 0)))
+
+
+def blocks_to_learn(stream: Stream, learned: int) -> Sequence[int]:
+    """The blocks after the last one that was learned."""
+    blocks = range(learned + 1, stream.n_blocks + 1)
     if not blocks:
         raise ConfigError(
-            f"the base has seen block {base.fitted_block}, the stream ends at block {stream.n_blocks}",
-            "give a longer stream, or a base trained on fewer blocks",
+            f"block {learned} is learned already, the stream ends at block {stream.n_blocks}",
+            "give a longer stream, or start from a base or adapter that has learned fewer blocks",
         )
     return blocks
 

@@ -156,7 +156,7 @@ def test_a_folder_whose_name_reads_as_a_number_is_a_folder(world: World, tmp_pat
 
 def test_a_dry_run_writes_nothing(inside: World) -> None:
     before = tree(inside.folder)
-    for more in ("", "--method frozen", "--from-adapter run/adapters/block_003 --rank 4"):
+    for more in ("", "--method frozen", "--from-adapter run/adapters/block_002 --rank 4"):
         assert cladapt(f"train {INPUTS} --dry-run {more}").code == 0
     assert tree(inside.folder) == before
 

@@ -227,17 +227,15 @@ def test_a_method_that_does_not_train_has_base_rows_alone(world: Path, tmp_path:
 
 
 def test_a_run_starts_from_an_adapter_and_remembers_it(world: Path, tmp_path: Path) -> None:
-    start = str(world / "peso" / "adapters" / "block_003")
-    bare = config_of(world, "finetune")
-    runs.train(bare.model_copy(update={"from_adapter": start}), tmp_path / "run", MemorySink())
-    runs.train(bare, tmp_path / "bare", MemorySink())
-    first = "adapters/block_002/adapter_model.safetensors"
-    assert adapters(tmp_path / "run")[first] != adapters(tmp_path / "bare")[first]
-    records = [read_json(folder / "cladapt.json") for folder in Run.open(tmp_path / "run").adapters.values()]
-    assert [(r["block"], r["parent"], r["from_adapter"]) for r in records] == [
-        (2, start, start),
-        (3, "block_002", start),
-    ]
+    start = str(world / "peso" / "adapters" / "block_002")
+    config = config_of(world, "finetune").model_copy(update={"from_adapter": start})
+    runs.train(config, tmp_path / "run", MemorySink())
+    (record,) = (read_json(folder / "cladapt.json") for folder in Run.open(tmp_path / "run").adapters.values())
+    assert (record["block"], record["parent"], record["from_adapter"]) == (3, start, start)
+    result = runs.evaluate(tmp_path / "run", EVAL, None, MemorySink())
+    assert [line["model"] for line in result["table"]][:2] == ["finetune", "frozen"]
+    rows = pl.read_parquet(tmp_path / "run" / "users" / "block_003.parquet")
+    assert sorted(rows["model_block"].unique()) == [2, 3]  # what it starts from is the frozen line
 
 
 def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path: Path) -> None:
@@ -317,7 +315,7 @@ def test_a_base_that_has_seen_everything_leaves_nothing_to_learn(world: Path, tm
     record = read_json(tmp_path / "base" / "cladapt.json")
     write_json(tmp_path / "base" / "cladapt.json", {**record, "fitted_block": 3})
     config = config_of(world).model_copy(update={"base": str(tmp_path / "base")})
-    with pytest.raises(ConfigError, match="the base has seen block 3, the stream ends at block 3"):
+    with pytest.raises(ConfigError, match="block 3 is learned already, the stream ends at block 3"):
         runs.train(config, tmp_path / "run", MemorySink())
     assert not (tmp_path / "run").exists()
 
