@@ -40,7 +40,21 @@ def test_kl_and_its_closed_form_gradient_equal_autograd_in_float64(tau: float, s
     torch.testing.assert_close(grad, value.grad, rtol=1e-8, atol=1e-18)
 
 
-def test_float32_keeps_the_digits_that_a_difference_of_logs_loses() -> None:
+def test_long_groups_give_what_short_ones_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, anchor = vectors(torch.float64)
+    inverse_tau = torch.tensor([1.0, 3.0, 50.0, 7.0], dtype=torch.float64)
+    together = kl(value, anchor, inverse_tau)
+    monkeypatch.setattr(reference, "LONG_GROUP", 1)
+    apart = kl(value, anchor, inverse_tau)
+    torch.testing.assert_close(apart[0], together[0], rtol=1e-10, atol=1e-18)
+    torch.testing.assert_close(apart[1], together[1], rtol=1e-10, atol=1e-18)
+
+
+@pytest.mark.parametrize("long_group", [1, reference.LONG_GROUP])
+def test_float32_keeps_the_digits_that_a_difference_of_logs_loses(
+    long_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "LONG_GROUP", long_group)
     value, anchor = vectors(torch.float32)
     ones = torch.ones(4)
     truth = brute_force_kl(value.double(), anchor.double(), ones.double())
