@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
 from pydantic import Field
 
-from cladapt.artifacts import atomic_path, hash_value, read_json, write_json
+from cladapt.artifacts import atomic_path, hash_value, read_json, read_tensors, write_json
 from cladapt.config import (
     BaseConfig,
     BlocksConfig,
@@ -154,6 +155,13 @@ def rows_of(folder: Path) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(path) for path in sorted((folder / "users").glob("block_*.parquet"))])
 
 
+def mean_distance(adapters: list[Path]) -> float | None:
+    """Mean over blocks of the L2 distance between the kept adapters of one block and the next."""
+    tensors = [read_tensors(folder / "adapter_model.safetensors") for folder in adapters]
+    squares = [sum(float((b[n] - a[n]).square().sum()) for n in a) for a, b in pairwise(tensors)]
+    return sum(s**0.5 for s in squares) / len(squares) if squares else None
+
+
 def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
     """`summary` (a line per cell name, seeds pooled), `differences` against the reference, `cells` (a line each)."""
     pooled: dict[str, list[pl.DataFrame]] = {}
@@ -181,6 +189,7 @@ def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFram
         line |= {name: mean.value if not mean.missing else None for name, mean in summaries(grid).items()}
         chosen = [read_json(a / "cladapt.json")["valid_log_likelihood"] for a in run.adapters.values()]
         line["valid log_likelihood"] = sum(chosen) / len(chosen) if chosen else None
+        line["distance between adapters"] = mean_distance(list(run.adapters.values()))
         log = regulariser_log(run)
         for key in ("peso/distance, last", "peso/term, last", "peso/ratio, mean", "peso/cosine, mean"):
             values = [block[key] for block in log if key in block]
