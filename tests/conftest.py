@@ -1,6 +1,7 @@
 """What every test runs under: no network, one thread, no choice of kernels inherited from the shell."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("CLADAPT_KERNELS", None)
+# a shell starts background jobs with Ctrl-C ignored, and Python then installs no handler for it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
