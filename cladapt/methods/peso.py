@@ -29,7 +29,7 @@ from cladapt.model.anchors import AdapterVector, Grouping
 class PesoConfig(Settings):
     """Options of PESO."""
 
-    strength: Annotated[float, Field(ge=0.0)] = 1.0
+    strength: Annotated[float, Field(ge=0.0)] = 0.1
     """lambda; 0 is plain fine-tuning, bit for bit."""
     regulariser: Literal["literal", "code", "scaled", "l2"] = "scaled"
     """Which proximal term."""
