@@ -1,12 +1,16 @@
 """What a continual method is: six hooks around a loop that it never owns, and state made of named tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from cladapt.config import Settings
+
+
+def _no_history(tensors: Mapping[str, Tensor]) -> None:
+    raise NotImplementedError("this context has no model to put a history on")
 
 
 @dataclass
@@ -19,6 +23,10 @@ class Context:
     """The block being learned."""
     step: int = 0
     """Optimiser steps done in this block."""
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    """The values of a fresh adapter, by the same names."""
+    set_history: Callable[[Mapping[str, Tensor]], None] = _no_history
+    """Puts frozen factors beside the adapter; see `cladapt.model.adapter.set_history`."""
     log: dict[str, float] = field(default_factory=dict)
     """Scalars to write with this step's log line."""
 
@@ -26,11 +34,14 @@ class Context:
 class Method:
     """A method that changes nothing; subclasses override the hooks they need.
 
-    `Config` holds its options, `trains` tells whether blocks are learned at all. State is named tensors only.
+    `Config` holds its options. `trains`: whether blocks are learned at all; `past_data`: whether a block is learned on
+    the data of all blocks up to it; `full_rank`: whether the weights themselves learn. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
     trains: ClassVar[bool] = True
+    past_data: ClassVar[bool] = False
+    full_rank: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

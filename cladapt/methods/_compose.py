@@ -19,6 +19,14 @@ class Compose(Method):
     def trains(self) -> bool:  # type: ignore[override]
         return all(method.trains for _, method in self.methods)
 
+    @property
+    def past_data(self) -> bool:  # type: ignore[override]
+        return any(method.past_data for _, method in self.methods)
+
+    @property
+    def full_rank(self) -> bool:  # type: ignore[override]
+        return any(method.full_rank for _, method in self.methods)
+
     def begin_block(self, ctx: Context) -> None:
         for _, method in self.methods:
             method.begin_block(ctx)

@@ -1,5 +1,10 @@
-"""LoRA adapters through PEFT: create, load, save; always exactly one adapter, and only its tensors train."""
+"""LoRA adapters through PEFT: create, load, save; one adapter learns, and only its tensors train.
 
+Beside it there may be a *history*: frozen factors of earlier blocks, W + scale (B_h A_h + B A). Both are saved as one
+ordinary adapter of concatenated rank, so nothing that reads adapters needs to know.
+"""
+
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cladapt import __version__
-from cladapt.artifacts import atomic_dir, read_json, read_tensors, write_json
+from cladapt.artifacts import atomic_dir, read_json, read_tensors, write_json, write_tensors
 from cladapt.config import AdapterConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.load import PROVENANCE, Base
@@ -21,10 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "default"
+HISTORY = "history"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def create_adapter(base: Base, config: AdapterConfig, seed: int) -> "PeftModel":
-    """Put a fresh LoRA adapter (B = 0) on the base; its initial values depend on `seed` alone."""
+def create_adapter(base: Base, config: AdapterConfig, seed: int, full_rank: bool = False) -> "PeftModel":
+    """Put a fresh LoRA adapter (B = 0) on the base; its initial values depend on `seed` alone.
+
+    `full_rank`: the weights themselves learn. One factor of every module is the frozen identity and the other is
+    delta W, at scale 1 and without dropout, so the gradient is that of W and the result is still a LoRA adapter.
+    """
     from peft import LoraConfig, get_peft_model
 
     try:
@@ -32,13 +43,15 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int) -> "PeftModel":
             task_type="CAUSAL_LM",
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with floats
-            lora_dropout=config.dropout,
-            use_rslora=config.rslora,
+            lora_dropout=0.0 if full_rank else config.dropout,
+            use_rslora=config.rslora and not full_rank,
             target_modules=_targets(base.model, config.targets),
         )
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
             model = get_peft_model(base.model, lora, adapter_name=NAME)
+            if full_rank:
+                model = _with_full_rank(model, lora)
     except (ValueError, re.error) as error:
         raise ConfigError(
             f"adapter.targets={config.targets!r}: {str(error).splitlines()[0]}",
@@ -73,6 +86,31 @@ def _names(targets: str | tuple[str, ...], module: str) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
+def _with_full_rank(model: "PeftModel", lora: Any) -> "PeftModel":
+    """The same modules with rank min(in, out): the factor on the narrow side is the identity, the other zero."""
+    from peft import get_peft_model
+
+    sizes = {}
+    for name, module in _lora_layers(model).items():
+        sizes[name.removeprefix("base_model.model.")] = min(module.in_features, module.out_features)
+    lora = copy.deepcopy(lora)
+    lora.rank_pattern, lora.alpha_pattern = sizes, dict(sizes)
+    model = get_peft_model(model.unload(), lora, adapter_name=NAME)
+    for module in _lora_layers(model).values():
+        down, up = module.lora_A[NAME].weight, module.lora_B[NAME].weight
+        identity, delta = (down, up) if module.in_features <= module.out_features else (up, down)
+        nn.init.eye_(identity)
+        nn.init.zeros_(delta)
+        identity.requires_grad_(False)
+    return model
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable tensors by name; an error if anything but LoRA factors would train."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -83,13 +121,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A detached copy of the adapter, under the parameters' own names."""
-    return {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    """A detached copy of the adapter's factors, frozen ones included, under the parameters' own names."""
+    return {name: p.detach().clone() for name, p in _factors(model, NAME).items()}
+
+
+def _factors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if re.search(rf"\.lora_[AB]\.{adapter}\.", n)}
 
 
 def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the adapter; names and shapes must match exactly."""
-    parameters = adapter_parameters(model)
+    parameters = _factors(model, NAME)
     wrong = sorted(set(parameters) ^ set(tensors)) or [n for n, p in parameters.items() if p.shape != tensors[n].shape]
     if wrong:
         raise DataError(
@@ -101,12 +143,55 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
             parameter.copy_(tensors[name])
 
 
+def set_history(model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
+    """Put frozen factors beside the adapter, in place of earlier ones; none when empty.
+
+    Named like the adapter's parameters: A_h [R, in] and B_h [out, R], at the adapter's own scale.
+    """
+    if HISTORY in model.peft_config:
+        model.delete_adapter(HISTORY)
+    if not tensors:
+        model.set_adapter(NAME)
+        return
+    if model.peft_config[NAME].rank_pattern:
+        raise ConfigError("frozen factors beside an adapter whose modules differ in rank", "use a low-rank method")
+    layer = next(iter(_lora_layers(model).values()))
+    config = copy.deepcopy(model.peft_config[NAME])
+    config.r = next(t.shape[0] for n, t in tensors.items() if ".lora_A." in n)
+    config.lora_alpha, config.use_rslora, config.lora_dropout = layer.scaling[NAME] * config.r, False, 0.0
+    with torch.random.fork_rng(devices=[]), quiet():
+        model.add_adapter(HISTORY, config)
+    model.base_model.set_adapter([NAME, HISTORY])
+    with torch.no_grad():
+        for name, parameter in _factors(model, HISTORY).items():
+            parameter.copy_(tensors[name.replace(f".{HISTORY}.", f".{NAME}.")])
+            parameter.requires_grad_(False)
+
+
 def save_adapter(folder: Path, model: "PeftModel", base: Base, provenance: Mapping[str, Any]) -> None:
-    """Write PEFT's own files and, beside them, `cladapt.json`."""
+    """Write PEFT's own files and, beside them, `cladapt.json`; a history becomes the first ranks of the adapter."""
     with atomic_dir(folder) as temporary, quiet():
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        model.save_pretrained(str(temporary), selected_adapters=[NAME], save_embedding_layers=False)
         record = {**provenance, "base": base.fingerprint, "sids": base.provenance["sids"], "cladapt": __version__}
+        if HISTORY in model.peft_config:
+            record["history_rank"] = model.peft_config[HISTORY].r
+            _write_concatenated(temporary, model)
         write_json(temporary / PROVENANCE, record)
+
+
+def _write_concatenated(folder: Path, model: "PeftModel") -> None:
+    """Replace PEFT's files by those of one adapter: s (B_h A_h + B A) = s [B_h B] [A_h; A]."""
+    history = _factors(model, HISTORY)
+    joined = {}
+    for name, own in _factors(model, NAME).items():
+        earlier = history[name.replace(f".{NAME}.", f".{HISTORY}.")]
+        joined[name.replace(f".{NAME}.", ".")] = torch.cat([earlier, own], dim=1 if ".lora_B." in name else 0)
+    write_tensors(folder / ADAPTER_FILE, joined, {"format": "pt"})
+    config = copy.deepcopy(model.peft_config[NAME])
+    scale = next(iter(_lora_layers(model).values())).scaling[NAME]
+    config.r += model.peft_config[HISTORY].r
+    config.lora_alpha, config.use_rslora, config.inference_mode = scale * config.r, False, True
+    config.save_pretrained(str(folder))
 
 
 def read_adapter(folder: Path, base: Base) -> dict[str, Tensor]:
@@ -117,8 +202,15 @@ def read_adapter(folder: Path, base: Base) -> dict[str, Tensor]:
             f"{folder} was trained on the base {record.get('base')}, this base is {base.fingerprint}",
             "give the base directory that the adapter was trained on",
         )
-    tensors = read_tensors(folder / "adapter_model.safetensors")
+    tensors = read_tensors(folder / ADAPTER_FILE)
     return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in tensors.items()}
+
+
+def read_own_factors(folder: Path, base: Base) -> dict[str, Tensor]:
+    """As `read_adapter`, without the history that was saved with it: what the next block goes on from."""
+    rank = adapter_provenance(folder).get("history_rank", 0)
+    tensors = read_adapter(folder, base)
+    return {n: (t[:, rank:] if ".lora_B." in n else t[rank:]).contiguous() for n, t in tensors.items()}
 
 
 def adapter_provenance(folder: Path) -> dict[str, Any]:

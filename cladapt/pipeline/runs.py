@@ -28,6 +28,7 @@ from cladapt.model.adapter import (
     set_adapter_tensors,
     unload,
 )
+from cladapt.model.anchors import module_of
 from cladapt.model.load import Base, load_base
 from cladapt.pipeline import bases, streams
 from cladapt.pipeline.report import run_report
@@ -57,7 +58,7 @@ def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torc
     """Method, form and adapter parameters of a run: mistakes in its settings show before anything is written."""
     method = build(config.method)
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
-    model = create_adapter(base, config.adapter, config.seed)
+    model = create_adapter(base, config.adapter, config.seed, method.full_rank)
     if config.from_adapter:
         set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
     parameters = adapter_parameters(model)
@@ -132,7 +133,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "method": config.method.name,
         "base_parameters": total,
         "trained_parameters": trained,
-        "adapted_modules": len(parameters) // 2,
+        "adapted_modules": len({module_of(name) for name in parameters}),
         "method_state_bytes": method.state_bytes(parameters),
         "memory_bytes": _memory(config, base, total, trained),
         "kernels": {op: implementation for op, (implementation, _) in ops.backends(config.kernels).items()},
@@ -213,16 +214,11 @@ def _models(
     base: Base, start: Path | None, learned: int, adapters: Mapping[int, Path]
 ) -> Iterator[tuple[int, "PreTrainedModel"]]:
     """What the run starts from, then each of its adapters in turn; the base is bare again at the end."""
-    model = None
     if start is None:
         yield learned, base.model
     for block, folder in {**({} if start is None else {learned: start}), **adapters}.items():
-        if model is None:
-            model = load_adapter(base, folder)
-        else:
-            set_adapter_tensors(model, read_adapter(folder, base))
+        model = load_adapter(base, folder)  # each anew: their ranks may differ
         yield block, adapted_lm(model)
-    if model is not None:
         unload(model)
 
 

@@ -144,15 +144,21 @@ class Fit:
         with torch.no_grad():
             for name, value in self.best.items():
                 self.ctx.parameters[name].copy_(value)
-        self.method.end_block(self.ctx)
         return FitResult(
             epoch=self.position.best_epoch,
-            score=self.position.best_score,
+            score=self._end_block(),
             start_score=start_score,
             steps=self.position.total_steps,
             tokens=tokens,
             seconds=time.perf_counter() - began,
         )
+
+    def _end_block(self) -> float:
+        """Let the method finish, and score the values it leaves where it changed them."""
+        kept = {name: p.detach().clone() for name, p in self.ctx.parameters.items()}
+        self.method.end_block(self.ctx)
+        unchanged = all(torch.equal(p, kept[name]) for name, p in self.ctx.parameters.items())
+        return self.position.best_score if unchanged else self.score()
 
     def _pause(self, stop: bool, due: bool, checkpoint: Callable[[Snapshot], None] | None) -> None:
         """Between two steps: write a checkpoint where one is due or Ctrl-C came, which is then obeyed."""

@@ -20,10 +20,13 @@ from cladapt.model.adapter import (
     adapted_lm,
     adapter_parameters,
     adapter_provenance,
+    adapter_tensors,
     create_adapter,
     read_adapter,
+    read_own_factors,
     save_adapter,
     set_adapter_tensors,
+    set_history,
 )
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import PackedLoss, Softmax, TrieSoftmax
@@ -104,7 +107,8 @@ def train_stream(
     if not method.trains:
         return {}
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = create_adapter(base, config.adapter, config.seed)
+    model = create_adapter(base, config.adapter, config.seed, method.full_rank)
+    initial = adapter_tensors(model)
     if config.from_adapter:
         set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
     blocks = blocks_to_learn(stream, learned_block(config, base))
@@ -114,15 +118,16 @@ def train_stream(
     for block in blocks:
         folder = adapter_folder(run, block)
         if folder.is_dir():
-            set_adapter_tensors(model, read_adapter(folder, base))
+            set_adapter_tensors(model, read_own_factors(folder, base))
             method.load_state_dict(read_tensors(_method_file(run, block)))
             continue
         split = split_block(stream, block)
+        earlier = [split_block(stream, b) for b in range(1, block)] if method.past_data else []
         fit = Fit(
             PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, block, config.train.softmax)),
             method,
-            Context(adapter_parameters(model), block=block),
-            training_documents(split, form),
+            Context(adapter_parameters(model), block=block, initial=initial, set_history=partial(set_history, model)),
+            [document for each in (*earlier, split) for document in training_documents(each, form)],
             validation_documents(split, form),
             fit_settings(config.train, config.seed, block),
             sink,

@@ -1,0 +1,69 @@
+"""SumLoRA: each block has factors of its own, and the earlier ones stay in the model, frozen (arXiv 2510.25093, 4.1).
+
+    W_t = W_0 + s (sum_i Bhat_i Ahat_i + B_t A_t),   Ahat = A / ||A||_F,  Bhat = B / ||B||_F,   s the adapter's scale
+    keep=all      i = every earlier block          keep=latest   i = t-1 alone
+    inherit       A_t, B_t start where block t-1 ended; otherwise fresh (B = 0)
+
+The adapter of block t is saved as one of rank r (1 + number of i).
+State: the frozen factors, 4 bytes per adapter parameter and kept block.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cladapt.config import Settings
+from cladapt.methods._base import Context, Method
+from cladapt.model.anchors import is_up
+
+
+class CumulativeConfig(Settings):
+    """Options of SumLoRA."""
+
+    keep: Literal["all", "latest"] = "all"
+    """Which earlier blocks stay in the model."""
+    inherit: bool = True
+    """Whether a block's factors start from those of the block before."""
+
+
+class Cumulative(Method):
+    """A sum of normalised earlier adapters and the current one."""
+
+    Config = CumulativeConfig
+    config: CumulativeConfig
+
+    def __init__(self, config: CumulativeConfig | None = None) -> None:
+        super().__init__(config)
+        self.history: dict[str, Tensor] = {}
+        self._install: Callable[[Mapping[str, Tensor]], None] | None = None
+
+    @torch.no_grad()
+    def begin_block(self, ctx: Context) -> None:
+        last = {name: p.detach().clone() for name, p in ctx.parameters.items()}
+        if any(bool(tensor.any()) for name, tensor in last.items() if is_up(name)):
+            self.history = self._with(last)
+            if not self.config.inherit:
+                for name, parameter in ctx.parameters.items():
+                    parameter.copy_(ctx.initial[name])
+        self._install = ctx.set_history
+        self._install(self.history)
+
+    def _with(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The frozen factors once block t-1, whose factors are `last`, is among them."""
+        unit = {name: t / torch.linalg.vector_norm(t).clamp_min(torch.finfo(t.dtype).tiny) for name, t in last.items()}
+        if self.config.keep == "latest" or not self.history:
+            return unit
+        return {name: torch.cat([self.history[name].to(t.device), t], int(is_up(name))) for name, t in unit.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.history)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.history = dict(state)
+        if self._install is not None:  # inside a block; between blocks begin_block does it
+            self._install(self.history)
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return sum(4 * tensor.numel() for tensor in self.history.values())
