@@ -49,7 +49,7 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int, full_rank: bool
         )
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
-            model = get_peft_model(base.model, lora, adapter_name=NAME)
+            model: PeftModel = get_peft_model(base.model, lora, adapter_name=NAME)
             if full_rank:
                 model = _with_full_rank(model, lora)
     except (ValueError, re.error) as error:
@@ -93,9 +93,8 @@ def _with_full_rank(model: "PeftModel", lora: Any) -> "PeftModel":
     sizes = {}
     for name, module in _lora_layers(model).items():
         sizes[name.removeprefix("base_model.model.")] = min(module.in_features, module.out_features)
-    lora = copy.deepcopy(lora)
     lora.rank_pattern, lora.alpha_pattern = sizes, dict(sizes)
-    model = get_peft_model(model.unload(), lora, adapter_name=NAME)
+    model = get_peft_model(cast("PreTrainedModel", model.unload()), lora, adapter_name=NAME)
     for module in _lora_layers(model).values():
         down, up = module.lora_A[NAME].weight, module.lora_B[NAME].weight
         identity, delta = (down, up) if module.in_features <= module.out_features else (up, down)
@@ -103,6 +102,16 @@ def _with_full_rank(model: "PeftModel", lora: Any) -> "PeftModel":
         nn.init.zeros_(delta)
         identity.requires_grad_(False)
     return model
+
+
+def _config(model: "PeftModel", adapter: str) -> Any:
+    """A copy of an adapter's LoraConfig."""
+    return copy.deepcopy(model.peft_config[adapter])
+
+
+def _scale(model: nn.Module) -> float:
+    """alpha / r of the adapter, the same in every module."""
+    return float(next(iter(_lora_layers(model).values())).scaling[NAME])
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -153,15 +162,14 @@ def set_history(model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         model.set_adapter(NAME)
         return
-    if model.peft_config[NAME].rank_pattern:
+    config = _config(model, NAME)
+    if config.rank_pattern:
         raise ConfigError("frozen factors beside an adapter whose modules differ in rank", "use a low-rank method")
-    layer = next(iter(_lora_layers(model).values()))
-    config = copy.deepcopy(model.peft_config[NAME])
     config.r = next(t.shape[0] for n, t in tensors.items() if ".lora_A." in n)
-    config.lora_alpha, config.use_rslora, config.lora_dropout = layer.scaling[NAME] * config.r, False, 0.0
+    config.lora_alpha, config.use_rslora, config.lora_dropout = _scale(model) * config.r, False, 0.0
     with torch.random.fork_rng(devices=[]), quiet():
         model.add_adapter(HISTORY, config)
-    model.base_model.set_adapter([NAME, HISTORY])
+    cast(Any, model.base_model).set_adapter([NAME, HISTORY])
     with torch.no_grad():
         for name, parameter in _factors(model, HISTORY).items():
             parameter.copy_(tensors[name.replace(f".{HISTORY}.", f".{NAME}.")])
@@ -174,7 +182,7 @@ def save_adapter(folder: Path, model: "PeftModel", base: Base, provenance: Mappi
         model.save_pretrained(str(temporary), selected_adapters=[NAME], save_embedding_layers=False)
         record = {**provenance, "base": base.fingerprint, "sids": base.provenance["sids"], "cladapt": __version__}
         if HISTORY in model.peft_config:
-            record["history_rank"] = model.peft_config[HISTORY].r
+            record["history_rank"] = _config(model, HISTORY).r
             _write_concatenated(temporary, model)
         write_json(temporary / PROVENANCE, record)
 
@@ -187,10 +195,9 @@ def _write_concatenated(folder: Path, model: "PeftModel") -> None:
         earlier = history[name.replace(f".{NAME}.", f".{HISTORY}.")]
         joined[name.replace(f".{NAME}.", ".")] = torch.cat([earlier, own], dim=1 if ".lora_B." in name else 0)
     write_tensors(folder / ADAPTER_FILE, joined, {"format": "pt"})
-    config = copy.deepcopy(model.peft_config[NAME])
-    scale = next(iter(_lora_layers(model).values())).scaling[NAME]
-    config.r += model.peft_config[HISTORY].r
-    config.lora_alpha, config.use_rslora, config.inference_mode = scale * config.r, False, True
+    config = _config(model, NAME)
+    config.r += _config(model, HISTORY).r
+    config.lora_alpha, config.use_rslora, config.inference_mode = _scale(model) * config.r, False, True
     config.save_pretrained(str(folder))
 
 
