@@ -4,8 +4,11 @@ import difflib
 from pathlib import Path
 
 from cladapt.data.readers._base import DEFAULT_COLUMNS, Columns, RawLog, Reader, files_of
+from cladapt.data.readers.lcrec import LcRecReader
+from cladapt.data.readers.minionerec import MiniOneRecReader
 from cladapt.data.readers.movielens import MovieLensReader
 from cladapt.data.readers.peso import PesoReader
+from cladapt.data.readers.recbole import RecBoleReader
 from cladapt.data.readers.tables import CSV, PARQUET
 from cladapt.errors import ConfigError, DataError
 
@@ -14,6 +17,9 @@ __all__ = ["READERS", "Columns", "RawLog", "Reader", "read"]
 _ALL: tuple[Reader, ...] = (
     PesoReader(),
     MovieLensReader(),
+    RecBoleReader(),
+    LcRecReader(),
+    MiniOneRecReader(),
     CSV,
     PARQUET,
 )

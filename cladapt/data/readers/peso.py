@@ -22,6 +22,7 @@ from cladapt.data.readers._base import (
     parse_events,
     refuse_columns,
 )
+from cladapt.data.readers._index import find_index, read_index, shorten
 from cladapt.errors import DataError
 
 BLOCK_FILE = re.compile(r"(?P<dataset>.+)\.all\.block_(?P<k>\d+)\.json")
@@ -47,8 +48,8 @@ class PesoReader:
         blocks = {k + 1: _read_block(path) for k, path in sorted(files.items())}
         parsed = parse_events(_events(blocks), str(src))
         events, dropped = clean_events(parsed, str(src))
-        index_file = _index_file(files[min(files)].parent, dataset)
-        index = _read_index(index_file) if index_file else None
+        index_file = find_index(files[min(files)].parent, dataset)
+        index = read_index(index_file) if index_file else None
         notes = _check_previous(blocks)
         if index is not None:
             notes["items_missing_in_index"] = len(set(events["item"]) - set(index))
@@ -81,14 +82,9 @@ def _ids(path: Path, user: str, row: Any, key: str) -> list[str]:
     ids = row.get(key) if isinstance(row, dict) else None
     if not isinstance(ids, list) or not all(isinstance(item, str) and item for item in ids):
         raise DataError(
-            f"{path}: user {user!r}: {key} is {_shorten(ids)}, expected a list of item ids", "ids are non-empty texts"
+            f"{path}: user {user!r}: {key} is {shorten(ids)}, expected a list of item ids", "ids are non-empty texts"
         )
     return ids
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _events(blocks: Mapping[int, dict[str, tuple[list[str], list[str]]]]) -> pl.DataFrame:
@@ -111,23 +107,3 @@ def _check_previous(blocks: Mapping[int, dict[str, tuple[list[str], list[str]]]]
         for user, (_, current) in users.items():
             history[user] += current
     return notes
-
-
-def _index_file(folder: Path, dataset: str) -> Path | None:
-    found = [p for p in files_of(folder) if p.name.startswith(f"{dataset}.index") and p.suffix == ".json"]
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise DataError(f"{folder} has several semantic-ID indexes: {names}", "keep the one to use")
-    return found[0] if found else None
-
-
-def _read_index(path: Path) -> dict[str, tuple[str, ...]]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected {{item: tokens}}, found a {type(value).__name__}", "restore this file")
-    for item, tokens in value.items():
-        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) and token for token in tokens):
-            raise DataError(
-                f"{path}: item {item!r} has {_shorten(tokens)}, expected a list of tokens", "e.g. ['<a_1>', '<b_7>']"
-            )
-    return {item: tuple(tokens) for item, tokens in value.items()}

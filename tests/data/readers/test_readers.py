@@ -26,7 +26,7 @@ def table() -> pl.DataFrame:
 
 
 def test_every_reader_is_listed_under_its_own_name() -> None:
-    assert list(READERS) == ["peso", "movielens", "csv", "parquet"]
+    assert list(READERS) == ["peso", "movielens", "recbole", "lcrec", "minionerec", "csv", "parquet"]
     assert all(reader.name == name and reader.expects for name, reader in READERS.items())
 
 
