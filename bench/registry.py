@@ -1,17 +1,16 @@
-"""What is measured: for each op or step, its providers on the same inputs, the first one the baseline.
+"""What is measured: for each op, its providers on the same inputs, the first one the baseline.
 
 An entry makes closures that run once and return nothing; the runner interleaves them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-
-Providers = Mapping[str, Callable[[], object]]
+from cladapt_kernels.timing import Providers
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,7 @@ def _proximal(groups: int, size: int) -> Callable[[torch.device], Providers]:
     return make
 
 
-def _step(method: str, hidden: int, layers: int) -> Callable[[torch.device], Providers]:
-    def make(device: torch.device) -> Providers:
-        from bench_steps import training_step  # needs the engine, which a bare kernel machine may lack
-
-        return {name: training_step(name, hidden, layers, device) for name in ("finetune", method)}
-
-    return make
-
-
 REGISTRY = (
     Entry("proximal_kl", "28 groups of 1024", "tests/kernels/test_reference.py", _proximal(28, 1024)),
     Entry("proximal_kl", "224 groups of 16384", "tests/kernels/test_reference.py", _proximal(224, 16384)),
-    Entry("step peso", "hidden 64, 2 layers, 2048 tokens", "tests/methods/test_peso.py", _step("peso", 64, 2)),
-    Entry("step peso", "hidden 128, 3 layers, 2048 tokens", "tests/methods/test_peso.py", _step("peso", 128, 3)),
 )

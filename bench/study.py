@@ -8,12 +8,11 @@ Tables with paired intervals over users are rebuilt from the cells and written t
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,6 @@ from cladapt.artifacts import atomic_path, hash_value, read_json, read_tensors, 
 from cladapt.config import (
     BaseConfig,
     BlocksConfig,
-    EvalConfig,
     RunConfig,
     Settings,
     SimulateConfig,
@@ -35,11 +33,11 @@ from cladapt.config import (
 from cladapt.data.readers import Columns
 from cladapt.data.schema import Stream
 from cladapt.errors import CladaptError, ConfigError
-from cladapt.eval.continual import Matrix, summaries
-from cladapt.eval.metrics import summarise, user_metrics
-from cladapt.eval.protocol import FROZEN, block_weighted, ceiling_row, metric_columns, model_row
-from cladapt.eval.significance import compare, describe
+from cladapt.eval.continual import summaries
+from cladapt.eval.protocol import COUNTS, matrix, model_row
+from cladapt.model.adapter import ADAPTER_FILE, adapter_provenance, without_history
 from cladapt.pipeline import bases, runs, streams
+from cladapt.pipeline.compare import Comparison, Evaluated, Group
 from cladapt.pipeline.report import regulariser_log
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
@@ -150,80 +148,59 @@ def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def rows_of(folder: Path) -> pl.DataFrame:
-    """All per-user rows of a cell."""
-    return pl.concat([pl.read_parquet(path) for path in sorted((folder / "users").glob("block_*.parquet"))])
-
-
 def mean_distance(adapters: list[Path]) -> float | None:
-    """Mean over blocks of the L2 distance between the kept adapters of one block and the next."""
-    tensors = [read_tensors(folder / "adapter_model.safetensors") for folder in adapters]
+    """Mean over blocks of the L2 distance between the factors that one block and the next have learned."""
+    tensors = [without_history(read_tensors(f / ADAPTER_FILE), adapter_provenance(f)) for f in adapters]
     squares = [sum(float((b[n] - a[n]).square().sum()) for n in a) for a, b in pairwise(tensors)]
     return sum(s**0.5 for s in squares) / len(squares) if squares else None
 
 
 def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
     """`summary` (a line per cell name, seeds pooled), `differences` against the reference, `cells` (a line each)."""
-    pooled: dict[str, list[pl.DataFrame]] = {}
-    lines, counts, ceiling = [], {}, {}
-    named: dict[BaseConfig, str] = {}
-    config = EvalConfig()
+    lines = []
+    pooled: dict[str, dict[int, Evaluated]] = {}
+    recipes: dict[str, str] = {}
     for cell, folder in done:
-        run, rows = Run.open(folder), rows_of(folder)
-        metrics = json.loads((folder / "metrics.json").read_text())
-        config, first = resolve(EvalConfig, metrics["config"]), metrics["base_block"]
-        current = rows.filter((pl.col("model_block") == pl.col("block")) & (pl.col("model_block") > first))
-        frozen = rows.filter((pl.col("model_block") == first) & (pl.col("block") > first))
-        own = current if current.height else frozen
-        pooled.setdefault(cell.name, []).append(own.with_columns(seed=pl.lit(cell.seed)))
-        base_name = named.setdefault(
-            cell.base.model_copy(update={"seed": 0}), f"{FROZEN} ({cell.name})" if named else FROZEN
-        )
-        if not any(frame["seed"][0] == cell.seed for frame in pooled.get(base_name, [])):
-            pooled.setdefault(base_name, []).append(frozen.with_columns(seed=pl.lit(cell.seed)))
-        for path in sorted((folder / "users").glob("counts_*.parquet")):
-            counts[path.stem.removeprefix("counts_").replace("_", " ")] = pl.read_parquet(path)
-        ceiling = {int(b): v for b, v in metrics["ceiling"].items()} or ceiling
-        grid = Matrix.build(summarise(rows, config.top_k), f"HR@{max(config.top_k)}", first)
-        line = {"cell": cell.name, "seed": cell.seed, **model_row(cell.name, own, config)}
-        line |= {name: mean.value if not mean.missing else None for name, mean in summaries(grid).items()}
-        chosen = [read_json(a / "cladapt.json")["valid_log_likelihood"] for a in run.adapters.values()]
-        line["valid log_likelihood"] = sum(chosen) / len(chosen) if chosen else None
-        line["distance between adapters"] = mean_distance(list(run.adapters.values()))
-        log = regulariser_log(run)
-        for key in ("peso/distance, last", "peso/term, last", "peso/ratio, mean", "peso/cosine, mean"):
-            values = [block[key] for block in log if key in block]
-            line[key.replace("/", " ")] = sum(values) / len(values) if values else None
-        lines.append({k: v for k, v in line.items() if k not in ("model", "users") and "95 %" not in k})
-    summary = [model_row(name, pl.concat(frames), config) | {"seeds": len(frames)} for name, frames in pooled.items()]
-    summary += [model_row(name, frame, config) for name, frame in counts.items()]
-    if ceiling:
-        summary.append(ceiling_row(ceiling, config))
+        each = Evaluated.read(Run.open(folder))
+        pooled.setdefault(cell.name, {})[cell.seed] = each
+        recipes[cell.name] = hash_value(cell.base.model_dump(mode="json", exclude={"seed"}))
+        lines.append(cell_line(cell, each))
+    comparison = Comparison([Group(name, recipes[name], by_seed) for name, by_seed in pooled.items()])
     own = study.recipe.reference or next(iter(study.recipe.cells))
-    seeds = sorted({cell.seed for cell, _ in done})
-    references = {own: pooled[own]} if own in pooled else {}
-    references |= {name: [rows.with_columns(seed=pl.lit(seed)) for seed in seeds] for name, rows in counts.items()}
-    differences = [
-        difference(name, pl.concat(frames), reference, pl.concat(others), config)
-        for reference, others in references.items()
-        for name, frames in pooled.items()
-        if name != reference and len(frames) == len(others)
-    ]
-    frames = {"cells": lines, "summary": summary, "differences": differences}
+    references = [name for name in (own, *COUNTS) if name in comparison.lines]
+    models = [name for name in comparison.lines if name not in COUNTS]
+    frames = {
+        "cells": lines,
+        "summary": comparison.summary(),
+        "differences": [line for name in references for line in wide(comparison.differences(name, models))],
+    }
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
 
 
-def difference(name: str, rows: pl.DataFrame, other: str, others: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
-    """Paired differences of two lines of the summary in every metric that both have, with intervals over users."""
-    line: dict[str, Any] = {"difference": f"{name} - {other}"}
-    a, b = (user_metrics(frame, config.top_k) for frame in (rows, others))
-    for metric in metric_columns(config):
-        if a[metric].null_count() or b[metric].null_count():
-            continue
-        effect = compare(block_weighted(a, metric), block_weighted(b, metric), metric, config.bootstrap)
-        line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
-        line[f"{metric} shown"] = describe(effect)
-    return line
+def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:
+    """One run: its metrics, the summaries of its R[t][s], and what its method logged."""
+    measures, run = each.measures, each.run
+    line = {"cell": cell.name, "seed": cell.seed, **model_row(cell.name, measures.own, measures.config)}
+    grid = matrix(measures, f"HR@{max(measures.config.top_k)}")
+    line |= {name: mean.value if not mean.missing else None for name, mean in summaries(grid).items()}
+    chosen = [read_json(a / "cladapt.json")["valid_log_likelihood"] for a in run.adapters.values()]
+    line["valid log_likelihood"] = sum(chosen) / len(chosen) if chosen else None
+    line["distance between adapters"] = mean_distance(list(run.adapters.values()))
+    log = regulariser_log(run)
+    for key in ("peso/distance, last", "peso/term, last", "peso/ratio, mean", "peso/cosine, mean"):
+        values = [block[key] for block in log if key in block]
+        line[key.replace("/", " ")] = sum(values) / len(values) if values else None
+    return {k: v for k, v in line.items() if k not in ("model", "users") and "95 %" not in k}
+
+
+def wide(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line per difference from its rows, one per metric."""
+    for name, group in groupby(rows, key=lambda row: row["difference"]):
+        line: dict[str, Any] = {"difference": name}
+        for row in group:
+            metric = row["metric"]
+            line |= {metric: row["effect"], **{f"{metric} {end}": row[end] for end in ("low", "high", "shown")}}
+        yield line
 
 
 def write_results(study: Study, done: list[tuple[Cell, Path]], results: Path) -> None:

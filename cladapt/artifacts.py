@@ -1,18 +1,22 @@
 """Files written whole or not at all, in open formats: JSON, parquet, safetensors.
 
 A write goes to a temporary name beside its target, is flushed to the disk and renamed, so a killed process leaves
-either the old file or the new one. Nothing is ever pickled.
+either the old file or the new one. A folder that is replaced steps aside first; `recover` puts it back where the
+process died in between. Nothing is ever pickled.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from cladapt.errors import DataError, EnvironmentProblem
 
@@ -21,20 +25,20 @@ if TYPE_CHECKING:
     import torch
 
 
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old)")
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `target` when the block ends without an error."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _beside(target, "tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot write {target}: {error.strerror or error}", "check the permissions and the free space there"
-        ) from error
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(target)
     finally:
         with suppress(OSError):  # there is none after the rename, nor below a path that is no folder
             temporary.unlink()
@@ -43,31 +47,108 @@ def atomic_path(target: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `target` when the block ends without an error."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    retired = target.with_name(f".{target.name}.{os.getpid()}.old")
+    temporary, retired = _beside(target, "tmp"), _beside(target, "old")
     try:
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if target.exists():
-            target.rename(retired)
-        temporary.rename(target)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot write {target}: {error.strerror or error}", "check the permissions and the free space there"
-        ) from error
+        with _writing(target):
+            if target.exists() and not target.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for path in _leftovers(target.parent, target.name):
+                _restore(path)
+            for path in (temporary, retired):
+                shutil.rmtree(path, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    with path.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            if target.exists():
+                target.rename(retired)
+            temporary.rename(target)
     finally:
-        if retired.exists() and not target.exists():
-            retired.rename(target)
+        with suppress(OSError):
+            _restore(retired)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        if os.path.isdir(target):  # else the old one is still under its other name
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """What the system refuses inside is an `EnvironmentProblem` that names `target`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise EnvironmentProblem(
+            f"cannot write {target}: {reason}", "check the permissions and the free space there"
+        ) from error
+
+
+def recover(folder: Path) -> list[str]:
+    """Mend what dead writers left anywhere below `folder`; returns a sentence for each thing done.
+
+    A folder that had stepped aside for a new one goes back to its empty place, everything else temporary is removed.
+    Call it before writing: what this process itself could have written counts as left over too.
+    """
+    done = []
+    for path in _leftovers(folder, recursive=True):
+        if restored := _restore(path):
+            done.append(f"{restored} is back: a killed process had moved it aside to replace it")
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        done.append(f"{path} is removed: a killed process had not finished it")
+    return done
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary of a writer that is dead."""
+    match = _LEFTOVER.fullmatch(path.name)
+    return match is not None and not _alive(int(match["pid"]))
+
+
+def _leftovers(folder: Path, name: str | None = None, recursive: bool = False) -> list[Path]:
+    """Temporaries of dead writers in `folder`, or those for the target `name` alone; none inside another one."""
+    found: list[Path] = []
+    for path in sorted(folder.rglob(".*") if recursive else folder.glob(".*")):
+        match = _LEFTOVER.fullmatch(path.name)
+        inside = any(above in found for above in path.parents)
+        if match and name in (None, match["name"]) and not inside and is_leftover(path):
+            found.append(path)
+    return found
+
+
+def _restore(path: Path) -> Path | None:
+    """Move a retired folder back when its place is empty; the place, or None when there was nothing to do."""
+    match = _LEFTOVER.fullmatch(path.name)
+    if match is None or match["kind"] != "old" or not path.is_dir():
+        return None
+    target = path.with_name(match["name"])
+    if target.exists():
+        return None
+    path.rename(target)
+    return target
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this id; this one's own does not count, it may be an earlier process's again."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # someone else's
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -126,7 +207,6 @@ def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: M
 
 def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     """Read named tensors from a safetensors file."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():

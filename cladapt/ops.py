@@ -22,6 +22,13 @@ proximal_kl = reference.proximal_kl
 proximal_l2 = reference.proximal_l2
 
 
+def compute_device() -> torch.device:
+    """Where models run: this process's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def requested(configured: Choice = "auto") -> Choice:
     """The choice in force: `CLADAPT_KERNELS` when set, else `configured`."""
     value = os.environ.get("CLADAPT_KERNELS", configured)

@@ -1,10 +1,15 @@
 """Atomic writes, and what the readers say about files that cannot be used."""
 
+import contextlib
+import errno
 import hashlib
 import os
+import resource
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -15,9 +20,11 @@ from cladapt.artifacts import (
     atomic_path,
     hash_file,
     hash_value,
+    is_leftover,
     read_json,
     read_parquet,
     read_tensors,
+    recover,
     write_json,
     write_parquet,
     write_tensors,
@@ -116,6 +123,139 @@ def test_a_folder_never_replaces_a_file(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "target").read_text() == "mine"
     assert os.listdir(tmp_path) == ["target"]
+
+
+class Killed(BaseException):
+    """What no handler may survive: from here on the process does nothing more to the disk."""
+
+
+CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
+
+
+def killing(patch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """Let `at` changes of the disk happen, and none after them; returns the list of those that came."""
+    seen: list[str] = []
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if len(seen) >= at:
+                raise Killed
+            seen.append(name)
+            return real(*arguments, **options)
+
+        patch.setattr(os, name, call)
+
+    for name in CALLS:
+        wrap(name)
+    return seen
+
+
+@both
+def test_a_process_killed_at_any_call_leaves_the_old_or_the_new(tmp_path: Path, writer: Atomic) -> None:
+    found = []
+    for at in range(100):
+        target = tmp_path / str(at) / "target"
+        with writer(target) as temporary:
+            put(temporary, "old", writer)
+        with pytest.MonkeyPatch.context() as patch:
+            killing(patch, at)
+            try:
+                with writer(target) as temporary:
+                    put(temporary, "new", writer)
+                killed = False
+            except Killed:
+                killed = True
+        recover(target.parent)
+        found.append(get(target, writer))
+        assert os.listdir(target.parent) == ["target"]
+        if not killed:
+            break
+    assert not killed
+    assert found == sorted(found, reverse=True)  # old up to the rename, new from there on
+    assert {"old", "new"} == set(found)
+
+
+@both
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace", "mkdir"])
+def test_a_refused_call_keeps_the_old_and_leaves_nothing_else(
+    tmp_path: Path, writer: Atomic, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with writer(target) as temporary:
+        put(temporary, "old", writer)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, refuse)
+    with contextlib.suppress(EnvironmentProblem), writer(target) as temporary:
+        put(temporary, "new", writer)
+    assert get(target, writer) in ("old", "new")
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_disk_that_is_full_inside_safetensors_is_an_environment_problem(tmp_path: Path) -> None:
+    target = tmp_path / "a.safetensors"
+    write_tensors(target, {"t": torch.zeros(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"cannot write .*a\.safetensors: .*File too large"):
+            write_tensors(target, {"t": torch.ones(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(read_tensors(target)["t"], torch.zeros(3))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def dead() -> int:
+    """The id of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
+
+
+def test_recover_mends_what_dead_processes_left_and_says_so(tmp_path: Path) -> None:
+    gone, alive = dead(), os.getppid()
+    for name in (f"a/.lost.{gone}.old", f"a/.done.{gone}.old", "a/done", f".half.{gone}.tmp", f".half.{alive}.tmp"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / "a" / f".file.json.{gone}.tmp").write_text("{")
+    (tmp_path / f".half.{gone}.tmp" / f".x.{gone}.tmp").write_text("goes with its folder")
+    for name in (".hidden", f"plain.{gone}.tmp", f".other.{gone}.bak"):
+        (tmp_path / name).write_text("not ours")
+    said = recover(tmp_path)
+    assert sorted(text.split(":")[0] for text in said) == sorted(
+        [
+            f"{tmp_path}/a/lost is back",
+            f"{tmp_path}/a/.done.{gone}.old is removed",
+            f"{tmp_path}/a/.file.json.{gone}.tmp is removed",
+            f"{tmp_path}/.half.{gone}.tmp is removed",
+        ]
+    )
+    assert sorted(os.listdir(tmp_path / "a")) == ["done", "lost"]
+    assert (tmp_path / "a" / "lost" / "inner").is_dir()
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [f".half.{alive}.tmp", ".hidden", f".other.{gone}.bak", "a", f"plain.{gone}.tmp"]
+    )
+    assert recover(tmp_path) == recover(tmp_path / "absent") == []
+
+
+def test_the_next_writer_brings_back_what_had_stepped_aside_and_fails_onto_it(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with atomic_dir(target) as temporary:
+        put(temporary, "old", atomic_dir)
+    target.rename(tmp_path / f".target.{dead()}.old")
+    with pytest.raises(ZeroDivisionError), atomic_dir(target):
+        raise ZeroDivisionError
+    assert get(target, atomic_dir) == "old"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_leftover_is_a_temporary_of_a_dead_process() -> None:
+    names = {f".a.{dead()}.tmp": True, f".a.{os.getpid()}.old": True, f".a.{os.getppid()}.tmp": False, ".a.tmp": False}
+    assert {name: is_leftover(Path("x") / name) for name in names} == names
 
 
 def test_json_keeps_order_and_text(tmp_path: Path) -> None:

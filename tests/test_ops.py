@@ -1,9 +1,19 @@
 """The seam: which implementation runs, and what it says about it."""
 
 import pytest
+import torch
 
 from cladapt import ops
 from cladapt.errors import ConfigError, EnvironmentProblem
+
+
+def test_models_run_on_this_processs_gpu_or_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ops.compute_device() == torch.device("cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert ops.compute_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert ops.compute_device() == torch.device("cuda", 3)
 
 
 def test_every_op_reports_its_implementation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The run directory: created once, found again, identified by what shapes its adapters."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CONFIG = RunConfig(seed=3, method=MethodConfig(options={"strength": 0.1}), train=TrainConfig(lr=0.1))
+INPUTS = {"data": "abc", "base": "def"}
 
 
 def test_what_is_opened_is_what_was_created() -> None:
-    run = Run.create(Path("runs/a"), CONFIG)
+    run = Run.create(Path("runs/a"), CONFIG, INPUTS)
     assert Run.open(Path("runs/a")) == run
+    assert run.inputs == INPUTS
     assert run.adapters == {}
     found = json.loads(Path("runs/a/environment.json").read_text())
     assert found["packages"].keys() >= {"torch", "transformers", "peft"}
@@ -28,8 +31,8 @@ def test_what_is_opened_is_what_was_created() -> None:
 
 
 def test_the_latest_is_the_one_created_last_wherever_it_lies(tmp_path: Path) -> None:
-    Run.create(Path("runs/a"), CONFIG)
-    Run.create(tmp_path / "elsewhere" / "b", RunConfig())
+    Run.create(Path("runs/a"), CONFIG, INPUTS)
+    Run.create(tmp_path / "elsewhere" / "b", RunConfig(), INPUTS)
     latest = Run.latest()
     assert latest.path.resolve() == (tmp_path / "elsewhere" / "b").resolve()
     assert latest.config == RunConfig()
@@ -42,15 +45,45 @@ def test_no_latest_run_says_how_to_make_one() -> None:
 
 
 def test_a_directory_that_holds_something_is_never_taken(tmp_path: Path) -> None:
-    Run.create(Path("runs/a"), CONFIG)
+    Run.create(Path("runs/a"), CONFIG, INPUTS)
     with pytest.raises(ConfigError, match="runs/a exists and is not empty") as caught:
-        Run.create(Path("runs/a"), CONFIG)
+        Run.create(Path("runs/a"), CONFIG, INPUTS)
     assert caught.value.hint == "continue it with --resume runs/a, or choose another --out"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="file exists and is not empty"):
-        Run.create(tmp_path / "file", CONFIG)
+        Run.create(tmp_path / "file", CONFIG, INPUTS)
     (tmp_path / "empty").mkdir()
-    assert Run.create(tmp_path / "empty", CONFIG).config == CONFIG
+    assert Run.create(tmp_path / "empty", CONFIG, INPUTS).config == CONFIG
+
+
+def test_what_a_killed_creation_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f".config.json.{os.getpid()}.tmp").write_text('{"sche')
+    run = Run.create(tmp_path / "a", CONFIG, INPUTS)
+    assert Run.open(run.path) == run
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / f".config.json.{os.getppid()}.tmp").write_text('{"sche')  # its writer lives
+    with pytest.raises(ConfigError, match="b exists and is not empty"):
+        Run.create(tmp_path / "b", CONFIG, INPUTS)
+
+
+def test_a_run_begun_again_keeps_its_first_machine_and_tells_another(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a", CONFIG, INPUTS)
+    assert run.environment_changes() == []
+    then = json.loads((run.path / "environment.json").read_text())
+    then["packages"]["torch"], then["threads"] = "1.0", 99
+    (run.path / "environment.json").write_text(json.dumps(then))
+    now = environment()
+    expected = [f"threads: 99 -> {now['threads']}", f"torch: 1.0 -> {now['packages']['torch']}"]
+    assert run.environment_changes() == expected
+    Run.create(tmp_path / "b", CONFIG, INPUTS)
+    run.begin()
+    assert run.environment_changes() == expected
+    assert Run.latest().path.resolve() == run.path
+    (run.path / "environment.json").unlink()  # killed before it was written
+    assert run.environment_changes() == []
+    run.begin()
+    assert json.loads((run.path / "environment.json").read_text()) == now
 
 
 def test_what_is_no_run_directory_is_told(tmp_path: Path) -> None:
@@ -66,7 +99,7 @@ def test_what_is_no_run_directory_is_told(tmp_path: Path) -> None:
 
 
 def test_adapters_are_the_finished_blocks_alone() -> None:
-    run = Run.create(Path("runs/a"), CONFIG)
+    run = Run.create(Path("runs/a"), CONFIG, INPUTS)
     for name in ("block_002", "block_010", ".block_011.77.tmp", "start"):
         (run.path / "adapters" / name).mkdir(parents=True)
     assert run.adapters == {2: run.path / "adapters" / "block_002", 10: run.path / "adapters" / "block_010"}

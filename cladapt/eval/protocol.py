@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COUNTS = ("block popularity", "markov")
 FROZEN = "frozen"
+CEILING = "ceiling"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Measures:
     def frozen(self) -> pl.DataFrame:
         """The base's rows on the later blocks."""
         return self.rows.filter((pl.col("model_block") == self.base_block) & (pl.col("block") > self.base_block))
+
+    @property
+    def own(self) -> pl.DataFrame:
+        """What the run is judged by: its current rows, or the base's where nothing was adapted."""
+        return self.current if self.current.height else self.frozen
 
 
 def measure_run(
@@ -91,6 +97,11 @@ def metric_columns(config: EvalConfig) -> list[str]:
     return [*(f"{name}@{k}" for name in ("HR", "NDCG") for k in config.top_k), "MRR", "log_likelihood"]
 
 
+def table_columns(config: EvalConfig) -> list[str]:
+    """All numbers of a line of the table."""
+    return ["users", *metric_columns(config), f"HR@{max(config.top_k)} (ID)"]
+
+
 def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
     """One line of a table: each metric as the mean over blocks of block means, with intervals over users for two."""
     measured = user_metrics(rows, config.top_k, config.beams)
@@ -104,6 +115,11 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
         effect = block_mean_interval(measured, column, config.bootstrap) if column in columns else None
         row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"
     return row
+
+
+def pool(by_seed: Mapping[int, pl.DataFrame]) -> pl.DataFrame:
+    """Rows of several seeds as one frame with a column `seed`; its mean is the mean over seeds."""
+    return pl.concat([rows.with_columns(seed=pl.lit(seed)) for seed, rows in sorted(by_seed.items())])
 
 
 def block_mean_interval(measured: pl.DataFrame, column: str, resamples: int) -> Effect | None:
@@ -123,7 +139,7 @@ def ceiling_row(ceiling: Mapping[int, Mapping[str, float]], config: EvalConfig) 
     """The table line of the best reachable score: mean over blocks."""
     names = metric_columns(config)
     values = {n: [block[n] for block in ceiling.values() if n in block] for n in names}
-    return {"model": "ceiling", **{n: float(np.mean(v)) if v else None for n, v in values.items()}}
+    return {"model": CEILING, **{n: float(np.mean(v)) if v else None for n, v in values.items()}}
 
 
 def table(measures: Sequence[Measures]) -> list[dict[str, Any]]:
@@ -147,17 +163,26 @@ def differences(measures: Sequence[Measures]) -> list[dict[str, Any]]:
     others |= {FROZEN: first.frozen, **first.beside}
     lines = []
     for name, rows in others.items():
+        found = effects(first.current, rows, first.config, (main, "log_likelihood"))
         line: dict[str, Any] = {"difference": f"{first.name} - {name}"}
-        for metric in (main, "log_likelihood"):
-            a, b = (user_metrics(frame, first.config.top_k, first.config.beams) for frame in (first.current, rows))
-            if b[metric].null_count() or a[metric].null_count():
-                line[metric] = None
-                continue
-            effect = compare(block_weighted(a, metric), block_weighted(b, metric), metric, first.config.bootstrap)
-            line[metric] = effect.mean
-            line[f"{metric} shown"] = describe(effect)
+        for metric, effect in found.items():
+            line[metric] = None if effect is None else effect.mean
+            if effect is not None:
+                line[f"{metric} shown"] = describe(effect)
         lines.append(line)
     return lines
+
+
+def effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Iterable[str]) -> dict[str, Effect | None]:
+    """Paired difference of the rows `a` minus `b` (by block, user and seed) in each metric; None where one lacks it."""
+    left, right = (user_metrics(rows, config.top_k, config.beams) for rows in (a, b))
+    found: dict[str, Effect | None] = {}
+    for metric in metrics:
+        if left[metric].null_count() or right[metric].null_count():
+            found[metric] = None
+            continue
+        found[metric] = compare(block_weighted(left, metric), block_weighted(right, metric), metric, config.bootstrap)
+    return found
 
 
 def matrix(measures: Measures, metric: str) -> Matrix:
@@ -176,7 +201,7 @@ def continual_summary(measures: Measures, metrics: Sequence[str]) -> list[dict[s
 
 def slice_table(measures: Measures, stream: Stream) -> list[dict[str, Any]]:
     """Head and tail items, new items, kinds of users: the run's current rows."""
-    rows = measures.current if measures.current.height else measures.frozen
+    rows = measures.own
     head = {int(b): head_frequency(training_sequences(stream, int(b))) for b in rows["block"].unique().to_list()}
     main = f"HR@{max(measures.config.top_k)}"
     return slices(rows, measures.config.top_k, head).select("slice", "users", main, "MRR", "log_likelihood").to_dicts()

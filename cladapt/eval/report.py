@@ -6,7 +6,7 @@ A report is a title and a list of sections; what goes into them is the caller's,
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -93,7 +93,26 @@ class KeyValues:
     note: str = ""
 
 
-Section = Table | HeatMap | Curves | KeyValues
+@dataclass(frozen=True)
+class Trace:
+    """What changes step by step: each of `lines` holds (x, y) in ascending x; a dotted rule marks each x of `marks`."""
+
+    name: str
+    lines: Sequence[Sequence[tuple[float, float]]]
+    marks: Mapping[float, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Small charts side by side, each with its own scale, over the same kind of x axis."""
+
+    title: str
+    traces: Sequence[Trace]
+    x_name: str = "step"
+    note: str = ""
+
+
+Section = Table | HeatMap | Curves | Traces | KeyValues
 
 
 def render_report(title: str, sections: Iterable[Section]) -> str:
@@ -115,6 +134,9 @@ def _section(section: Section) -> str:
             content = _heat_map(section) if len(section.values) and len(section.column_labels) else _EMPTY
         case Curves():
             content = _curves(section)
+        case Traces():
+            drawn = "".join(_trace(trace, section.x_name) for trace in section.traces if any(trace.lines))
+            content = f'<div class="traces">{drawn}</div>' if drawn else _EMPTY
         case KeyValues():
             facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _flatten(section.items))
             content = f"<dl>{facts}</dl>" if facts else _EMPTY
@@ -161,7 +183,37 @@ def _heat_map(heat: HeatMap) -> str:
     )
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 668, 14, 224  # the plot's box inside a 680 x 270 drawing
+@dataclass(frozen=True)
+class _Plot:
+    """The box of a plot inside its drawing, and the values at its lower and upper edge."""
+
+    right: int
+    bottom: int
+    ticks: Sequence[float]
+    left: int = 62
+    top: int = 14
+
+    def y(self, value: float) -> float:
+        low, high = self.ticks[0], self.ticks[-1]
+        return self.bottom - (self.bottom - self.top) * (value - low) / (high - low)
+
+    def axes(self, x_labels: Iterable[tuple[float, str]], x_name: str) -> list[str]:
+        """Rules and labels of the y axis, labels and name of the x axis."""
+        shapes = []
+        for tick in self.ticks:
+            at = f"{self.y(tick):.1f}"
+            shapes.append(f'<line opacity="0.15" x1="{self.left}" x2="{self.right}" y1="{at}" y2="{at}"/>')
+            shapes.append(f'<text x="{self.left - 8}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+        labels = [(x, 18, label) for x, label in x_labels] + [((self.left + self.right) / 2, 38, x_name)]
+        for x, below, label in labels:
+            shapes.append(f'<text x="{x:.1f}" y="{self.bottom + below}" text-anchor="middle">{escape(label)}</text>')
+        return shapes
+
+    def drawing(self, shapes: Iterable[str], title: str) -> str:
+        return (
+            f'<svg viewBox="0 0 {self.right + 12} {self.bottom + 46}" fill="none" stroke="currentColor" role="img" '
+            f'aria-label="{escape(title)}">{"".join(shapes)}</svg>'
+        )
 
 
 def _curves(chart: Curves) -> str:
@@ -169,25 +221,16 @@ def _curves(chart: Curves) -> str:
     drawn = [bound for line in lines for point in line if point for bound in point]
     if not drawn:
         return _EMPTY
-    ticks = _ticks(min(drawn), max(drawn))
-    low, high, count = ticks[0], ticks[-1], len(chart.x_labels)
+    plot, count = _Plot(668, 224, _ticks(min(drawn), max(drawn))), len(chart.x_labels)
 
     def x(i: int) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (i + 0.5) / count
+        return plot.left + (plot.right - plot.left) * (i + 0.5) / count
 
-    def y(value: float) -> float:
-        return _BOTTOM - (_BOTTOM - _TOP) * (value - low) / (high - low)
-
-    shapes = []
-    for tick in ticks:
-        shapes.append(f'<line opacity="0.15" x1="{_LEFT}" x2="{_RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        shapes.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for i, label in enumerate(chart.x_labels):
-        shapes.append(f'<text x="{x(i):.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{escape(str(label))}</text>')
-    middle = (_LEFT + _RIGHT) / 2
-    shapes.append(f'<text x="{middle}" y="{_BOTTOM + 38}" text-anchor="middle">{escape(chart.x_name)}</text>')
+    shapes = plot.axes(((x(i), str(label)) for i, label in enumerate(chart.x_labels)), chart.x_name)
     legend = []
     for s, (series, points) in enumerate(zip(chart.series, lines, strict=True)):
+        if not any(points):  # its colour stays free, so that a line has one colour in all charts of a page
+            continue
         # lines stand side by side, so that the intervals of one block do not hide each other
         shift = (s - (len(lines) - 1) / 2) * min(7.0, 40.0 / len(lines))
         path, pen_down = "", False
@@ -198,13 +241,13 @@ def _curves(chart: Curves) -> str:
                 continue
             mean, lower, upper = point
             at = x(i) + shift
-            path += f"{'L' if pen_down else 'M'}{at:.1f} {y(mean):.1f}"
+            path += f"{'L' if pen_down else 'M'}{at:.1f} {plot.y(mean):.1f}"
             pen_down = True
             span = f" [{_number(lower)}, {_number(upper)}]" if upper > lower else ""
             if span:
-                marks.append(f'<path class="bar" d="M{at:.1f} {y(lower):.1f}V{y(upper):.1f}"/>')
+                marks.append(f'<path class="bar" d="M{at:.1f} {plot.y(lower):.1f}V{plot.y(upper):.1f}"/>')
             tip = f"{series.name}, {chart.x_name} {chart.x_labels[i]}: {_number(mean)}{span}"
-            at_mean = f'cx="{at:.1f}" cy="{y(mean):.1f}"'
+            at_mean = f'cx="{at:.1f}" cy="{plot.y(mean):.1f}"'
             marks.append(f'<circle {at_mean} r="2.6" fill="currentColor"><title>{escape(tip)}</title></circle>')
         colour, dash, hollow = f"c{s % _COLOURS}", "", ""
         if s >= _COLOURS:  # colours repeat, told apart by their dashes
@@ -213,10 +256,28 @@ def _curves(chart: Curves) -> str:
             f'<g class="{colour}" stroke="currentColor"><path d="{path}" stroke-width="1.7"{dash}/>{"".join(marks)}</g>'
         )
         legend.append(f'<li class="{colour}{hollow}">{escape(series.name)}</li>')
-    accessible = f'role="img" aria-label="{escape(f"{chart.title}: {chart.y_name} by {chart.x_name}")}"'
-    drawing = f'<svg viewBox="0 0 680 270" fill="none" stroke="currentColor" {accessible}>{"".join(shapes)}</svg>'
+    drawing = plot.drawing(shapes, f"{chart.title}: {chart.y_name} by {chart.x_name}")
     caption = f'<p class="axis">{escape(chart.y_name)}</p>' if chart.y_name else ""
     return f'{caption}{drawing}<ul class="legend">{"".join(legend)}</ul>'
+
+
+def _trace(trace: Trace, x_name: str) -> str:
+    xs, ys = zip(*(point for line in trace.lines for point in line), strict=True)
+    plot = _Plot(468, 150, _ticks(min(ys), max(ys)))
+    first, span = min(xs), max(xs) - min(xs) or 1.0
+
+    def x(value: float) -> float:
+        return plot.left + (plot.right - plot.left) * (value - first) / span
+
+    shapes = plot.axes([(x(at), f"{at:.4g}") for at in dict.fromkeys((first, max(xs)))], x_name)
+    for at, label in trace.marks.items():
+        shapes.append(f'<line class="mark" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{plot.top}" y2="{plot.bottom}"/>')
+        shapes.append(f'<text x="{x(at) + 4:.1f}" y="{plot.top + 8}">{escape(label)}</text>')
+    for line in trace.lines:
+        path = "L".join(f"{x(at):.1f} {plot.y(value):.1f}" for at, value in line)
+        shapes.append(f'<path class="c0" stroke="currentColor" stroke-width="1.4" d="M{path}"/>')
+    drawing = plot.drawing(shapes, f"{trace.name} by {x_name}")
+    return f"<figure><figcaption>{escape(trace.name)}</figcaption>{drawing}</figure>"
 
 
 def _bounds(point: Effect | float | None) -> tuple[float, float, float] | None:
@@ -262,17 +323,21 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--bg:#11151b;--fg:#e3e8ee;--soft:#98a4b3;--line:#2a323d;
 --c0:#7aa7ff;--c1:#fb923c;--c2:#2dd4bf;--c3:#e879f9;--c4:#facc15;--c5:#a3b1c4}}
 body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.55 system-ui,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+main{max-width:72rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:1.6rem;font-weight:650;margin:0 0 1rem}h2{font-size:1.1rem;font-weight:600;margin:2.5rem 0 .6rem}
 .note,.axis{color:var(--soft);font-size:.87rem;margin:.5rem 0}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}th,td{padding:.35rem .8rem;text-align:left;white-space:nowrap}
-th{font-weight:600;color:var(--soft)}thead th,tbody td,tbody th{border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;font-size:.9rem}th,td{padding:.35rem .65rem;text-align:left;white-space:nowrap}
+th{font-weight:600;color:var(--soft)}thead th{white-space:normal;vertical-align:bottom}
+thead th,tbody td,tbody th{border-bottom:1px solid var(--line)}
 .n{text-align:right;font-variant-numeric:tabular-nums}small{color:var(--soft);font-size:.82em}
 .heat td,.heat thead th+th{text-align:center}.heat td{border:2px solid var(--bg)}
 .heat .d{outline:1.5px solid var(--fg);outline-offset:-3px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.25rem;font-size:.9rem;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,monospace;font-size:.85rem}
 svg{width:100%;max-width:46rem;height:auto}svg text{fill:var(--soft);stroke:none;font-size:12px}.bar{opacity:.55}
+.mark{opacity:.35;stroke-dasharray:2 3}
+.traces{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr));gap:.6rem 1.5rem}
+figure{margin:0}figcaption{color:var(--soft);font-size:.87rem}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0;margin:.3rem 0;font-size:.88rem}
 .legend li::before{content:"";display:inline-block;width:.7em;height:.7em;border-radius:50%;background:currentColor;
 margin-right:.45em}.legend .hollow::before{background:none;box-shadow:inset 0 0 0 2px currentColor}

@@ -1,61 +1,71 @@
-"""Exports: what a team ships. `peft` is a self-contained adapter directory, `merged` one checkpoint."""
+"""Exports: what a team ships. `peft` is a self-contained adapter directory, `merged` one checkpoint, `vllm` a folder
+that serves adapters of several blocks over one base."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cladapt.artifacts import atomic_dir, read_json, write_json
+from cladapt.artifacts import atomic_dir, atomic_path, read_json, write_json
 from cladapt.errors import ConfigError
+from cladapt.export.card import CARD, Facts, adapter_card, merged_card
 from cladapt.export.merge import merge
+from cladapt.export.place import refuse_existing
+from cladapt.export.vllm import export_vllm
 from cladapt.model.adapter import adapter_parameters, adapter_provenance, load_adapter
-from cladapt.model.load import load_base
+from cladapt.model.load import PROVENANCE, load_base
 
 
-def export_peft(adapter: Path, base_folder: Path, out: Path) -> dict[str, Any]:
+def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:
     """Copy the adapter in stock PEFT form, pointing to its base, after checking that the two belong together."""
     refuse_existing(out)
-    parameters = adapter_parameters(load_adapter(load_base(base_folder), adapter))
+    base = load_base(base_folder)
+    parameters = adapter_parameters(load_adapter(base, adapter))
+    provenance = adapter_provenance(adapter)
     with atomic_dir(out) as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
         config = read_json(folder / "adapter_config.json")
         config["base_model_name_or_path"] = str(base_folder.resolve())
         write_json(folder / "adapter_config.json", config)
+        card = adapter_card(out.name, base_folder.resolve().name, config, provenance, base.provenance, facts)
+        (folder / CARD).write_text(card, encoding="utf-8")
     return {
         "target": "peft",
         "out": str(out),
         "tensors": len(parameters),
         "parameters": sum(p.numel() for p in parameters.values()),
         "base": str(base_folder),
-        "block": adapter_provenance(adapter).get("block"),
+        "block": provenance.get("block"),
     }
 
 
-def export_merged(adapter: Path, base_folder: Path, out: Path) -> dict[str, Any]:
+def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:
     """Write base and adapter as one checkpoint; see `merge`."""
     refuse_existing(out)
     report = merge(adapter, base_folder, out)
+    provenance = adapter_provenance(adapter)
+    base, merged = read_json(base_folder / PROVENANCE), read_json(out / PROVENANCE)
+    with atomic_path(out / CARD) as temporary:
+        temporary.write_text(merged_card(out.name, provenance, base, merged, facts), encoding="utf-8")
     return {
         "target": "merged",
         "out": str(out),
         "max_logit_difference": report.max_difference,
         "mean_logit_difference": report.mean_difference,
         "allowed": report.bound,
-        "block": adapter_provenance(adapter).get("block"),
+        "block": provenance.get("block"),
     }
 
 
-TARGETS: dict[str, Callable[[Path, Path, Path], dict[str, Any]]] = {"peft": export_peft, "merged": export_merged}
+TARGETS: dict[str, Callable[[Path, Path, Path, Facts], dict[str, Any]]] = {
+    "peft": export_peft,
+    "merged": export_merged,
+    "vllm": export_vllm,
+}
 
 
-def export(target: str, adapter: Path, base_folder: Path, out: Path) -> dict[str, Any]:
-    """Export an adapter to `target`; returns what was written."""
+def export(target: str, adapter: Path, base_folder: Path, out: Path, facts: Facts | None = None) -> dict[str, Any]:
+    """Export an adapter to `target`; returns what was written. `facts` fill its model card."""
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not known", f"use one of {', '.join(TARGETS)}")
-    return TARGETS[target](adapter, base_folder, out)
-
-
-def refuse_existing(out: Path) -> None:
-    """An export never replaces a folder that holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty", "choose another --out, or remove it")
+    return TARGETS[target](adapter, base_folder, out, facts or Facts())

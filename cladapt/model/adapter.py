@@ -215,8 +215,12 @@ def read_adapter(folder: Path, base: Base) -> dict[str, Tensor]:
 
 def read_own_factors(folder: Path, base: Base) -> dict[str, Tensor]:
     """As `read_adapter`, without the history that was saved with it: what the next block goes on from."""
-    rank = adapter_provenance(folder).get("history_rank", 0)
-    tensors = read_adapter(folder, base)
+    return without_history(read_adapter(folder, base), adapter_provenance(folder))
+
+
+def without_history(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The factors of a saved adapter that its own block has learned."""
+    rank = provenance.get("history_rank", 0)
     return {n: (t[:, rank:] if ".lora_B." in n else t[rank:]).contiguous() for n, t in tensors.items()}
 
 

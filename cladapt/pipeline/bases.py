@@ -1,7 +1,9 @@
 """Base+tokens directories: from a pretrained causal LM, or from scratch on block 1."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from cladapt.config import BaseConfig
 from cladapt.data.histories import split_block
@@ -9,6 +11,7 @@ from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.export.targets import refuse_existing
 from cladapt.model.load import Base, extend_model, new_model, save_base
+from cladapt.ops import compute_device
 from cladapt.pipeline.streams import load_sids
 from cladapt.train.loop import FitResult
 from cladapt.train.pretrain import fit_token_rows, pretrain
@@ -22,6 +25,7 @@ def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict
     stream = Stream.load(data)
     sids = load_sids(data, stream)
     model, tokenizer = new_model(config.preset, sids, config.seed, config.tie_embeddings)
+    cast(nn.Module, model).to(compute_device())  # before the softmax, which lies beside the head
     base = Base(model, tokenizer, sids, {})
     form = make_form("packed", base, config.window, config.row_tokens)
     split = split_block(stream, 1)
@@ -43,6 +47,7 @@ def init_base(source: str, data: Path, out: Path, form_name: str, config: BaseCo
     stream = Stream.load(data)
     sids = load_sids(data, stream)
     model, tokenizer, new = extend_model(source, sids, config.seed)
+    cast(nn.Module, model).to(compute_device())  # before the softmax, which lies beside the head
     base = Base(model, tokenizer, sids, {})
     result = None
     if config.epochs:

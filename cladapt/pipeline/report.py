@@ -1,12 +1,17 @@
 """What a run's evaluation says, as metrics.json and as one HTML report."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from cladapt.artifacts import read_json
+from cladapt.config import EvalConfig
 from cladapt.data.schema import Stream
 from cladapt.eval.continual import summaries
 from cladapt.eval.metrics import summarise, user_metrics
@@ -19,9 +24,14 @@ from cladapt.eval.protocol import (
     slice_table,
     table,
 )
-from cladapt.eval.report import Curves, HeatMap, KeyValues, Section, Series, Table, render_report
+from cladapt.eval.report import Curves, HeatMap, KeyValues, Section, Series, Table, Trace, Traces, render_report
+from cladapt.eval.significance import Effect
 from cladapt.model.load import Base
 from cladapt.run import Run
+
+POINTS = 300
+"""Points of a curve over steps, above which neighbours are averaged."""
+INTERVALS = "Intervals are 95 %, bootstrap over users."
 
 
 def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tuple[str, dict[str, Any]]:
@@ -31,6 +41,7 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
     cells = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams)
     result: dict[str, Any] = {
         "method": measures.name,
+        "stream": stream.fingerprint,
         "base_block": measures.base_block,
         "config": measures.config.model_dump(mode="json"),
         "table": table([measures]),
@@ -40,14 +51,18 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
         "slices": slice_table(measures, stream),
         "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
     }
+    beside = {"frozen": measures.frozen, **measures.beside}
+    if measures.current.height:
+        beside = {measures.name: measures.current, **beside}
     sections: list[Section] = [
-        _rows("Mean over the later blocks", result["table"], "Intervals are 95 %, bootstrap over users."),
-        _rows("Paired differences", result["differences"]),
+        rows_table("Mean over the later blocks", result["table"], INTERVALS),
+        rows_table("Paired differences", result["differences"]),
         *(_heat(measures, metric) for metric in headline if cells[metric].null_count() == 0),
-        _curves(measures, main),
-        _rows("Summaries of R[t][s]", result["continual"]),
-        _rows("Slices of the current blocks", result["slices"]),
-        _rows("What the method did", regulariser_log(run)),
+        *block_curves(beside, measures.config, measures.ceiling, headline),
+        rows_table("Summaries of R[t][s]", result["continual"]),
+        rows_table("Slices of the current blocks", result["slices"]),
+        rows_table("What the method did", regulariser_log(run)),
+        step_curves(run),
         KeyValues("Semantic IDs", base.sids.collisions()),
         KeyValues(
             "Provenance",
@@ -63,25 +78,84 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
     return render_report(f"cladapt: {measures.name}, seed {run.config.seed}", sections), result
 
 
+@dataclass(frozen=True)
+class StepLog:
+    """Logged steps by block, in order; of a step that an interrupted run did again, the last."""
+
+    blocks: Mapping[int, Sequence[Mapping[str, Any]]]
+    unreadable: int = 0
+    """Lines that are no JSON, as a killed process may leave."""
+
+    @classmethod
+    def read(cls, run: Run) -> "StepLog":
+        log = run.path / "log.jsonl"
+        if not log.is_file():
+            return cls({})
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        unreadable = 0
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                unreadable += 1
+                continue
+            if event["kind"] == "step":
+                found[event["block"], event["step"]] = event
+        blocks = groupby(sorted(found), key=lambda key: key[0])
+        return cls({block: [found[key] for key in keys] for block, keys in blocks}, unreadable)
+
+
 def regulariser_log(run: Run) -> list[dict[str, Any]]:
     """Per block: mean and last value of what the method logged at each step."""
-    log = run.path / "log.jsonl"
-    if not log.is_file():
-        return []
-    steps = [e for line in log.read_text(encoding="utf-8").splitlines() if (e := json.loads(line))["kind"] == "step"]
     lines = []
-    for block in sorted({e["block"] for e in steps}):
-        events = [e for e in steps if e["block"] == block]
-        line: dict[str, Any] = {"block": block, "steps": len(events), "loss, last": events[-1]["loss"]}
-        for key in (k for k in events[-1] if "/" in k):
-            line[f"{key}, mean"] = float(np.mean([e[key] for e in events]))
-            line[f"{key}, last"] = events[-1][key]
+    for block, steps in StepLog.read(run).blocks.items():
+        line: dict[str, Any] = {"block": block, "steps": len(steps), "loss, last": steps[-1]["loss"]}
+        for key in (k for k in steps[-1] if "/" in k):
+            values = [step[key] for step in steps if step.get(key) is not None]
+            line[f"{key}, mean"] = float(np.mean(values)) if values else None
+            line[f"{key}, last"] = steps[-1][key]
         lines.append(line)
     return lines
 
 
-def _rows(title: str, rows: list[dict[str, Any]], note: str = "") -> Table:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+def step_curves(run: Run) -> Traces:
+    """The loss and what the method logged, over the steps of all blocks; see `POINTS`."""
+    log = StepLog.read(run)
+    blocks = log.blocks
+    stride = max(1, math.ceil(sum(map(len, blocks.values())) / POINTS))
+    starts = dict(zip(blocks, np.cumsum([0, *map(len, blocks.values())]).tolist(), strict=False))
+    steps = [step for each in blocks.values() for step in each]
+    logged = dict.fromkeys(key for step in steps for key in step if "/" in key)
+    traces = []
+    for key in ("loss", *logged):
+        lines = []
+        for block, each in blocks.items():
+            y = np.array([step.get(key) for step in each], dtype=np.float64)  # None becomes NaN
+            lines.append(_downsample(starts[block] + 1 + np.arange(len(y)), y, stride))
+        traces.append(Trace(key, lines, {start + 1: f"block {block}" for block, start in starts.items()}))
+    notes = [f"Each point is the mean of {stride} steps."] if stride > 1 else []
+    if log.unreadable:
+        notes.append(f"{log.unreadable} lines of log.jsonl are unreadable and left out.")
+    return Traces("Step by step", traces, "step over all blocks", " ".join(notes))
+
+
+def _downsample(x: np.ndarray, y: np.ndarray, stride: int) -> list[tuple[float, float]]:
+    """(x, y) averaged over runs of `stride` neighbours; what is not finite is left out."""
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if not len(x):
+        return []
+    first = np.arange(0, len(x), stride)
+    size = np.diff([*first, len(x)])
+    return list(zip(*((np.add.reduceat(v, first) / size).tolist() for v in (x, y)), strict=True))
+
+
+def rows_table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Table:
+    """A table of dicts; an interval stands beside its metric."""
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    beside = {name: f"{name} 95 %" for name in names}
+    ends = {end for end in beside.values() if end in names}
+    columns = [c for name in names if name not in ends for c in (name, beside[name]) if c == name or c in ends]
     return Table(title, columns, [[row.get(column) for column in columns] for row in rows], note)
 
 
@@ -92,17 +166,30 @@ def _heat(measures: Measures, metric: str) -> HeatMap:
     return HeatMap(f"R[t][s]: {metric}", grid.model_blocks, grid.blocks, values, "model after t \\ block s", note)
 
 
-def _curves(measures: Measures, metric: str) -> Curves:
-    blocks = sorted(measures.frozen["block"].unique().to_list())
-    named = {measures.name: measures.current, "frozen": measures.frozen, **measures.beside}
-    series = [
-        Series(name, [_point(rows, b, metric, measures) for b in blocks]) for name, rows in named.items() if rows.height
-    ]
-    if measures.ceiling:
-        series.append(Series("ceiling", [measures.ceiling[b].get(metric) for b in blocks]))
-    return Curves(f"{metric} on the block just learned", blocks, series, y_name=metric)
+def block_curves(
+    lines: Mapping[str, pl.DataFrame],
+    config: EvalConfig,
+    ceiling: Mapping[int, Mapping[str, float]],
+    metrics: Sequence[str],
+) -> list[Curves]:
+    """One chart per metric: the mean on each block of each line that has it, and the ceiling where it is known."""
+    measured = {name: user_metrics(rows, config.top_k, config.beams) for name, rows in lines.items()}
+    blocks = sorted({int(b) for rows in measured.values() for b in rows["block"].unique()})
+    charts = []
+    for metric in metrics:
+        series = [
+            Series(name, [_point(rows.filter(pl.col("block") == b), metric, config.bootstrap) for b in blocks])
+            for name, rows in measured.items()
+        ]
+        best = [ceiling.get(b, {}).get(metric) for b in blocks]
+        if any(value is not None for value in best):
+            series.append(Series("ceiling", best))
+        charts.append(Curves(f"{metric} on the block just learned", blocks, series, y_name=metric))
+    return charts
 
 
-def _point(rows: pl.DataFrame, block: int, metric: str, measures: Measures) -> Any:
-    part = rows.filter(pl.col("block") == block)
-    return block_mean_interval(user_metrics(part, measures.config.top_k), metric, measures.config.bootstrap)
+def _point(measured: pl.DataFrame, metric: str, resamples: int) -> Effect | float | None:
+    """Mean and interval of one block; one user has no interval, and a model may lack the metric."""
+    if measured.is_empty() or measured[metric].null_count():
+        return None
+    return block_mean_interval(measured, metric, resamples) or float(measured[metric].mean())  # type: ignore[arg-type]

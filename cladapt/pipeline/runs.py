@@ -1,25 +1,28 @@
 """Runs: adapt block after block, then measure every adapter against every block."""
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 import torch
 
 from cladapt import ops
-from cladapt.artifacts import atomic_dir, atomic_path, write_json, write_parquet
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, resolve
+from cladapt.artifacts import atomic_dir, atomic_path, hash_file, recover, write_json, write_parquet
+from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, describe, resolve
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.evaluate import Evaluator
-from cladapt.eval.protocol import Measures, differences, measure_counts, measure_run, table
+from cladapt.eval.expect import check_expected, read_expected
+from cladapt.eval.protocol import CEILING, COUNTS, FROZEN, Measures, measure_counts, measure_run, table_columns
 from cladapt.methods import Method, build
 from cladapt.model.adapter import (
+    ADAPTER_FILE,
     adapted_lm,
     adapter_parameters,
     create_adapter,
@@ -29,11 +32,13 @@ from cladapt.model.adapter import (
     unload,
 )
 from cladapt.model.anchors import module_of
-from cladapt.model.load import Base, load_base
+from cladapt.model.load import Base, load_base, weights_hash
 from cladapt.pipeline import bases, streams
 from cladapt.pipeline.report import run_report
 from cladapt.run import RUNS, Run, new_run_path
 from cladapt.tokens.prompts import Form, pack
+from cladapt.train.checkpoint import clear_checkpoints
+from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Fan, JsonlSink, Sink
 from cladapt.train.stream import blocks_to_learn, learned_block, make_form, train_stream, training_documents
 
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = RUNS / "embedded"
 METRICS_SCHEMA_VERSION = 1
+FOLDERS = ("data", "base", "from_adapter")
 
 
 def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
@@ -50,7 +56,8 @@ def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
     stream, base = open_inputs(config)
     prepare(config, base)
     blocks_to_learn(stream, learned_block(config, base))
-    run = Run.create(out or new_run_path(config.method.name, config.seed), config)
+    inputs = _fingerprints(config, stream, base)
+    run = Run.create(out or new_run_path(config.method.name, config.seed), config, inputs)
     return _learn(run, stream, base, sink)
 
 
@@ -66,17 +73,93 @@ def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torc
     return method, form, parameters
 
 
-def resume(path: Path, sink: Sink) -> dict[str, Any]:
-    """Continue an interrupted run exactly where its last checkpoint or finished block stands."""
+def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Continue an interrupted run exactly where its last checkpoint or finished block stands.
+
+    `asked`: settings given beside the run, nested as in a recipe; they must be the run's own. `DataError` when an input
+    is not what it was when the run began. A finished run is left as it is.
+    """
     run = Run.open(path)
+    _refuse_changes(run, asked or {})
     stream, base = open_inputs(run.config)
-    return _learn(run, stream, base, sink)
+    notes = [*_verify_inputs(run, stream, base), *recover(run.path)]
+    for block in run.adapters:
+        clear_checkpoints(run.path / "checkpoints", block)
+    blocks = blocks_to_learn(stream, learned_block(run.config, base))
+    if not build(run.config.method).trains or set(blocks) <= set(run.adapters):
+        for text in (*notes, f"{path} is finished: there is nothing to continue"):
+            sink.emit({"kind": "note", "text": text})
+        return _summary(run, {})
+    if changes := run.environment_changes():
+        notes.append(f"this is not the machine the run began on, its last bits may differ: {', '.join(changes)}")
+    run.begin()
+    return _learn(run, stream, base, sink, notes)
 
 
-def _learn(run: Run, stream: Stream, base: Base, sink: Sink) -> dict[str, Any]:
+def _refuse_changes(run: Run, asked: Mapping[str, Any]) -> None:
+    """`ConfigError` that names every setting asked for with another value than the run's."""
+    config = resolve(RunConfig, _over(run.config.model_dump(mode="json"), asked), "--resume")
+    own = {row["key"]: row["value"] for row in describe(run.config)}
+    wanted = {row["key"]: row["value"] for row in describe(config)}
+    changed = [
+        f"{key}={wanted[key]!r}, the run has {value!r}"
+        for key, value in own.items()
+        if wanted[key] != value and not (key in FOLDERS and value and _same_folder(wanted[key], value))
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume continues a run as it was configured: {'; '.join(changed)}",
+            "leave these out, or start a new run; evaluation settings are for `cladapt eval RUN -o KEY=VALUE`",
+        )
+
+
+def _over(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in asked.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _over(merged[key], value) if nested else value
+    return merged
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _fingerprints(config: RunConfig, stream: Stream, base: Base) -> dict[str, str]:
+    """Content of all that a run starts from, by name."""
+    found = {"data": stream.fingerprint, "base": base.fingerprint, "base weights": weights_hash(base.model)}
+    if config.from_adapter:
+        file = Path(config.from_adapter) / ADAPTER_FILE
+        if not file.is_file():
+            raise DataError(f"no such file: {file}", "restore the adapter that the run starts from")
+        found["from_adapter"] = hash_file(file)
+    return found
+
+
+def _verify_inputs(run: Run, stream: Stream, base: Base) -> list[str]:
+    """`DataError` when an input is not what the run began with; a note when that was not recorded."""
+    if not run.inputs:
+        return [f"{run.path} does not say which inputs it began with, so they are not compared"]
+    found = _fingerprints(run.config, stream, base)
+    changed = [
+        f"{name} ({getattr(run.config, name.split()[0])}) is {found[name]}, it was {then}"
+        for name, then in run.inputs.items()
+        if found[name] != then
+    ]
+    if changed:
+        raise DataError(
+            f"{run.path} began with other inputs: {'; '.join(changed)}", "restore them, or start a new run from these"
+        )
+    return []
+
+
+def _learn(run: Run, stream: Stream, base: Base, sink: Sink, notes: Sequence[str] = ()) -> dict[str, Any]:
     log = JsonlSink(run.path / "log.jsonl")
     backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(run.config.kernels).items()}
     log.emit({"kind": "kernels", "ops": backends})
+    everywhere = Fan([log, sink])
+    for text in notes:
+        everywhere.emit({"kind": "note", "text": text})
     provenance = {
         "stream": stream.fingerprint,
         "config": run.config_hash,
@@ -87,7 +170,10 @@ def _learn(run: Run, stream: Stream, base: Base, sink: Sink) -> dict[str, Any]:
         "softmax": run.config.train.softmax,
         "from_adapter": run.config.from_adapter or None,
     }
-    results = train_stream(run.path, run.config, stream, base, Fan([log, sink]), run.config_hash, provenance)
+    return _summary(run, train_stream(run.path, run.config, stream, base, everywhere, run.config_hash, provenance))
+
+
+def _summary(run: Run, results: Mapping[int, FitResult]) -> dict[str, Any]:
     blocks = [
         {
             "block": block,
@@ -152,17 +238,25 @@ def _memory(config: RunConfig, base: Base, total: int, trained: int) -> int:
     return bytes_per * total + 16 * trained + activations
 
 
-def evaluate(path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink) -> dict[str, Any]:
-    """Test every adapter of a run on every block (or on one)."""
+def evaluate(
+    path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink, expect: Path | None = None
+) -> dict[str, Any]:
+    """Test every adapter of a run on every block (or on one).
+
+    `expect`: a file of ranges, see `cladapt.eval.expect`; `CheckFailed`, after all is written, when a value is outside.
+    """
     run = Run.latest() if path is None else Run.open(path)
     config = resolve(EvalConfig, {**run.config.eval.model_dump(), **settings}, "eval")
-    measures, result = evaluate_run(run, config, block, sink)
+    lines = (run.config.method.name, FROZEN, *COUNTS, CEILING)
+    expected = read_expected(expect, table_columns(config), lines) if expect else {}
+    _, result = evaluate_run(run, config, block, sink)
+    check_expected(expected, result["table"])
     return {
         "run": str(run.path),
         "method": run.config.method.name,
         "report": str(run.path / "report.html"),
-        "table": table([measures]),
-        "differences": differences([measures]),
+        "table": result["table"],
+        "differences": result["differences"],
         "continual": result["continual"],
     }
 
@@ -227,6 +321,7 @@ def open_inputs(config: RunConfig) -> tuple[Stream, Base]:
     stream = Stream.load(Path(config.data))
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     base = load_base(Path(config.base), dtype)
+    cast(torch.nn.Module, base.model).to(ops.compute_device())
     aligned = base.sids.align(stream.items["item"].to_list())
     if base.fitted_block and base.provenance["stream"] != stream.fingerprint:
         raise DataError(

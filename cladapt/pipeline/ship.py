@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from cladapt.artifacts import atomic_path
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
+from cladapt.export.card import facts_of
+from cladapt.export.preflight import RULES as SERVERS
+from cladapt.export.preflight import refuse
 from cladapt.export.targets import export as export_to
+from cladapt.export.vllm import check as check_vllm
 from cladapt.model.adapter import adapted_lm, adapter_provenance, load_adapter
 from cladapt.model.load import PROVENANCE, load_base
+from cladapt.ops import compute_device
 from cladapt.run import Run
 from cladapt.train.stream import make_form
 
@@ -50,14 +57,52 @@ def _run_of(adapter: Path) -> Run | None:
     return Run.open(folder) if (folder / "config.json").is_file() and (folder / "adapters").is_dir() else None
 
 
-def export(path: Path | None, target: str, out: Path | None, base: Path | None, block: int | None) -> dict[str, Any]:
-    """Export an adapter; by default the latest run's last one into `<run>/export/<target>`."""
-    source = find_source(path, base, block)
+def export(
+    path: Path | None,
+    target: str,
+    out: Path | None,
+    base: Path | None,
+    block: int | None,
+    all_blocks: bool = False,
+) -> dict[str, Any]:
+    """Export an adapter; by default the latest run's last one into `<run>/export/<target>`.
+
+    `all_blocks`: the adapter of every block of the run, for a target that holds several.
+    """
+    if all_blocks and target != "vllm":
+        raise ConfigError(f"--all-blocks with --target {target}", "only --target vllm holds several adapters")
+    sources = _sources(path, base, block, all_blocks)
+    last = sources[-1]
     if out is None:
-        if source.run is None:
+        if last.run is None:
             raise ConfigError("export of a bare adapter directory needs a place", "give --out DIR")
-        out = source.run.path / "export" / target
-    return export_to(target, source.adapter, source.base, out)
+        out = last.run.path / "export" / target
+    if all_blocks:  # no block is written unless all can be
+        for source in sources:
+            refuse(str(source.adapter), [f for f in check_vllm(source.adapter, source.base) if f.server == "vllm"])
+    facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"))
+    results = [export_to(target, source.adapter, source.base, out, facts) for source in sources]
+    return results[0] if not all_blocks else {**results[-1], "block": [result["block"] for result in results]}
+
+
+def check(path: Path | None, base: Path | None, block: int | None, all_blocks: bool = False) -> dict[str, Any]:
+    """What vLLM and llama.cpp would mind about an export to `vllm`; nothing is written."""
+    rows: list[dict[str, Any]] = []
+    for source in _sources(path, base, block, all_blocks):
+        rows += [{"adapter": source.adapter.name, **f.row()} for f in check_vllm(source.adapter, source.base)]
+    refused = {row["server"] for row in rows if row["level"] == "error"}
+    return {**{server: server not in refused for server in SERVERS}, "findings": rows}
+
+
+def _sources(path: Path | None, base: Path | None, block: int | None, all_blocks: bool) -> list[Source]:
+    source = find_source(path, base, block)
+    if not all_blocks:
+        return [source]
+    if block is not None:
+        raise ConfigError(f"--all-blocks with --block {block}", "give one of them")
+    if source.run is None or (path is not None and (path / "adapter_config.json").is_file()):
+        raise ConfigError("--all-blocks with an adapter directory", "name its run directory instead")
+    return [Source(adapter, source.base, source.run) for adapter in source.run.adapters.values()]
 
 
 def recommend(
@@ -78,6 +123,7 @@ def recommend(
     allowed = None if catalogue is None else read_catalogue(catalogue)
     source = find_source(path, base_folder, block)
     base = load_base(source.base)
+    cast(nn.Module, base.model).to(compute_device())
     record = adapter_provenance(source.adapter)
     lacking = {"form", "window", "softmax"} - set(record)
     if lacking:

@@ -1,43 +1,112 @@
-"""Checkpoints inside a block: one folder each, written whole or not at all, tensors and JSON only."""
+"""Checkpoints inside a block: one folder each, written whole or not at all, tensors and JSON only.
+
+A checkpoint knows the hash of its tensors, so what a disk has lost is recognised and an older one is used.
+"""
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from cladapt.artifacts import atomic_dir, read_json, read_tensors, write_json, write_tensors
-from cladapt.errors import DataError
+from cladapt.artifacts import atomic_dir, hash_file, read_json, read_tensors, write_json, write_tensors
+from cladapt.errors import DataError, EnvironmentProblem
 from cladapt.train.loop import Position, Snapshot
 
 KEPT = 2
+STATE = "state.safetensors"
 
 
 def save_checkpoint(root: Path, block: int, config_hash: str, snapshot: Snapshot) -> None:
-    """Write `root/block_<t>_step_<n>` and drop all but the newest two."""
+    """Write `root/block_<t>_step_<n>` and drop all but the newest two of this block.
+
+    Where it cannot be written, the `EnvironmentProblem` names the checkpoint from which the run will continue.
+    """
     target = root / f"block_{block:03d}_step_{snapshot.position.total_steps:08d}"
-    with atomic_dir(target) as folder:
-        write_tensors(folder / "state.safetensors", snapshot.tensors)
-        position = {**asdict(snapshot.position), "best_score": repr(snapshot.position.best_score)}
-        write_json(folder / "position.json", {"block": block, "config": config_hash, "position": position})
-    for old in sorted(root.glob("block_*_step_*"))[:-KEPT]:
-        shutil.rmtree(old)
+    try:
+        with atomic_dir(target) as folder:
+            write_tensors(folder / STATE, snapshot.tensors)
+            position = {**asdict(snapshot.position), "best_score": repr(snapshot.position.best_score)}
+            state = {"bytes": (folder / STATE).stat().st_size, "hash": hash_file(folder / STATE)}
+            record = {"block": block, "config": config_hash, "position": position, "state": state}
+            write_json(folder / "position.json", record)
+    except EnvironmentProblem as error:
+        good = next((f for f, found in _checkpoints(root, block, config_hash) if isinstance(found, Snapshot)), None)
+        last = f"the start of block {block}" if good is None else f"the last good checkpoint, {good}"
+        raise EnvironmentProblem(
+            f"{error.message}; the run can continue from {last}",
+            f"mend the permissions or free some space, then: cladapt train --resume {root.parent}",
+        ) from error
+    # what lies after this step was found damaged, or this block would stand there
+    earlier = sorted(f for f in root.glob(f"block_{block:03d}_step_*") if f.name < target.name)
+    kept = {target, *earlier[-(KEPT - 1) :]}
+    for folder in root.glob("block_*_step_*"):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_checkpoint(root: Path, block: int, config_hash: str) -> Snapshot | None:
-    """The newest checkpoint of `block`, or None; `DataError` when it belongs to another configuration."""
-    found = sorted(root.glob(f"block_{block:03d}_step_*"))
-    if not found:
-        return None
-    record = read_json(found[-1] / "position.json")
-    if record["config"] != config_hash:
-        raise DataError(
-            f"{found[-1]} was written under the configuration {record['config']}, this run has {config_hash}",
-            "resume with the run's own configuration, or start a new run",
-        )
-    position = {**record["position"], "best_score": float(record["position"]["best_score"])}
-    return Snapshot(Position(**position), read_tensors(found[-1] / "state.safetensors"))
+def load_checkpoint(root: Path, block: int, config_hash: str, note: Callable[[str], None]) -> Snapshot | None:
+    """The newest whole checkpoint of `block`, or None; `note` is told of each damaged one and of what is used instead.
+
+    `DataError` when it belongs to another configuration.
+    """
+    damaged: list[str] = []
+    used: Snapshot | None = None
+    instead = f"the start of block {block}"
+    for folder, found in _checkpoints(root, block, config_hash):
+        if isinstance(found, Snapshot):
+            used, instead = found, str(folder)
+            break
+        damaged.append(found)
+    for text in damaged:
+        note(f"{text}; continuing from {instead}")
+    return used
 
 
 def clear_checkpoints(root: Path, block: int) -> None:
     """Remove the checkpoints of a finished block."""
     for folder in root.glob(f"block_{block:03d}_step_*"):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoints(root: Path, block: int, config_hash: str) -> Iterator[tuple[Path, Snapshot | str]]:
+    """Every checkpoint of a block, the newest first: its snapshot, or what is wrong with it."""
+    for folder in sorted(root.glob(f"block_{block:03d}_step_*"), reverse=True):
+        try:
+            yield folder, _read(folder, block, config_hash)
+        except _Damaged as error:
+            yield folder, f"the checkpoint {folder} is damaged ({error})"
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def _read(folder: Path, block: int, config_hash: str) -> Snapshot:
+    try:
+        record = read_json(folder / "position.json")
+        position = Position(**{**record["position"], "best_score": float(record["position"]["best_score"])})
+        written, size, digest = record["config"], int(record["state"]["bytes"]), record["state"]["hash"]
+    except DataError as error:
+        raise _Damaged(error.message) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Damaged(f"{folder / 'position.json'} has an unknown form") from error
+    if written != config_hash:
+        raise DataError(
+            f"{folder} was written under the configuration {written}, this run has {config_hash}",
+            "resume with the run's own configuration, or start a new run",
+        )
+    state = folder / STATE
+    try:
+        found = state.stat().st_size
+        if found != size:
+            raise _Damaged(f"{STATE} has {found} bytes of {size}")
+        if hash_file(state) != digest:
+            raise _Damaged(f"{STATE} is not the file that was written")
+        tensors = read_tensors(state)
+    except OSError as error:
+        raise _Damaged(f"cannot read {STATE}: {error.strerror}") from error
+    except DataError as error:
+        raise _Damaged(error.message) from error
+    if record["block"] != block:
+        raise _Damaged(f"it is of block {record['block']}")
+    return Snapshot(position, tensors)

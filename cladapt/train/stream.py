@@ -115,6 +115,11 @@ def train_stream(
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
     results: dict[int, FitResult] = {}
     checkpoints = run / "checkpoints"
+
+    def note(text: str) -> None:
+        if accelerator.is_main_process:
+            sink.emit({"kind": "note", "text": text})
+
     for block in blocks:
         folder = adapter_folder(run, block)
         if folder.is_dir():
@@ -136,7 +141,7 @@ def train_stream(
         result = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
             checkpoint_steps=config.train.checkpoint_steps,
-            resume=load_checkpoint(checkpoints, block, config_hash),
+            resume=load_checkpoint(checkpoints, block, config_hash, note),
         )
         results[block] = result
         if accelerator.is_main_process:

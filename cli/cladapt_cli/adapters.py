@@ -32,15 +32,22 @@ def merge(
 
 def export(
     source: Source = None,
-    target: Annotated[str, typer.Option("--target", help="peft or merged.")] = "peft",
+    target: Annotated[str, typer.Option("--target", help="peft, merged or vllm.")] = "peft",
     out: Annotated[Path | None, typer.Option("--out", help="Directory to write; default: inside the run.")] = None,
     base: BaseDir = None,
     block: Block = None,
+    all_blocks: Annotated[bool, typer.Option("--all-blocks", help="With vllm: the adapter of every block.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="With vllm: report what servers mind, write nothing.")] = False,
 ) -> dict[str, Any]:
     """Write an adapter for serving."""
+    from cladapt.errors import ConfigError
     from cladapt.pipeline import ship
 
-    return ship.export(source, target, out, base, block)
+    if check:
+        if target != "vllm":
+            raise ConfigError(f"--check with --target {target}", "give --target vllm: the others need no server")
+        return ship.check(source, base, block, all_blocks)
+    return ship.export(source, target, out, base, block, all_blocks)
 
 
 def recommend(

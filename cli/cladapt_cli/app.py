@@ -11,7 +11,7 @@ import typer
 import cladapt
 from cladapt import __version__
 from cladapt.errors import CladaptError
-from cladapt_cli import adapters, base, config, data, demo, doctor, tokens, train
+from cladapt_cli import adapters, base, bench, compare, config, data, demo, doctor, tokens, train
 from cladapt_cli._verb import fail, output
 
 # typer carries its own copy of click or uses the installed one, by version: its public names lead to either
@@ -27,9 +27,15 @@ app = typer.Typer(
     help="Keep an LLM-based recommender up to date: one small LoRA adapter per time block, measured and shipped.",
     epilog="Start with `cladapt demo`. `cladapt train`, `cladapt eval` and `cladapt export` work bare, in that order.",
 )
-for command in (demo, train, adapters, doctor):
+for command in (demo, train, compare, adapters, doctor):
     command.register(app)
-for name, group in (("data", data.app), ("tokens", tokens.app), ("base", base.app), ("config", config.app)):
+for name, group in (
+    ("data", data.app),
+    ("tokens", tokens.app),
+    ("base", base.app),
+    ("bench", bench.app),
+    ("config", config.app),
+):
     app.add_typer(group, name=name)
 
 

@@ -31,7 +31,10 @@ def train(
     rank: Annotated[int | None, typer.Option("--rank", help="LoRA rank.")] = None,
     override: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory; default: a new one under runs/.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Continue this interrupted run exactly.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Continue this interrupted run exactly; settings beside it must be its own."),
+    ] = None,
     from_adapter: Annotated[
         Path | None, typer.Option("--from-adapter", help="Start from this adapter with a fresh optimiser.")
     ] = None,
@@ -52,15 +55,20 @@ def train(
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     named = {"data": data, "base": base, "from_adapter": from_adapter}
     folders = {key: str(folder) for key, folder in named.items() if folder is not None}
-    if resume is not None:
-        if recipe or given or folders or override or out or dry_run:
-            raise ConfigError(
-                "--resume continues a run as it was configured", "give --resume alone, or start a new run without it"
-            )
-        return runs.resume(resume, Progress())
     # a folder's name is no YAML: `--data 2024` means the folder, not the number
     values = {**merge_overrides(load_recipe(recipe) if recipe else {}, given), **folders}
-    config = resolve(RunConfig, merge_overrides(values, override or []), str(recipe) if recipe else "train")
+    values = merge_overrides(values, override or [])
+    if resume is not None:
+        elsewhere = out is not None and out.resolve() != resume.resolve()
+        strange = {"--from-adapter": from_adapter, "--dry-run": dry_run, "--out": elsewhere}
+        for option, used in strange.items():
+            if used:
+                raise ConfigError(
+                    f"--resume continues a run as it was configured, where it lies: {option} does not fit",
+                    f"leave out {option}, or start a new run without --resume",
+                )
+        return runs.resume(resume, Progress(), values)
+    config = resolve(RunConfig, values, str(recipe) if recipe else "train")
     if dry_run:
         return runs.plan(config)
     return runs.train(config, out, Progress())
@@ -74,6 +82,10 @@ def evaluate(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a key of `eval`.")
     ] = None,
+    expect: Annotated[
+        Path | None,
+        typer.Option("--expect", help="YAML or JSON {line: {metric: [low, high]}}; exit 5 when a value is outside."),
+    ] = None,
 ) -> dict[str, Any]:
     """Test every adapter of a run on every block, beside the frozen base and the counts-only baselines."""
     from cladapt.config import merge_overrides
@@ -81,4 +93,4 @@ def evaluate(
 
     flags = {"top_k": None if top_k is None else f"[{top_k}]", "beams": beams}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return runs.evaluate(run, merge_overrides({}, [*given, *(override or [])]), block, Progress())
+    return runs.evaluate(run, merge_overrides({}, [*given, *(override or [])]), block, Progress(), expect)

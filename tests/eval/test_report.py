@@ -4,7 +4,17 @@ from html.parser import HTMLParser
 import pytest
 
 from cladapt.errors import DataError
-from cladapt.eval.report import Curves, HeatMap, KeyValues, Section, Series, Table, render_report
+from cladapt.eval.report import (
+    Curves,
+    HeatMap,
+    KeyValues,
+    Section,
+    Series,
+    Table,
+    Trace,
+    Traces,
+    render_report,
+)
 from cladapt.eval.significance import Effect
 
 EFFECT = Effect(0.0312, 0.0284, 0.0341, 4031)
@@ -48,6 +58,7 @@ FULL: tuple[Section, ...] = (
     Table("Methods", ["method", "HR@10", "users"], [["peso", EFFECT, 4031], ["markov", 0.0, None]], note="95 %"),
     HeatMap("R[t][s]", [1, 2], [1, 2, 3], [[0.5, 0.2, None], [0.4, 0.3, float("nan")]], corner="after"),
     Curves("Per block", [2, 3, 4], [Series("peso", [EFFECT, 0.04, None]), Series("frozen", [0.01, None, 0.02])]),
+    Traces("Steps", [Trace("loss", [[(1, 3.0), (2, 2.5)], [(3, 2.8)]], {1: "block 2", 3: "block 3"})]),
     KeyValues("Provenance", {"data": "abc", "packages": {"torch": "2.13"}, "seeds": [0, 1]}),
 )
 
@@ -82,6 +93,7 @@ def test_the_file_stands_alone():
         Table("<b>&'\"", ["<b>&'\""], [["<b>&'\""]], note="<b>&'\""),
         HeatMap("<b>&'\"", ["<b>&'\""], ["<b>&'\""], [[1.0]], corner="<b>&'\"", note="<b>&'\""),
         Curves("<b>&'\"", ["<b>&'\""], [Series("<b>&'\"", [1.0])], "<b>&'\"", "<b>&'\"", note="<b>&'\""),
+        Traces("<b>&'\"", [Trace("<b>&'\"", [[(1, 1.0)]], {1: "<b>&'\""})], "<b>&'\"", note="<b>&'\""),
         KeyValues("<b>&'\"", {"<b>&'\"": "<b>&'\"", "list": ["<b>&'\""]}, note="<b>&'\""),
     ],
     ids=lambda section: type(section).__name__,
@@ -100,6 +112,8 @@ def test_every_text_is_escaped(section: Section):
         HeatMap("Empty", [1], [], [[]]),
         Curves("Empty", [], []),
         Curves("Empty", [2], [Series("a", [None])]),
+        Traces("Empty", []),
+        Traces("Empty", [Trace("a", [[], []])]),
         KeyValues("Empty", {}),
     ],
 )
@@ -145,6 +159,12 @@ def test_a_gap_breaks_the_line_and_an_interval_is_a_bar():
     assert [bar["class"] for bar in bars] == ["bar"]
 
 
+def test_a_line_without_points_is_left_out_and_keeps_its_colour() -> None:
+    lines = [Series("a", [0.1]), Series("counts", [None]), Series("b", [0.2])]
+    tags = read(Curves("c", [2], lines)).tags
+    assert [a["class"] for tag, a in tags if tag == "li"] == ["c0", "c2"]
+
+
 @pytest.mark.parametrize("values", [[0.0, 0.0], [-3.2, -3.1], [1e-7, 2e-7], [5e6, -5e6]])
 def test_every_point_lies_inside_the_drawing(values: list[float]):
     tags = read(Curves("c", [2, 3], [Series(str(i), values) for i in range(9)])).tags
@@ -160,3 +180,14 @@ def test_uneven_data_is_refused():
         HeatMap("h", [1], [1, 2, 3], [[0.1, 0.2]])
     with pytest.raises(DataError, match="curve 'a' of 'c' has 1 points for 2 labels"):
         Curves("c", [1, 2], [Series("a", [0.1])])
+
+
+def test_a_trace_is_drawn_to_scale_and_broken_between_its_lines():
+    tags = read(Traces("t", [Trace("loss", [[(1, 0.0), (2, 1.0)], [(5, 0.5)]], {1: "block 2", 5: "block 3"})])).tags
+    paths = [re.findall(r"[\d.]+", a["d"] or "") for tag, a in tags if tag == "path"]
+    (x1, y1, x2, y2), (x5, y5) = (map(float, path) for path in paths)
+    assert x2 - x1 == pytest.approx((x5 - x1) / 4, abs=0.1)
+    assert y5 == pytest.approx((y1 + y2) / 2, abs=0.1)
+    assert y1 > y2
+    rules = [float(a["x1"] or "") for tag, a in tags if tag == "line" and a.get("class") == "mark"]
+    assert rules == [x1, x5]

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from cladapt.artifacts import read_json
 from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.eval.protocol import Measures, continual_summary, differences, slice_table, table
 from cladapt.pipeline import bases, runs, streams
-from cladapt.pipeline.report import regulariser_log, run_report
+from cladapt.pipeline.report import regulariser_log, run_report, step_curves
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
 
@@ -39,7 +42,7 @@ def test_metrics_are_the_tables_of_the_protocol(run: Run, measures: Measures) ->
     stream, _ = runs.open_inputs(run.config)
     metrics = read_json(run.path / "metrics.json")
     assert metrics["schema_version"] == 1
-    assert (metrics["method"], metrics["base_block"]) == ("peso", 1)
+    assert (metrics["method"], metrics["base_block"], metrics["stream"]) == ("peso", 1, stream.fingerprint)
     assert EvalConfig(**metrics["config"]) == EVAL
     assert metrics["table"] == table([measures])
     assert metrics["differences"] == differences([measures])
@@ -59,9 +62,11 @@ def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: 
         "R[t][s]: NDCG@10",
         "R[t][s]: log_likelihood",
         "HR@10 on the block just learned",
+        "log_likelihood on the block just learned",
         "Summaries of R[t][s]",
         "Slices of the current blocks",
         "What the method did",
+        "Step by step",
         "Semantic IDs",
         "Provenance",
     ):
@@ -73,21 +78,66 @@ def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: 
     assert "<script src" not in html
 
 
-def test_the_log_of_the_method_is_summed_up_per_block(run: Run, tmp_path: Path) -> None:
-    made_up = Run(tmp_path, run.config)
-    assert regulariser_log(made_up) == []
-    events = [
+def write_log(folder: Path, *events: dict[str, Any] | str) -> Run:
+    lines = [event if isinstance(event, str) else json.dumps(event) for event in events]
+    (folder / "log.jsonl").write_text("\n".join(lines))
+    return Run(folder, RunConfig())
+
+
+def step(block: int, at: int, loss: float, **more: float | None) -> dict[str, Any]:
+    return {"kind": "step", "block": block, "step": at, "loss": loss, **{f"peso/{k}": v for k, v in more.items()}}
+
+
+def test_the_log_of_the_method_is_summed_up_per_block(tmp_path: Path) -> None:
+    assert regulariser_log(Run(tmp_path, RunConfig())) == []
+    made_up = write_log(
+        tmp_path,
         {"kind": "kernels"},
-        {"kind": "step", "block": 2, "loss": 3.0, "peso/term": 1.0},
-        {"kind": "step", "block": 2, "loss": 2.0, "peso/term": 3.0},
+        step(2, 1, 3.0, term=1.0),
+        step(2, 2, 9.0, term=9.0),
+        '{"kind": "st',  # the process was killed here, and did step 2 again
+        step(2, 2, 2.0, term=3.0),
         {"kind": "epoch", "block": 2},
-        {"kind": "step", "block": 3, "loss": 5.0, "peso/term": 4.0},
-    ]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, events)))
+        step(3, 1, 5.0, term=None),
+    )
     assert regulariser_log(made_up) == [
         {"block": 2, "steps": 2, "loss, last": 2.0, "peso/term, mean": 2.0, "peso/term, last": 3.0},
-        {"block": 3, "steps": 1, "loss, last": 5.0, "peso/term, mean": 4.0, "peso/term, last": 4.0},
+        {"block": 3, "steps": 1, "loss, last": 5.0, "peso/term, mean": None, "peso/term, last": None},
     ]
+    curves = step_curves(made_up)
+    assert curves.note == "1 lines of log.jsonl are unreadable and left out."
+    loss, term = curves.traces
+    assert loss.lines == [[(1.0, 3.0), (2.0, 2.0)], [(3.0, 5.0)]]
+    assert (term.name, term.lines) == ("peso/term", [[(1.0, 1.0), (2.0, 3.0)], []])
+    assert loss.marks == {1: "block 2", 3: "block 3"}
+
+
+def test_long_logs_are_averaged_and_keep_their_mean(tmp_path: Path) -> None:
+    run = write_log(tmp_path, *(step(b, i, float(i * b)) for b in (2, 3) for i in range(1, 1001)))
+    curves = step_curves(run)
+    assert curves.note == "Each point is the mean of 7 steps."
+    for b, line in zip((2, 3), curves.traces[0].lines, strict=True):
+        assert len(line) == 143
+        assert line[0] == pytest.approx((1000 * (b - 2) + 4, 4 * b))  # steps 1 to 7
+        assert line[-1] == pytest.approx((1000 * (b - 2) + 997.5, 997.5 * b))  # the 6 that are left
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH to open the page with")
+def test_a_browser_opens_the_page_without_a_word(run: Run, measures: Measures, tmp_path: Path) -> None:
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    page = (run.path / "report.html").as_uri()
+    done = subprocess.run(
+        [*command, "--enable-logging=stderr", "--v=0", "--dump-dom", page],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    # three metrics per block; loss, term, distance, gradient ratio and cosine over the steps
+    assert done.stdout.count("<svg") == 3 + 5
+    for name in ("loss", "peso/term", "peso/distance", "peso/ratio", "peso/cosine"):
+        assert f"<figcaption>{name}</figcaption>" in done.stdout
 
 
 def test_a_run_without_an_adapter_has_a_page_too(run: Run, measures: Measures) -> None:

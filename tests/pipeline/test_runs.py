@@ -25,7 +25,7 @@ from cladapt.config import (
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.metrics import ROWS, summarise
 from cladapt.model.load import load_base
 from cladapt.pipeline import bases, runs, streams
@@ -205,6 +205,39 @@ def test_the_latest_run_is_evaluated_by_default_and_settings_override_the_run_s(
     assert notes == [f"tested the model of block {t} on block 3: 10 users" for t in (1, 2, 3)]
     names = sorted(path.name for path in (tmp_path / "mine" / "users").iterdir())
     assert names == ["block_003.parquet", "counts_block_popularity.parquet", "counts_markov.parquet"]
+
+
+def test_ranges_are_checked_after_all_is_written(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "peso", tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    value = read_json(world / "peso" / "metrics.json")["table"][0]["HR@10"]
+    good.write_text(f"peso: {{HR@10: [{value - 1e-6}, {value + 1e-6}]}}")
+    bad.write_text("peso: {HR@10: [2, 3]}\nmarkov: {MRR: [2, 3], HR@5: [0, 1]}")
+    assert runs.evaluate(tmp_path / "run", EVAL, None, MemorySink(), good)["table"][0]["HR@10"] == value
+    (tmp_path / "run" / "metrics.json").unlink()
+    with pytest.raises(CheckFailed, match=r"2 of 3 expected values do not hold: peso: HR@10=.*; markov: MRR="):
+        runs.evaluate(tmp_path / "run", EVAL, None, MemorySink(), bad)
+    assert read_json(tmp_path / "run" / "metrics.json") == read_json(world / "peso" / "metrics.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("peso: {HR@20: [0, 1]}", "no metric 'HR@20', did you mean 'HR@10'"),
+        ("finetune: {HR@10: [0, 1]}", "no line 'finetune'"),
+        ("peso: {HR@10: 1}", r"HR@10=1: expected \[low, high\]"),
+    ],
+)
+def test_mistakes_in_the_ranges_show_before_the_evaluation(
+    text: str, problem: str, world: Path, tmp_path: Path
+) -> None:
+    expected = tmp_path / "expected.yaml"
+    expected.write_text(text)
+    sink = MemorySink()
+    with pytest.raises(ConfigError, match=problem):
+        runs.evaluate(world / "peso", EVAL, None, sink, expected)
+    assert sink.events == []
 
 
 def test_evaluating_leaves_no_trace_of_one_model_in_the_next(world: Path, tmp_path: Path) -> None:

@@ -118,6 +118,43 @@ def test_a_bare_adapter_needs_a_place(tmp_path: Path) -> None:
     assert again["parameters"] > 0
 
 
+def test_all_blocks_of_a_run_are_served_over_one_base(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "serving"
+    report = ship.export(Path("run"), "vllm", out, None, None, all_blocks=True)
+    assert report["block"] == [2, 3]
+    assert report["serve"].endswith(
+        "--max-lora-rank 8 --lora-modules block_2=adapters/block_2 block_3=adapters/block_3"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["SERVING.md", "adapters", "base"]
+    base = read_json(world / "base" / "cladapt.json")
+    assert read_json(out / "base" / "cladapt.json") == base
+    card = (out / "adapters" / "block_3" / "README.md").read_text()
+    assert f"- stream fingerprint: {base['stream']}" in card.splitlines()
+    assert "- source: simulate" in card.splitlines()
+    again = ship.export(Path("run"), "vllm", out, None, 3)
+    assert (again["base"], again["block"]) == ("kept", 3)
+
+
+def test_the_check_writes_nothing_and_names_the_servers(world: Path) -> None:
+    before = sorted(path for path in world.rglob("*"))
+    report = ship.check(Path("run"), None, None, all_blocks=True)
+    assert (report["vllm"], report["llama.cpp"]) == (True, False)
+    assert {row["adapter"] for row in report["findings"]} == {"block_002", "block_003"}
+    errors = {(row["server"], row["where"]) for row in report["findings"] if row["level"] == "error"}
+    assert errors == {("llama.cpp", "tokenizer.json")}
+    assert sorted(path for path in world.rglob("*")) == before
+
+
+def test_all_blocks_need_a_run_and_a_target_that_holds_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--all-blocks with --target peft \(only --target vllm"):
+        ship.export(Path("run"), "peft", tmp_path / "out", None, None, all_blocks=True)
+    with pytest.raises(ConfigError, match="--all-blocks with --block 2"):
+        ship.check(Path("run"), None, 2, all_blocks=True)
+    with pytest.raises(ConfigError, match=r"--all-blocks with an adapter directory \(name its run"):
+        ship.check(Path("run/adapters/block_002"), None, None, all_blocks=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_format_holds_the_same_recommendations(histories: Path, tmp_path: Path) -> None:
     reports = [recommend(histories, tmp_path / f"r.{kind}") for kind in ("jsonl", "csv", "parquet")]
     frames = [

@@ -1,0 +1,195 @@
+"""The model card of an export: README.md with front matter for the hub, and what is known of base, data and scores."""
+
+import importlib.metadata
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cladapt.artifacts import hash_value, read_json
+from cladapt.run import ENVIRONMENT, Run
+
+CARD = "README.md"
+UNKNOWN = "unknown: fill in"
+TAGS = ["continual-learning", "recommendation", "semantic-ids", "cladapt"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run knows about its data, its scores and its machine; all empty for an adapter without one."""
+
+    license: str = UNKNOWN
+    source: str = UNKNOWN
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def facts_of(run: Run | None, stream: str | None) -> Facts:
+    """What `run` knows; its data folder counts only while it still is the stream of that fingerprint."""
+    if run is None:
+        return Facts()
+    manifest = _read(Path(run.config.data) / "manifest.json")
+    if hash_value(manifest.get("hashes")) != stream:
+        manifest = {}
+    packages = _read(run.path / ENVIRONMENT).get("packages", {})
+    return Facts(
+        license=str(manifest.get("license") or UNKNOWN),
+        source=str(manifest.get("source") or UNKNOWN),
+        metrics=_read(run.path / "metrics.json"),
+        versions={name: packages[name] for name in ("transformers", "torch") if name in packages},
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def adapter_card(
+    folder: str,
+    base_name: str,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    base: Mapping[str, Any],
+    facts: Facts,
+) -> str:
+    """The card of an adapter in `folder`, for the base+tokens checkpoint `base_name` of provenance `base`."""
+    targets = config["target_modules"]
+    adapted = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    loading = f"""import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base_name}")  # the base+tokens checkpoint {base.get("fingerprint")}
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_name}"), "{folder}").eval()
+"""
+    about = {
+        "base+tokens": f"`{base_name}`, fingerprint {base.get('fingerprint')}",
+        "made from": base.get("source", "scratch, on block 1"),
+        "LoRA": f"rank {config['r']}, alpha {config['lora_alpha']:g}{', rank-stabilised' * bool(config['use_rslora'])}",
+        "adapts": adapted,
+    }
+    front = {
+        "library_name": "peft",
+        "base_model": re.sub(r"[^\w.-]", "-", base_name),
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "peft", *TAGS],
+    }
+    return _card("LoRA adapter", front, about, provenance, loading, facts, config.get("peft_version"))
+
+
+def merged_card(
+    folder: str, provenance: Mapping[str, Any], base: Mapping[str, Any], merged: Mapping[str, Any], facts: Facts
+) -> str:
+    """The card of a merged checkpoint of provenance `merged`, made of an adapter's and a base's."""
+    loading = f"""import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}").eval()
+"""
+    about = {
+        "fingerprint": merged.get("fingerprint"),
+        "base+tokens": f"fingerprint {base.get('fingerprint')}",
+        "made from": base.get("source", "scratch, on block 1"),
+    }
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    peft = importlib.metadata.version("peft")
+    return _card("Merged checkpoint", front, about, provenance, loading, facts, peft)
+
+
+def _card(
+    kind: str,
+    front: dict[str, Any],
+    about: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    loading: str,
+    facts: Facts,
+    peft: str | None,
+) -> str:
+    """Front matter and sections; the licence is `other` in the hub's terms until somebody fills it in."""
+    block = provenance.get("block", "?")
+    head = yaml.safe_dump({**front, "license": "other", "license_name": "fill-in"}, sort_keys=False)
+    described = {
+        **about,
+        "time block": block,
+        "method": provenance.get("method", UNKNOWN),
+        "seed": provenance.get("seed", UNKNOWN),
+        "history form": f"{provenance.get('form', UNKNOWN)}, at most {provenance.get('window', '?')} items",
+        "ID table": provenance.get("sids", UNKNOWN),
+        "run configuration": provenance.get("config", UNKNOWN),
+    }
+    versions = {"cladapt": provenance.get("cladapt"), "PEFT": peft, **facts.versions}
+    return f"""---
+{head}---
+
+# {kind} of block {block}: next-item recommendation by semantic IDs
+
+{_bullets(described)}
+
+## Data
+
+{_bullets({"source": facts.source, "stream fingerprint": provenance.get("stream", UNKNOWN), "licence": facts.license})}
+
+The licence of this model follows from those of its data and its base: state it in the front matter before you share it.
+
+## Scores
+
+{_scores(facts.metrics, block)}
+
+## Load
+
+```python
+{loading}
+history = [tokenizer.bos_token_id or tokenizer.eos_token_id]  # then `tokenizer.encode("<a_1><b_2>…")` of each item
+with torch.no_grad():
+    next_token = model(input_ids=torch.tensor([history])).logits[0, -1]
+```
+
+## Use and limits
+
+- For: the next item of users of this stream, from a history of semantic-ID tokens in time order.
+- Decode constrained to the catalogue (`cladapt recommend` does): free decoding may name IDs that no item has.
+- Not for: another ID table, another base, running text, or users and items unlike those of the data.
+- It repeats what its log holds: popularity, exposure and drift up to block {block}. It was not examined for fairness.
+
+## Versions
+
+{_bullets(versions)}
+"""
+
+
+def _bullets(lines: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def _scores(metrics: Mapping[str, Any], block: Any) -> str:
+    """The run's table with its intervals, and the adapter's own cell of R[t][s]."""
+    if not metrics.get("table"):
+        return "Not evaluated: run `cladapt eval` before the export."
+    kind = {"valid": "validation", "test": "test"}[metrics["config"]["targets"]]
+    parts = [
+        f"Mean over the later blocks of the run, {kind} targets, full ranking; 95 % intervals over users.",
+        _table(metrics["table"]),
+    ]
+    if metrics.get("differences"):
+        parts += ["Paired differences:", _table(metrics["differences"])]
+    own = [row for row in metrics.get("matrix", []) if row["model_block"] == block == row["block"]]
+    if own:
+        parts += [f"This model on block {block} itself:", _table(own)]
+    return "\n\n".join(parts)
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

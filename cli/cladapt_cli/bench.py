@@ -1,0 +1,22 @@
+"""`cladapt bench`: measure this machine."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cladapt_cli._verb import verb
+from cladapt_cli.progress import Progress
+
+app = typer.Typer(no_args_is_help=True, help="Measure throughput on this machine.")
+
+
+@verb(app)
+def methods(
+    runs: Annotated[int, typer.Option("--runs", help="Interleaved runs behind each median.")] = 21,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the rows to this .csv file.")] = None,
+) -> dict[str, Any]:
+    """Packed against padded training, our decoding against `generate`, a step of every method against fine-tuning."""
+    from cladapt.pipeline import bench
+
+    return bench.methods(runs, out, Progress())

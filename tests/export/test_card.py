@@ -1,0 +1,108 @@
+"""The card: front matter the hub reads, what is known and what is not, and code that runs with stock libraries."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from cladapt.artifacts import hash_value, write_json
+from cladapt.config import AdapterConfig, RunConfig
+from cladapt.export.card import UNKNOWN, Facts, facts_of
+from cladapt.export.targets import TARGETS, export
+from cladapt.model.adapter import create_adapter, save_adapter
+from cladapt.model.load import load_base, new_model, save_base
+from cladapt.run import Run
+from cladapt.tokens.sids import SidTable
+
+SIDS = SidTable(tuple(f"i{n}" for n in range(12)), np.array(list(np.ndindex(4, 3))), (4, 3))
+METRICS: dict[str, Any] = {
+    "config": {"targets": "test"},
+    "table": [{"model": "peso", "users": 9, "HR@10": 0.25, "MRR": None, "HR@10 95 %": "[0.1000, 0.4000]"}],
+    "differences": [{"difference": "peso - frozen", "HR@10 shown": "no difference shown"}],
+    "matrix": [{"model_block": 2, "block": 3, "users": 4}, {"model_block": 3, "block": 3, "users": 5}],
+}
+PLACES = {"peft": ("out", "."), "merged": ("out", "."), "vllm": ("out/adapters/block_3", "out")}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` and `adapter`."""
+    folder = tmp_path_factory.mktemp("world")
+    model, tokenizer = new_model("tiny", SIDS, 0)
+    save_base(folder / "base", model, tokenizer, SIDS, {"fitted_block": 1, "stream": "s"})
+    base = load_base(folder / "base")
+    record = {"block": 3, "stream": "s", "method": "peso", "seed": 5, "form": "packed", "window": 7, "config": "c0ffee"}
+    save_adapter(folder / "adapter", create_adapter(base, AdapterConfig(rank=3), 0), base, record)
+    return folder
+
+
+def card(world: Path, target: str, out: Path, facts: Facts | None = None) -> str:
+    export(target, world / "adapter", world / "base", out, facts)
+    return (out.parent / PLACES[target][0] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_hub_reads_the_front_matter(target: str, world: Path, tmp_path: Path) -> None:
+    data = ModelCard(card(world, target, tmp_path / "out")).data.to_dict()
+    assert data["library_name"] == ("transformers" if target == "merged" else "peft")
+    assert data.get("base_model") == (None if target == "merged" else "base")
+    assert {"continual-learning", "recommendation"} <= set(data["tags"])
+    assert (data["license"], data["license_name"]) == ("other", "fill-in")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_code_of_a_card_runs_with_stock_libraries(target: str, world: Path, tmp_path: Path) -> None:
+    text = card(world, target, tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    if target == "peft":
+        (tmp_path / "base").symlink_to(world / "base")
+    code += "\nimport sys; print(tuple(next_token.shape), 'cladapt' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path / PLACES[target][1], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"({4 + 7},) False"  # specials and codes
+
+
+def test_a_card_says_what_is_known(world: Path, tmp_path: Path) -> None:
+    facts = Facts("CC-BY-4.0", "movielens", METRICS, {"torch": "2.0"})
+    text = card(world, "peft", tmp_path / "out", facts)
+    fingerprint = load_base(world / "base").fingerprint
+    for line in (
+        f"- base+tokens: `base`, fingerprint {fingerprint}",
+        "- time block: 3",
+        "- method: peso",
+        "- history form: packed, at most 7 items",
+        "- licence: CC-BY-4.0",
+        "- source: movielens",
+        "- stream fingerprint: s",
+        "| peso | 9 | 0.2500 | - | [0.1000, 0.4000] |",
+        "| peso - frozen | no difference shown |",
+        "| 3 | 3 | 5 |",
+        "- torch: 2.0",
+    ):
+        assert line in text.splitlines()
+    assert "| 2 | 3 | 4 |" not in text
+
+
+def test_what_is_not_known_is_said(world: Path, tmp_path: Path) -> None:
+    text = card(world, "peft", tmp_path / "out")
+    assert f"- licence: {UNKNOWN}" in text.splitlines()
+    assert "Not evaluated: run `cladapt eval` before the export." in text
+
+
+def test_facts_of_a_run_hold_for_its_own_stream_alone(tmp_path: Path) -> None:
+    hashes = {"items.parquet": "a"}
+    write_json(tmp_path / "data" / "manifest.json", {"license": "MIT", "source": "csv", "hashes": hashes})
+    run = Run(tmp_path / "run", RunConfig(data=str(tmp_path / "data")))
+    write_json(run.path / "environment.json", {"packages": {"torch": "2.0", "numpy": "2.1"}})
+    assert facts_of(run, hash_value(hashes)) == Facts("MIT", "csv", {}, {"torch": "2.0"})
+    assert facts_of(run, "another").license == UNKNOWN
+    write_json(run.path / "metrics.json", METRICS)
+    assert facts_of(run, "another").metrics == METRICS
+    assert facts_of(None, "another") == Facts()
