@@ -10,7 +10,7 @@ import typer
 
 import cladapt
 from cladapt import __version__
-from cladapt.errors import CladaptError
+from cladapt.errors import CladaptError, EnvironmentProblem
 from cladapt_cli import adapters, base, bench, compare, config, data, demo, doctor, tokens, train
 from cladapt_cli._verb import fail, output
 
@@ -81,6 +81,13 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open until the interpreter ends
         return 0
+    except OSError as error:
+        if output.debug:
+            traceback.print_exc()
+        where = "" if error.filename is None else f" {str(error.filename)[:200]!r}"
+        reason = error.strerror or type(error).__name__
+        refused = EnvironmentProblem(f"the system refuses{where}: {reason}", "check this path, its rights and the space")
+        return fail(refused)
     except Exception as error:
         if output.debug:
             traceback.print_exc()

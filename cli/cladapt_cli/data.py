@@ -15,7 +15,9 @@ app = typer.Typer(no_args_is_help=True, help="Import, check and simulate interac
 def import_(
     source: Annotated[str, typer.Argument(help="File, folder or glob of the log.")],
     out: Annotated[Path, typer.Option("--out", help="Stream directory to write.")],
-    format: Annotated[str, typer.Option("--format", help="auto, peso, movielens, recbole, lcrec, minionerec, csv or parquet.")] = "auto",
+    format: Annotated[
+        str, typer.Option("--format", help="auto, peso, movielens, recbole, lcrec, minionerec, csv or parquet.")
+    ] = "auto",
     user: Annotated[str, typer.Option("--user", help="User column.")] = "user",
     item: Annotated[str, typer.Option("--item", help="Item column.")] = "item",
     timestamp: Annotated[str, typer.Option("--timestamp", help='Time column; "" = row order.')] = "timestamp",

@@ -49,7 +49,18 @@ VALUES = {
     Path: ["", "a\0b", "x" * 300, "loop", "loop/x", "file/x", "\udcff", "nowhere/2024", "binary"],
     str: ["", "a\0b", "x" * 5000, "\udcff", "../../etc/passwd", "{", "ünïcode \U0001f4a5"],
 }
-OVERRIDES = ["", "seed", "=1", "a.b.c=1", "seed=", "seed=abc", "seed=-1", "seed=" + "9" * 30, "seed=.nan", "seed={a: 1}"]
+OVERRIDES = [
+    "",
+    "seed",
+    "=1",
+    "a.b.c=1",
+    "seed=",
+    "seed=abc",
+    "seed=-1",
+    "seed=" + "9" * 30,
+    "seed=.nan",
+    "seed={a: 1}",
+]
 OVERRIDES += ["seed=2024-99-99", "seed=0b_", "seed=" + "[" * 3000, "seed=&a [*a]", "seed.x=1", "sede=1", "\0=1", "ö=1"]
 FINE = {  # hostile to look at, but meaningful
     ("data import", "--timestamp", ""),

@@ -1,4 +1,4 @@
-"""`cladapt train` as a process of its own, killed at any moment: what resumes ends in the same bits as what never stopped.
+"""`cladapt train` as a process of its own, killed at any moment: resumed, it ends in the bits of one never stopped.
 
 Moments are drawn from a fixed seed and told by the run's own log, so that they spread over the work on a machine of any
 speed; some are aimed at a checkpoint that is half written. Ten starts would be ten imports of torch: the killed

@@ -110,7 +110,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit": (flip, r"state\.safetensors is not the file that was written"),
     "no tensors": (lambda f: (f / "state.safetensors").unlink(), r"cannot read state\.safetensors: No such file"),
     "no position": (lambda f: (f / "position.json").unlink(), r"no such file: .*position\.json"),
-    "half a position": (lambda f: (f / "position.json").write_text('{"block": 2, "po'), r"position\.json:1:13: not valid"),
+    "half a position": (
+        lambda f: (f / "position.json").write_text('{"block": 2, "po'),
+        r"position\.json:1:13: not valid",
+    ),
     "another form": (lambda f: (f / "position.json").write_text('{"block": 2}'), r"position\.json has an unknown form"),
     "a list": (lambda f: (f / "position.json").write_text("[]"), r"position\.json has an unknown form"),
     "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], r"no such file: .*position\.json"),
@@ -179,7 +182,7 @@ def test_a_read_only_folder_keeps_the_last_good_checkpoint_and_names_it(tmp_path
     save_checkpoint(tmp_path, 2, "hash", snapshot(6))
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(EnvironmentProblem, match="Permission denied; .*the last good checkpoint, .*step_00000006"):
+        with pytest.raises(EnvironmentProblem, match=r"Permission denied; .*the last good checkpoint, .*step_00000006"):
             save_checkpoint(tmp_path, 2, "hash", snapshot(7))
     finally:
         tmp_path.chmod(0o700)

@@ -1,36 +1,20 @@
 """What the readers share: the raw log they return, the contract they meet, and the cleaning of rows.
 
-A row that cannot be used becomes a reject with its file, line and reason; nothing disappears without a number.
+A row that cannot be used is dropped and counted under a reason; nothing disappears without a number.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import polars as pl
 
 from cladapt.artifacts import hash_file
-from cladapt.data.readers._parse import to_ids, to_seconds, to_weights
+from cladapt.data.readers._parse import to_ids, to_seconds
 from cladapt.errors import ConfigError, DataError
 
 NO_ITEMS = pl.DataFrame(schema={"item": pl.String(), "text": pl.String()})
-REJECTS = {
-    "file": pl.String(),
-    "line": pl.Int64(),  # line of a text file, row of a parquet file, both from 1; null where neither is known
-    "reason": pl.String(),
-    "value": pl.String(),  # what cannot be used, "" where it is missing
-}
-NO_REJECTS = pl.DataFrame(schema=REJECTS)
-LONGEST_VALUE = 80
-ROLES = {
-    "user": "user id: text or whole number",
-    "item": "item id: text or whole number",
-    "timestamp": "time: unix seconds, ISO 8601 or a datetime type",
-    "block": "block number 1, 2, 3, …",
-    "weight": "weight of the event: finite and above 0",
-}
 
 
 @dataclass(frozen=True)
@@ -39,32 +23,19 @@ class RawLog:
 
     events: pl.DataFrame
     """user String, item String, timestamp Int64 | null (unix seconds), order Int64 (ties in time keep it),
-    block Int32 | null (only where the source has ready-made blocks), and weight Float64 only when it was asked for."""
+    block Int32 | null (only where the source has ready-made blocks)."""
     items: pl.DataFrame
     """item String (unique), text String; may hold items that never occur, may be empty."""
     index: Mapping[str, tuple[str, ...]] | None
     """A semantic-ID index found with the source: item -> ("<a_1>", "<b_7>", …)."""
-    rejects: pl.DataFrame
-    """Rows that are not in `events` or `items`: the columns of `REJECTS`."""
+    dropped: Mapping[str, int]
+    """Reason -> rows that are not in `events` or `items`."""
     files: Mapping[str, str]
     """File name -> hash of its bytes."""
     source: str
     """Name of the reader."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """Oddity -> how often it was seen, for oddities that dropped nothing."""
-
-    @cached_property
-    def dropped(self) -> dict[str, int]:
-        """Reason -> rejected rows."""
-        return count_reasons(self.rejects)
-
-
-class NoRows(DataError):
-    """A log without a usable row; `rejects` says what is wrong with each."""
-
-    def __init__(self, message: str, hint: str, rejects: pl.DataFrame) -> None:
-        super().__init__(message, hint)
-        self.rejects = rejects
 
 
 @dataclass(frozen=True)
@@ -78,8 +49,6 @@ class Columns:
     """Empty = the source has no times and its row order is the order in time."""
     block: str | None = None
     """Ready-made blocks 1, 2, 3, …"""
-    weight: str | None = None
-    """How much an event counts: finite and above 0."""
     items: Path | None = None
     """Item table."""
     text: tuple[str, ...] = ()
@@ -103,9 +72,6 @@ class Reader(Protocol):
     @property
     def generic(self) -> bool:
         """Whether other formats may use the same file type, so that `auto` asks this reader after the others."""
-
-    def schema(self, columns: Columns) -> dict[str, str]:
-        """Part of the source (column, file) -> what it must hold."""
 
     def detects(self, src: Path) -> bool:
         """Whether `src` (file, folder or glob) looks like this format."""
@@ -152,71 +118,54 @@ def refuse_columns(reader: Reader, columns: Columns) -> None:
         )
 
 
-def event_schema(columns: Columns, names: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Column -> what it must hold, for the columns in use; `names` has the format's own ones by role."""
-    named = {role: (names or {}).get(role, getattr(columns, role)) for role in ROLES}
-    return {name: ROLES[role] for role, name in named.items() if name}
-
-
 def parse_events(frame: pl.DataFrame, where: str) -> pl.DataFrame:
-    """Ids, exact unix seconds and the reason to reject a row, from columns of any readable type.
+    """Ids, exact unix seconds and the reason to drop a row, from columns of any readable type.
 
-    In: user, item, and where the source has them timestamp, weight, block (Int32), file, line, reason and value
-    (String). A frame without timestamp has only an order. Out: user String, item String, exact Float64, block Int32,
-    file String (`where` unless given), line Int64, reason String (null = keep), value String, and weight if it was in.
+    In: user, item, and where the source has them timestamp, block (Int32), reason (String). A frame without timestamp
+    has only an order. Out: user String, item String, exact Float64, block Int32, reason String (null = keep).
     """
     user = to_ids(frame["user"], f"{where}: user")
     item = to_ids(frame["item"], f"{where}: item")
-    missing = pl.lit(None, dtype=pl.String)
-    checks = [pl.when(user.is_null()).then(pl.lit("no_user")).when(item.is_null()).then(pl.lit("no_item"))]
-    values = [pl.when(user.is_null() | item.is_null()).then(pl.lit(""))]
-    numbers: dict[str, pl.Series] = {}
-    for role, short, parse in (("timestamp", "time", to_seconds), ("weight", "weight", to_weights)):
-        if role not in frame.columns:
-            continue
-        column = frame[role]
-        numbers[role] = parse(column, f"{where}: {role}")
-        blank = column.is_null() | (column.str.strip_chars() == "") if column.dtype == pl.String else column.is_null()
-        unreadable = ~blank & numbers[role].is_null()
-        checks.append(pl.when(blank).then(pl.lit(f"no_{short}")).when(unreadable).then(pl.lit(f"bad_{short}")))
-        values.append(pl.when(blank).then(pl.lit("")).when(unreadable).then(column.cast(pl.String)))
-    if "reason" in frame.columns:
-        checks.insert(0, pl.col("reason"))  # type: ignore[arg-type]
-        values.insert(0, pl.col("value"))  # type: ignore[arg-type]
+    missing = pl.lit(None)
+    reason = pl.coalesce(
+        pl.col("reason") if "reason" in frame.columns else missing,
+        pl.when(user.is_null()).then(pl.lit("no_user")).when(item.is_null()).then(pl.lit("no_item")),
+    )
+    exact = pl.lit(None, dtype=pl.Float64)
+    if "timestamp" in frame.columns:
+        times = frame["timestamp"]
+        seconds = to_seconds(times, f"{where}: timestamp")
+        blank = times.is_null() | (times.str.strip_chars() == "") if times.dtype == pl.String else times.is_null()
+        reason = pl.coalesce(
+            reason, pl.when(blank).then(pl.lit("no_time")).when(seconds.is_null()).then(pl.lit("bad_time"))
+        )
+        exact = pl.lit(seconds)
     return frame.select(
         user.alias("user"),
         item.alias("item"),
-        pl.lit(numbers.get("timestamp", pl.lit(None, dtype=pl.Float64))).alias("exact"),
+        exact.alias("exact"),
         (pl.col("block") if "block" in frame.columns else missing).cast(pl.Int32).alias("block"),
-        (pl.col("file") if "file" in frame.columns else pl.lit(where)).alias("file"),
-        (pl.col("line") if "line" in frame.columns else missing).cast(pl.Int64).alias("line"),
-        pl.coalesce(*checks, missing).alias("reason"),
-        pl.coalesce(*values, missing).str.head(LONGEST_VALUE).alias("value"),
-        *([numbers["weight"].alias("weight")] if "weight" in numbers else []),
+        reason.cast(pl.String).alias("reason"),
     )
 
 
-def clean_events(parsed: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The `events` and the `rejects` of a log: rows with a reason, then exact repeats of timed rows.
+def clean_events(parsed: pl.DataFrame, where: str) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The `events` frame of a log and what was dropped: rows with a reason, then exact repeats of timed rows.
 
     Without times a repeat cannot be told from a second visit, so it stays.
     """
-    numbered = parsed.with_row_index("order")
-    rejected = numbered.drop_nulls("reason")
-    kept = numbered.filter(pl.col("reason").is_null())
+    dropped = dict(parsed.drop_nulls("reason").group_by("reason").len().sort("reason").iter_rows())
+    kept = parsed.with_row_index("order").filter(pl.col("reason").is_null())
     if kept.is_empty():
-        counts = ", ".join(f"{reason}: {rows}" for reason, rows in sorted(count_reasons(rejected).items()))
-        raise NoRows(
+        counts = ", ".join(f"{reason}: {rows}" for reason, rows in dropped.items())
+        raise DataError(
             f"{where}: none of the {parsed.height} rows can be used" + (f" ({counts})" if counts else ""),
             "check that the columns hold user ids, item ids and times (unix seconds or ISO dates)",
-            rejected.select(*REJECTS),
         )
     if not kept["exact"].has_nulls():
         unique = kept.unique(["user", "item", "exact"], keep="first", maintain_order=True)
         if unique.height < kept.height:
-            what = pl.concat_str("user", "item", "exact", separator=" ").str.head(LONGEST_VALUE)
-            again = kept.join(unique.select("order"), on="order", how="anti", maintain_order="left")
-            rejected = pl.concat([rejected, again.with_columns(reason=pl.lit("duplicate"), value=what)])
+            dropped["duplicate"] = kept.height - unique.height
         kept = unique
         if (kept["exact"] % 1 != 0).any():
             # timestamps are whole seconds; the order keeps what they lose
@@ -227,29 +176,13 @@ def clean_events(parsed: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.Dat
         pl.col("exact").floor().cast(pl.Int64).alias("timestamp"),
         pl.col("order").cast(pl.Int64),
         "block",
-        *(["weight"] if "weight" in kept.columns else []),
     )
-    return events, rejected.sort("order").select(*REJECTS)
+    return events, dropped
 
 
-def clean_items(items: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The `items` and the `rejects` of an item table: rows without an id, then later rows of an id.
-
-    In: item, text, and where the source has them line, reason and value. An item's first usable row stays.
-    """
-    absent = [name for name in ("line", "reason", "value") if name not in items.columns]
-    rows = items.with_columns(*(pl.lit(None, dtype=REJECTS[name]).alias(name) for name in absent))
-    unnamed = pl.when(pl.col("item").is_null()).then(pl.lit("item_row_without_id"))
-    rows = rows.with_columns(reason=pl.coalesce("reason", unnamed))
-    usable = pl.col("reason").is_null()
-    again = pl.when(usable & ~pl.col("item").is_first_distinct().over(usable)).then(pl.lit("item_row_repeated"))
-    rows = rows.with_columns(reason=pl.coalesce("reason", again))
-    value = pl.coalesce("value", "item", pl.lit("")).str.head(LONGEST_VALUE)
-    rejects = rows.drop_nulls("reason").with_columns(value=value, file=pl.lit(where))
-    kept = rows.filter(pl.col("reason").is_null()).select("item", pl.col("text").fill_null(""))
-    return kept, rejects.with_columns(pl.col("line").cast(pl.Int64)).select(*REJECTS)
-
-
-def count_reasons(rejects: pl.DataFrame) -> dict[str, int]:
-    """Reason -> rejected rows."""
-    return dict(rejects.group_by("reason", maintain_order=True).len().iter_rows())
+def clean_items(items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The `items` frame of a log and what was dropped: rows without an id, then later rows of an id."""
+    known = items.select("item", pl.col("text").fill_null("")).drop_nulls("item")
+    unique = known.unique("item", keep="first", maintain_order=True)
+    counts = {"item_row_without_id": items.height - known.height, "item_row_repeated": known.height - unique.height}
+    return unique, {reason: rows for reason, rows in counts.items() if rows}

@@ -6,7 +6,6 @@ import polars as pl
 
 from cladapt.data.readers._base import (
     NO_ITEMS,
-    NO_REJECTS,
     Columns,
     RawLog,
     clean_events,
@@ -34,14 +33,6 @@ class MovieLensReader:
     expects = "u.data, ratings.dat or ratings.csv (userId,movieId,…), or a folder with one of them"
     generic = False
 
-    def schema(self, columns: Columns) -> dict[str, str]:
-        return {
-            "u.data": "user id, item id, rating, unix seconds, tab between",
-            "ratings.dat": "user::item::rating::unix seconds",
-            "ratings.csv": "userId,movieId,rating,timestamp",
-            **{name: f"the movies of {log}: id, title, genres" for log, name in RATINGS.items()},
-        }
-
     def detects(self, src: Path) -> bool:
         return bool(self._logs(src))
 
@@ -53,12 +44,12 @@ class MovieLensReader:
             raise DataError(f"{src} has {found}, expected one log", f"expected {self.expects}")
         log = logs[0]
         parsed = _parse_csv(log) if log.suffix == ".csv" else _parse_lines(log)
-        events, rejects = clean_events(parsed, str(log))
+        events, dropped = clean_events(parsed, str(log))
         movies = log.with_name(RATINGS[log.name])
-        items, movie_rejects, notes = _read_movies(movies) if movies.is_file() else (NO_ITEMS, NO_REJECTS, {})
+        items, dropped_movies, notes = _read_movies(movies) if movies.is_file() else (NO_ITEMS, {}, {})
         beside = (movies, log.with_name("u.genre")) if log.name == "u.data" else (movies,)
         files = hash_files([log, *filter(Path.is_file, beside)], log.parent)
-        return RawLog(events, items, None, pl.concat([rejects, movie_rejects]), files, self.name, notes)
+        return RawLog(events, items, None, dropped | dropped_movies, files, self.name, notes)
 
     def _logs(self, src: Path) -> list[Path]:
         found = [src / name for name in RATINGS] if src.is_dir() else [src] if src.name in RATINGS else []
