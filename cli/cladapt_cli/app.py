@@ -86,7 +86,8 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         where = "" if error.filename is None else f" {str(error.filename)[:200]!r}"
         reason = error.strerror or type(error).__name__
-        refused = EnvironmentProblem(f"the system refuses{where}: {reason}", "check this path, its rights and the space")
+        hint = "check this path, its permissions and the free space"
+        refused = EnvironmentProblem(f"the system refuses{where}: {reason}", hint)
         return fail(refused)
     except Exception as error:
         if output.debug:
