@@ -1,0 +1,115 @@
+"""A small world that commands work in, and what every refusal of a command must look like."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cladapt_cli.app import run
+
+MAKE = (
+    "data simulate --out stream -o users=40 -o items=40 -o topics=4 -o blocks=3",
+    "data simulate --out bare -o users=40 -o items=40 -o topics=4 -o blocks=3",
+    "tokens build stream -o dimensions=8 -o levels=2 -o codes=4",
+    "base pretrain --data stream --out base -o epochs=1",
+    "base pretrain --data stream --out stranger -o epochs=0 -o seed=1",
+    "train --data stream --base base --method finetune --epochs 1 --rank 2 --out twin",
+    "train --data stream --base base --method peso --epochs 1 --rank 2 --out run",
+    "eval twin -o bootstrap=100",
+    "eval run -o bootstrap=100",
+)
+TRACES = re.compile(r"\.(tmp|old|bin|pt|pkl)$")
+
+
+def cladapt(arguments: list[str]) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stream with and without IDs, two bases, two evaluated runs and the files that commands read."""
+    folder = tmp_path_factory.mktemp("small")
+    histories = [{"user": "u", "history": ["i01", "i02"]}, {"user": "v", "history": []}]
+    (folder / "histories.jsonl").write_text("\n".join(map(json.dumps, histories)))
+    log = [f"u{u},i{(u + k) % 5},{1000 * (k // 3) + k}" for u in range(4) for k in range(6)]
+    (folder / "log.csv").write_text("\n".join(["user,item,timestamp", *log]))
+    (folder / "items.csv").write_text("item,text\ni0,zero\ni1,one\n")
+    (folder / "catalogue.txt").write_text("i01\ni02\ni03\n")
+    (folder / "recipe.yaml").write_text("seed: 3\ntrain: {lr: 1e-3, epochs: 1}\n")
+    (folder / "file").write_text("x")
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "empty").mkdir()
+    (folder / "loop").symlink_to("loop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in MAKE:
+            code, _, err = cladapt([*line.split(), "--quiet"])
+            assert code == 0, f"{line}: {err}"
+    index = {item: [f"<a_{k}>", f"<b_{k}>"] for k, item in enumerate(f"i{n:02d}" for n in range(40))}
+    (folder / "index.json").write_text(json.dumps(index))
+    shutil.copytree(folder / "run", folder / "half")
+    shutil.rmtree(folder / "half" / "adapters" / "block_003")
+    return folder
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file by its content, every link by its target, every folder."""
+    found = {}
+    for above, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(above, name)
+            kind = os.readlink(path) if path.is_symlink() else "" if path.is_dir() else path.read_bytes()
+            found[str(path.relative_to(folder))] = (
+                hashlib.blake2b(kind).hexdigest() if isinstance(kind, bytes) else kind
+            )
+    return found
+
+
+@pytest.fixture
+def hostile(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command in a copy of the small world after `damage(folder)`; returns what it wrote to stderr.
+
+    A refusal is one `error:` and one `hint:` line with a code of `codes`, and leaves every file as it was. Success,
+    where `codes` has 0, may add files whose path holds `allowed` and leaves no temporary one.
+    """
+    folder = tmp_path / "world"
+    shutil.copytree(small_world, folder, symlinks=True, copy_function=os.link)
+    monkeypatch.chdir(folder)
+
+    def check(
+        arguments: list[str],
+        codes: set[int],
+        damage: Callable[[Path], object] = lambda _: None,
+        allowed: str = "new",
+    ) -> str:
+        damage(folder)
+        before = listing(folder)
+        code, out, err = cladapt(arguments)
+        after = listing(folder)
+        assert "Traceback" not in err
+        assert "internal" not in err, err
+        assert code in codes, f"{code}: {err}"
+        assert not [path for path in {*after} - {*before} if TRACES.search(path)]
+        if code == 0:
+            changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+            assert all(allowed in path or path.startswith("runs") for path in changed), changed
+            return err
+        assert after == before
+        assert out == ""
+        error, hint = err.splitlines()[-2:]
+        assert re.fullmatch("error: .{8,}", error), err
+        assert re.fullmatch("hint: .{4,}", hint), err
+        assert len([line for line in err.splitlines() if line.startswith(("error:", "hint:"))]) == 2
+        return err
+
+    return check
