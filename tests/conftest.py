@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one thread, no choice of kernels inherited from the shell."""
+"""What every test runs under: no network, one thread, no choice of kernels from the shell, kernels interpreted."""
 
 import os
 import signal
@@ -12,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("CLADAPT_KERNELS", None)
 # a shell starts background jobs with Ctrl-C ignored, and Python then installs no handler for it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import torch  # noqa: E402 - the variables above come first
+
+if not torch.cuda.is_available():  # kernels are interpreted, which is chosen where triton is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -7,6 +7,67 @@ import torch
 from torch import Tensor
 
 LONG_GROUP = 4096  # entries per group from which, on a CPU, group by group in the cache beats one pass over all
+PHILOX_ROUNDS = 10
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """Which entries of a [rows, columns] matrix dropout keeps: bool, each with probability 1 - p, from `seed` alone.
+
+    Philox-4x32-10 at counter row * ceil(columns / 4) + column // 4, word column % 4, of which the top 24 bits decide.
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3, section 4. `seed` int64 [1].
+    """
+    low = 0xFFFFFFFF
+    per_row = -(-columns // 4)
+    word = [torch.arange(rows * per_row, dtype=torch.int64, device=seed.device)]
+    word[0] &= low
+    word += [torch.zeros_like(word[0]) for _ in range(3)]
+    key = [seed & low, (seed >> 32) & low]
+    for _ in range(PHILOX_ROUNDS):
+        first, third = word[0], word[2]
+        word = [
+            _high(0xCD9E8D57, third) ^ word[1] ^ key[0],
+            (0xCD9E8D57 * third) & low,
+            _high(0xD2511F53, first) ^ word[3] ^ key[1],
+            (0xD2511F53 * first) & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    bits = torch.stack(word, dim=1).view(rows, 4 * per_row)[:, :columns]
+    return (bits >> 8) >= drop_threshold(p)
+
+
+def drop_threshold(p: float) -> int:
+    """An entry whose 24 random bits are below this is dropped."""
+    return round(p * 2**24)
+
+
+def _high(a: int, b: Tensor) -> Tensor:
+    """Upper 32 bits of the product of two unsigned 32-bit numbers held in int64."""
+    return (a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)) >> 16
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, keep: Tensor | None = None
+) -> Tensor:
+    """Frozen linear and LoRA: x [M, K] W^T [K, N] + bias + scale (keep * x) A^T B^T; A [r, K], B [N, r] -> [M, N].
+
+    `scale` includes the 1 / (1 - p) of dropout. LoRA (arXiv 2106.09685), section 4.1.
+    """
+    dropped = x if keep is None else x * keep
+    y = x @ weight.T + scale * (dropped @ a.T) @ b.T
+    return y if bias is None else y + bias
+
+
+def lora_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `lora_linear`: with dS = scale dY B,  dX = dY W + keep * (dS A),  dA = dS^T (keep * X),
+    dB = scale dY^T (keep * X) A^T; shapes of x, a and b.
+    """
+    dropped = x if keep is None else x * keep
+    inner = scale * grad @ b
+    low_rank = inner @ a
+    dx = grad @ weight + (low_rank if keep is None else keep * low_rank)
+    return dx, inner.T @ dropped, scale * grad.T @ (dropped @ a.T)
 
 
 def group_sum(values: Tensor, lengths: Tensor) -> Tensor:
@@ -59,6 +120,26 @@ def _proximal_kl_group(value: Tensor, anchor: Tensor, anchor_p: Tensor, inverse_
     p = (d - log_mean).exp_().mul_(anchor_p)
     mean = torch.dot(p, d)
     return mean - log_mean, d.sub_(mean).mul_(p).mul_(inverse_tau)
+
+
+def proximal_statistics(
+    value: Tensor, anchor: Tensor, anchor_p: Tensor, lengths: Tensor, inverse_tau: Tensor, weight: Tensor
+) -> Tensor:
+    """What `proximal_kl` needs to know of each group, [G, 6]: weight, 1/tau, log sum exp(a/tau), E_q[d], m, E_p[d].
+
+    With them the gradient is elementwise: weight / tau * p (d - E_p[d]), d = (v - a) / tau - E_q[d],
+    p = exp(a / tau - log sum + d - m).
+    """
+    total = value.numel()
+    scale = group_expand(inverse_tau, lengths, total)
+    d = (value - anchor) * scale
+    centre = group_sum(anchor_p * d, lengths)
+    d = d - group_expand(centre, lengths, total)
+    log_mean = torch.log1p(group_sum(anchor_p * torch.expm1(d), lengths))
+    mean = group_sum(anchor_p * torch.exp(d - group_expand(log_mean, lengths, total)) * d, lengths)
+    peak = torch.segment_reduce(anchor * scale, "max", lengths=lengths, unsafe=True)
+    log_sum = peak + group_sum(torch.exp(anchor * scale - group_expand(peak, lengths, total)), lengths).log()
+    return torch.stack([weight.expand_as(mean), inverse_tau, log_sum, centre, log_mean, mean], dim=1)
 
 
 def proximal_l2(value: Tensor, anchor: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

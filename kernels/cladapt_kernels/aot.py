@@ -1,0 +1,156 @@
+"""Kernels compiled ahead of time, without a GPU: registers, spills, shared memory and instructions of every variant.
+
+A variant is a call of the kernel's own launcher on tensors without storage. What it would launch is recorded with the
+specialisation that a launch makes (strides of 1, sizes and pointers divisible by 16), so what is compiled is what runs.
+
+    python -m cladapt_kernels.aot > tests/kernels/budgets.csv
+"""
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from cladapt_kernels.tiles import assuming
+
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
+FAMILIES = {"wgmma": r"\bwgmma\.", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync", "cp.async": r"\bcp\.async\.c"}
+FAMILIES |= {"atom": r"\b(atom|red)\."}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+COLUMNS = ("variant", "kernel", "sm", "registers", "spills", "shared", "instructions", "expects", "triton")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call of a launcher, and the instructions that its kernels must have on sm_90."""
+
+    name: str
+    call: Callable[[], object]
+    expects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher gave to a kernel."""
+
+    kernel: Any
+    values: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Of one kernel on one architecture: registers a thread, spilled bytes, bytes of shared memory, instructions."""
+
+    registers: int
+    spills: int
+    shared: int
+    instructions: tuple[str, ...]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches inside are written down, not run."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        options = {name: values.pop(name) for name in tuple(values) if name not in kernel.arg_names}
+        launches.append(Launch(kernel, values, options))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compile what was recorded for sm_<capability>, with ptxas's own account of it."""
+    source = _source(launch)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    registers, spills = _account(built.asm["cubin"])
+    found = tuple(name for name, pattern in FAMILIES.items() if re.search(pattern, built.asm["ptx"]))
+    return Compiled(registers, spills, built.metadata.shared, found)
+
+
+def _source(launch: Launch) -> ASTSource:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _account(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory, where spills go."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def budgets(variants: Sequence[Variant], capabilities: Sequence[int] = CAPABILITIES) -> list[dict[str, Any]]:
+    """One row per variant, kernel and architecture."""
+    rows = []
+    for variant in variants:
+        for capability in capabilities:
+            with recorded() as launches, assuming(capability):
+                variant.call()
+            for launch in launches:
+                built = compile_launch(launch, capability)
+                where = (variant.name, launch.kernel.__name__, capability)
+                figures = (built.registers, built.spills, built.shared)
+                families = (" ".join(built.instructions), " ".join(variant.expects))
+                rows.append(dict(zip(COLUMNS, (*where, *figures, *families, triton.__version__), strict=True)))
+    return rows
+
+
+def main() -> None:
+    """Write the budgets of all variants as csv."""
+    from cladapt_kernels.variants import VARIANTS
+
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(budgets(VARIANTS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The LoRA linear as GEMMs with the low-rank term inside: `seeded` in two launches with `shrink`, `strip` in one.
+
+    seeded   Y = scale keep * (S U) + bias + X W       S is given; the accumulator starts from the low-rank term
+    strip    the same, and S = inner_scale (keep * X) A^T is made on the way, so X is read once
+
+Forward: W^T and U = B^T. Gradient of X: W and U = A, where the strip's S is dS = scale dY B. A strip is a block of rows
+and every g-th tile of columns: its first tile multiplies each block of X by W and by A, S stays on the chip for all its
+tiles, and g programs per block of rows cost g r / N extra operations.
+Seeding: LoRAFusion (arXiv 2510.00206), section 4; strips are our own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cladapt_kernels.reference import drop_threshold
+from cladapt_kernels.tiles import capability, grouped_tile, keep_tile, load_tile, padded, store_tile
+
+GROUP = 8
+PROCESSORS = 132  # of an H100 and an H200
+FEW_ROWS = 2048
+STAGES = 3
+WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
+SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4}
+NARROW = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+EXACT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}  # float32, which tensor cores would round
+
+
+@triton.jit
+def _low_rank(
+    low, u, seed, row, column, n, r, u_row, u_column, scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """scale keep * (S U) of one tile, in float32."""
+    up = load_tile(u, 0, column, r, n, u_row, u_column, BLOCK_R, BLOCK_N).to(low.dtype)
+    term = tl.full((), scale, tl.float32) * tl.dot(low, up, input_precision="ieee")
+    if DROPOUT:
+        keep = keep_tile(tl.load(seed), row, column, n, threshold, BLOCK_M, BLOCK_N)
+        term = tl.where(keep, term, 0.0)
+    return term
+
+
+@triton.jit
+def _product(
+    x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """total + X W of one tile."""
+    for inner in range(0, k, BLOCK_K):
+        left = load_tile(x, row, inner, m, k, x_row, x_column, BLOCK_M, BLOCK_K)
+        right = load_tile(w, inner, column, k, n, w_row, w_column, BLOCK_K, BLOCK_N)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _finish(total, bias, y, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr):
+    """Add the bias and store."""
+    if BIAS:
+        columns = column + tl.arange(0, BLOCK_N)
+        total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, total, row, column, m, n, n, 1, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _seeded(
+    x, w, s, u, bias, y, seed, m, n, k, r, x_row, x_column, w_row, w_column, u_row, u_column, scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
+    row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+    low = load_tile(s, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
+    total = _low_rank(
+        low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT
+    )
+    total = _product(
+        x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
+    _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
+
+
+@triton.jit
+def _strip(
+    x, w, a, u, bias, y, s, seed, m, n, k, r, strips,
+    x_row, x_column, w_row, w_column, a_row, a_column, u_row, u_column, scale, inner_scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROP_X: tl.constexpr, DROP_Y: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // strips) * BLOCK_M
+    strip = tl.program_id(0) % strips
+    column = strip * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    inner_total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for inner in range(0, k, BLOCK_K):
+        left = load_tile(x, row, inner, m, k, x_row, x_column, BLOCK_M, BLOCK_K)
+        right = load_tile(w, inner, column, k, n, w_row, w_column, BLOCK_K, BLOCK_N)
+        down = load_tile(a, inner, 0, k, r, a_column, a_row, BLOCK_K, BLOCK_R).to(left.dtype)
+        total = tl.dot(left, right, total, input_precision="ieee")
+        if DROP_X:
+            left = tl.where(keep_tile(tl.load(seed), row, inner, k, threshold, BLOCK_M, BLOCK_K), left, 0.0)
+        inner_total = tl.dot(left, down, inner_total, input_precision="ieee")
+    low = (inner_total * tl.full((), inner_scale, tl.float32)).to(s.dtype.element_ty)
+    if strip == 0:
+        store_tile(s, low, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
+    total += _low_rank(
+        low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROP_Y
+    )
+    _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
+    for tile in range(strip + strips, tl.cdiv(n, BLOCK_N), strips):
+        column = tile * BLOCK_N
+        total = _low_rank(
+            low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROP_Y
+        )
+        total = _product(
+            x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+        _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
+
+
+def seeded(
+    x: Tensor,
+    w: Tensor,
+    s: Tensor,
+    u: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """scale keep * (s u) + bias + x w: x [M, K], w [K, N], s [M, r] contiguous, u [r, N] -> [M, N] of x's dtype.
+
+    x, w and s have one dtype, u is cast to it on load; dropout acts on the low-rank term, from `seed` int64 [1].
+    """
+    (m, k), (r, n) = x.shape, u.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tile = _seeded_tile(x, r, dropout=p > 0)
+    if y.numel():
+        _seeded[(triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
+            x, w, s, u, bias, y, seed, m, n, k, r, *x.stride(), *w.stride(), *u.stride(), scale, drop_threshold(p),
+            **tile, BLOCK_R=padded(r), GROUP=GROUP, DROPOUT=p > 0, BIAS=bias is not None, num_stages=STAGES,
+        )  # fmt: skip
+    return y
+
+
+def strip(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    u: Tensor,
+    scale: float = 1.0,
+    inner_scale: float = 1.0,
+    bias: Tensor | None = None,
+    drop_x: float = 0.0,
+    drop_y: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = inner_scale (keep * x) a^T and `seeded` of it: x [M, K], w [K, N], a [r, K], u [r, N] -> [M, N], [M, r].
+
+    `drop_x` masks x on its way into s, `drop_y` the low-rank term of the result; at most one of them is above 0.
+    """
+    (m, k), (r, n) = x.shape, u.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    tile = _strip_tile(x, masks_y=drop_y > 0)
+    if y.numel():
+        blocks, tiles = triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])
+        strips = min(max(1, PROCESSORS // blocks), tiles)
+        _strip[(blocks * strips,)](
+            x, w, a, u, bias, y, s, seed, m, n, k, r, strips, *x.stride(), *w.stride(), *a.stride(), *u.stride(),
+            scale, inner_scale, drop_threshold(max(drop_x, drop_y)), **tile, BLOCK_R=padded(r),
+            DROP_X=drop_x > 0, DROP_Y=drop_y > 0, BIAS=bias is not None, num_stages=STAGES,
+        )  # fmt: skip
+    return y, s
+
+
+def _seeded_tile(x: Tensor, r: int, dropout: bool) -> dict[str, int]:
+    if x.element_size() == 4:
+        return EXACT
+    if x.shape[0] < FEW_ROWS:
+        return SMALL
+    # a mask over 256 columns or an Ampere's registers would spill, a high rank would not fit shared memory
+    return SQUARE if dropout or r > 64 or capability(x.device) < 90 else WIDE
+
+
+def _strip_tile(x: Tensor, masks_y: bool) -> dict[str, int]:
+    if x.element_size() == 4:
+        return EXACT
+    # two accumulators: a tile of 256 columns spills everywhere, one of 128 where a mask or Ampere takes registers
+    return NARROW if masks_y or capability(x.device) < 90 else SQUARE

@@ -1,0 +1,42 @@
+"""S = scale (keep * X) A^T: a wide matrix down to the rank, read once, accumulated in float32."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cladapt_kernels.reference import drop_threshold
+from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile
+
+BLOCK_M = 64
+STAGES = 3
+
+
+@triton.jit
+def _shrink(
+    x, a, s, seed, m, k, r, x_row, x_column, a_row, a_column, scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for column in range(0, k, BLOCK_K):
+        wide = load_tile(x, row, column, m, k, x_row, x_column, BLOCK_M, BLOCK_K)
+        if DROPOUT:
+            wide = tl.where(keep_tile(tl.load(seed), row, column, k, threshold, BLOCK_M, BLOCK_K), wide, 0.0)
+        down = load_tile(a, column, 0, k, r, a_column, a_row, BLOCK_K, BLOCK_R).to(wide.dtype)
+        total = tl.dot(wide, down, total, input_precision="ieee")
+    total *= tl.full((), scale, tl.float32)
+    store_tile(s, total, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
+
+
+def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """scale (keep * x) a^T: x [M, K], a [r, K] of any strides -> [M, r] of x's dtype; a is cast to it on load."""
+    (m, k), r = x.shape, a.shape[0]
+    s = torch.empty(m, r, dtype=x.dtype, device=x.device)
+    if m:
+        _shrink[(triton.cdiv(m, BLOCK_M),)](
+            x, a, s, seed, m, k, r, *x.stride(), *a.stride(), scale, drop_threshold(p),
+            BLOCK_M=BLOCK_M, BLOCK_K=128 if r <= 32 else 64, BLOCK_R=padded(r), DROPOUT=p > 0,
+            num_warps=4, num_stages=STAGES,
+        )  # fmt: skip
+    return s

@@ -1,0 +1,159 @@
+"""dA = dS^T (keep * X) and dB = scale dY^T S: two tall matrices read once, deterministic.
+
+A program sums one chunk of rows of one strip of columns of X or dY into a float32 workspace [chunks, r, K + N]; a second
+launch folds the chunks in order and finishes: scale, accumulation, proximal gradient, squared norms. Where the chunks
+are samples, the workspace holds each sample's own gradient, so its squared norm costs no pass over anything.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cladapt_kernels.reference import drop_threshold
+from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile
+
+BLOCK_M, BLOCK_C, BLOCK_FOLD = 64, 128, 1024
+CHUNKS = 8
+FEWEST_ROWS = 256  # of a chunk
+
+
+@triton.jit
+def _partial(
+    ds, x, s, dy, sums, squares, offsets, seed, m, k, n, r, chunk_rows, x_row, x_column, dy_row, dy_column,
+    scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, OFFSETS: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    strip, chunk = tl.program_id(0), tl.program_id(1)
+    if OFFSETS:
+        first, last = tl.load(offsets + chunk), tl.load(offsets + chunk + 1)
+    else:
+        first = chunk * chunk_rows
+        last = min(first + chunk_rows, m)
+    workspace = sums + tl.full((), chunk, tl.int64) * r * (k + n)
+    x_strips = tl.cdiv(k, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if strip < x_strips:
+        column = strip * BLOCK_C
+        for row in range(first, last, BLOCK_M):
+            wide = load_tile(x, row, column, last, k, x_row, x_column, BLOCK_M, BLOCK_C)
+            if DROPOUT:
+                wide = tl.where(keep_tile(tl.load(seed), row, column, k, threshold, BLOCK_M, BLOCK_C), wide, 0.0)
+            narrow = load_tile(ds, 0, row, r, last, 1, r, BLOCK_R, BLOCK_M)
+            total = tl.dot(narrow, wide, total, input_precision="ieee")
+        store_tile(workspace, total, 0, column, r, k, k + n, 1, BLOCK_R, BLOCK_C)
+    else:
+        column = (strip - x_strips) * BLOCK_C
+        for row in range(first, last, BLOCK_M):
+            wide = load_tile(dy, row, column, last, n, dy_row, dy_column, BLOCK_M, BLOCK_C)
+            narrow = load_tile(s, 0, row, r, last, 1, r, BLOCK_R, BLOCK_M)
+            total = tl.dot(narrow, wide, total, input_precision="ieee")
+        total *= tl.full((), scale, tl.float32)
+        store_tile(workspace + k, total, 0, column, r, n, k + n, 1, BLOCK_R, BLOCK_C)
+    if SQUARES:  # what lies outside is zero: its loads were
+        tl.store(squares + chunk * tl.num_programs(0) + strip, tl.sum(total * total))
+
+
+@triton.jit
+def _fold(
+    sums, da, db, squares, a, b, anchor_a, anchor_b, statistics, chunks, k, n, r,
+    BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr, PROXIMAL: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Programs of row 0 finish dA [r, K], those of row 1 dB [N, r], stored transposed."""
+    up = tl.program_id(1)
+    width = tl.where(up == 0, k, n)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rank, column = i // width, i % width
+    own = i < r * width
+    total = tl.zeros((BLOCK,), tl.float32)
+    source = sums + rank.to(tl.int64) * (k + n) + column + tl.where(up == 0, 0, k)
+    for _ in range(chunks):
+        total += tl.load(source, mask=own, other=0.0)
+        source += r * (k + n)
+    down, up_own = own & (up == 0), own & (up != 0)
+    place = tl.where(up == 0, i, column * r + rank)
+    if ACCUMULATE:
+        total += tl.load(da + place, mask=down, other=0.0).to(tl.float32)
+        total += tl.load(db + place, mask=up_own, other=0.0).to(tl.float32)
+    if SQUARES:
+        tl.store(squares + up * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(own, total * total, 0.0)))
+    if PROXIMAL != "none":
+        value = tl.load(a + place, mask=down, other=0.0).to(tl.float32)
+        value += tl.load(b + place, mask=up_own, other=0.0).to(tl.float32)
+        anchor = tl.load(anchor_a + place, mask=down, other=0.0) + tl.load(anchor_b + place, mask=up_own, other=0.0)
+        weight = tl.load(statistics + 6 * up)
+        if PROXIMAL == "l2":
+            total += weight * (value - anchor)
+        else:
+            inverse_tau, log_sum = tl.load(statistics + 6 * up + 1), tl.load(statistics + 6 * up + 2)
+            centre, log_mean = tl.load(statistics + 6 * up + 3), tl.load(statistics + 6 * up + 4)
+            d = (value - anchor) * inverse_tau - centre
+            p = tl.exp(anchor * inverse_tau - log_sum) * tl.exp(d - log_mean)
+            total += weight * inverse_tau * p * (d - tl.load(statistics + 6 * up + 5))
+    tl.store(da + place, total.to(da.dtype.element_ty), mask=down)
+    tl.store(db + place, total.to(db.dtype.element_ty), mask=up_own)
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """The proximal gradient that the last micro-batch of a step adds to dA and dB; see `reference.proximal_statistics`."""
+
+    kind: str
+    """`kl` or `l2`."""
+    a: Tensor
+    b: Tensor
+    anchor_a: Tensor
+    """float32 [r, K]."""
+    anchor_b: Tensor
+    """float32 [N, r]."""
+    statistics: Tensor
+    """float32 [2, 6], of A and of B."""
+
+
+def skinny(
+    ds: Tensor,
+    x: Tensor,
+    s: Tensor,
+    dy: Tensor,
+    scale: float,
+    da: Tensor,
+    db: Tensor,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    accumulate: bool = False,
+    offsets: Tensor | None = None,
+    proximal: Proximal | None = None,
+    squares: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write da [r, K] = ds^T (keep * x) and db [N, r] = scale dy^T s, or add to them; ds, s [M, r], x [M, K], dy [M, N].
+
+    `offsets` int32 [samples + 1] cuts the rows into samples. With `squares`: the squared norms of dA and dB before the
+    proximal term [2], and those of each sample's gradient [samples] where there are offsets; else None.
+    """
+    (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
+    if offsets is None:
+        chunk_rows = max(FEWEST_ROWS, triton.cdiv(triton.cdiv(m, CHUNKS), BLOCK_M) * BLOCK_M)
+        chunks = max(1, triton.cdiv(m, chunk_rows))
+    else:
+        chunk_rows, chunks = 0, offsets.numel() - 1
+    strips = triton.cdiv(k, BLOCK_C) + triton.cdiv(n, BLOCK_C)
+    sums = torch.empty(chunks, r, k + n, dtype=torch.float32, device=x.device)
+    per_sample = torch.empty(chunks, strips, device=x.device) if squares and offsets is not None else None
+    _partial[(strips, chunks)](
+        ds, x, s, dy, sums, per_sample, offsets, seed, m, k, n, r, chunk_rows, *x.stride(), *dy.stride(),
+        scale, drop_threshold(p), BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=padded(r),
+        DROPOUT=p > 0, OFFSETS=offsets is not None, SQUARES=per_sample is not None, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    programs = triton.cdiv(r * max(k, n), BLOCK_FOLD)
+    norms = torch.empty(2, programs, device=x.device) if squares else None
+    term = (None,) * 5 if proximal is None else (
+        proximal.a, proximal.b, proximal.anchor_a, proximal.anchor_b, proximal.statistics
+    )  # fmt: skip
+    _fold[(programs, 2)](
+        sums, da, db, norms, *term, chunks, k, n, r, BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate,
+        PROXIMAL="none" if proximal is None else proximal.kind, SQUARES=squares, num_warps=4,
+    )  # fmt: skip
+    return None if norms is None else norms.sum(1), None if per_sample is None else per_sample.sum(1)

@@ -1,0 +1,112 @@
+"""How kernels are judged: the device, the dtypes, the budget of errors, buffers that tell who touched them."""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+GUARD = 64
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def dtypes() -> tuple[torch.dtype, ...]:
+    """What kernels are tested in: the interpreter multiplies bf16 wrongly."""
+    return (torch.float32, torch.float16, *((torch.bfloat16,) if torch.cuda.is_available() else ()))
+
+
+def error_of(found: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Largest and root mean square error."""
+    error = found.double() - truth
+    return error.abs().max().item(), error.square().mean().sqrt().item()
+
+
+@pytest.fixture
+def within_budget() -> Callable[..., None]:
+    """Fails where a kernel is further from the float64 truth than `times` what torch is at the same dtype.
+
+    Free are two units in the last place of the largest value, since torch may be exact where a kernel rounds once, and
+    four float32 units of `size`, the same expression of absolute values, since another order of a sum is no error.
+    """
+
+    def check(
+        name: str, found: Tensor, truth: Tensor, torch_result: Tensor, size: Tensor | None = None, times: float = 2.0
+    ) -> None:
+        assert found.shape == truth.shape, f"{name} is {tuple(found.shape)}, expected {tuple(truth.shape)}"
+        assert found.dtype == torch_result.dtype, f"{name} is {found.dtype}, expected {torch_result.dtype}"
+        if truth.numel() == 0:
+            return
+        assert found.isfinite().all(), f"{name} has {int((~found.isfinite()).sum())} values that are not finite"
+        free = 2 * torch.finfo(found.dtype).eps * truth.abs().max().item()
+        free += 0.0 if size is None else 4 * torch.finfo(torch.float32).eps * size.max().item()
+        ours, theirs = error_of(found, truth), error_of(torch_result, truth)
+        for kind, own, other in zip(("largest", "mean square"), ours, theirs, strict=True):
+            limit = times * other + free
+            assert own <= limit, f"{name}: {kind} error {own:.3g}, budget {limit:.3g} ({times} x torch's {other:.3g})"
+
+    return check
+
+
+@pytest.fixture
+def poisoned() -> Callable[[Tensor], Tensor]:
+    """A tensor's values inside a larger buffer of NaN, not contiguous: what is read around them shows in the result."""
+
+    def make(tensor: Tensor) -> Tensor:
+        rows, columns = tensor.shape
+        buffer = torch.full((rows + 2, columns + GUARD), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        view = buffer[1 : rows + 1, GUARD // 2 : GUARD // 2 + columns]
+        return view.copy_(tensor)
+
+    return make
+
+
+class Guarded:
+    """Buffers of NaN around the views that kernels write: nothing but the views may change.
+
+    Each buffer has its own NaN, so that the poison of one that is copied to another shows as well.
+    """
+
+    BAND = 4096
+    BITS: ClassVar = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """A view of NaN of this shape, contiguous unless strides are given, its start aligned as an allocation's."""
+        strides = torch.empty(shape, device="meta").stride() if strides is None else strides
+        extent = 1 + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
+        buffer = torch.full((extent + 2 * self.BAND,), float("nan"), dtype=dtype, device=device)
+        bits = buffer.view(self.BITS[buffer.element_size()])
+        bits += 1 + len(self._held) % 60
+        outside = torch.ones(buffer.shape, dtype=torch.bool, device=device)
+        outside.as_strided(shape, strides, self.BAND).fill_(False)
+        self._held.append((bits, bits.clone(), outside))
+        return buffer.as_strided(shape, strides, self.BAND)
+
+    def check(self) -> None:
+        """Fail where anything around a view changed, and forget the buffers."""
+        held, self._held = self._held, []
+        for index, (bits, before, outside) in enumerate(held):
+            places = ((bits != before) & outside).nonzero().flatten() - self.BAND
+            assert not places.numel(), (
+                f"buffer {index}: {places.numel()} values were written outside the view, the first {int(places[0])}"
+                " elements from its start"
+            )
+
+
+@pytest.fixture
+def guarded() -> Iterator[Guarded]:
+    """Makes views to write to, and checks at the end of the test that nothing around them was written."""
+    made = Guarded()
+    yield made
+    made.check()

@@ -1,0 +1,96 @@
+"""Every kernel compiled ahead of time for three architectures, without a GPU, against checked-in budgets."""
+
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are written in triton")
+
+from cladapt_kernels.aot import SHARED_LIMIT
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGETS = Path(__file__).with_name("budgets.csv")
+KEY = ("variant", "kernel", "sm")
+UPDATE = "python -m cladapt_kernels.aot > tests/kernels/budgets.csv"
+PROBLEMS = """
+import torch, triton, triton.language as tl
+from cladapt_kernels.aot import Variant, budgets
+
+@triton.jit
+def greedy(x, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i)
+    tl.store(x + i, tl.cumsum(value) / tl.sum(value))
+
+x = torch.empty(2048, device="meta")
+row, = budgets([Variant("greedy", lambda: greedy[(1,)](x, BLOCK=2048, num_warps=1, maxnreg=32))], (90,))
+print(row["spills"], row["instructions"])
+"""
+
+
+def python(*arguments: str) -> str:
+    """Output of a Python of its own: where this one interprets kernels, it cannot compile them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def rows_of(text: str) -> dict[tuple[str, ...], dict[str, str]]:
+    return {tuple(row[name] for name in KEY): row for row in csv.DictReader(io.StringIO(text))}
+
+
+def problems(found: dict[tuple[str, ...], dict[str, str]], budget: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+    """What is wrong with the kernels, or with the file of budgets."""
+    told = [f"{key}: not in budgets.csv: {UPDATE}" for key in found.keys() - budget.keys()]
+    told += [f"{key}: in budgets.csv alone: {UPDATE}" for key in budget.keys() - found.keys()]
+    for key, row in found.items():
+        if int(row["spills"]):
+            told.append(f"{key}: {row['spills']} bytes spill")
+        if int(row["shared"]) > SHARED_LIMIT[int(row["sm"])]:
+            told.append(f"{key}: {row['shared']} bytes of shared memory")
+        allowed = budget.get(key)
+        if allowed and allowed["triton"] == row["triton"]:  # another compiler has other figures
+            for figure in ("registers", "shared"):
+                if int(row[figure]) > int(allowed[figure]):
+                    told.append(f"{key}: {figure} {row[figure]}, budget {allowed[figure]}")
+                if int(row[figure]) < int(allowed[figure]):
+                    told.append(f"{key}: {figure} {row[figure]} is less than the budget, keep it: {UPDATE}")
+        if row["sm"] == "90":
+            missing = {*row["expects"].split()} - {*row["instructions"].split()}
+            told += [f"{key}: no {family} among its instructions" for family in sorted(missing)]
+    return told
+
+
+@pytest.mark.slow
+def test_every_kernel_stays_within_its_budget() -> None:
+    found = rows_of(python("-m", "cladapt_kernels.aot"))
+    assert problems(found, rows_of(BUDGETS.read_text(encoding="utf-8"))) == []
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
+    launched = {*re.findall(r"\b(_\w+)\[\(", sources)}
+    assert {kernel for _, kernel, _ in found} == launched  # none is without a variant
+
+
+def test_the_check_tells_of_spills_and_of_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "greedy.py").write_text(PROBLEMS)  # triton reads a kernel's source from its file
+    spills, _, instructions = python(str(tmp_path / "greedy.py")).partition(" ")
+    assert int(spills) > 0
+    row = {"sm": "90", "registers": "99", "shared": "300000", "triton": "3", "spills": spills, "expects": "wgmma"}
+    row |= {"instructions": instructions.strip()}
+    told = problems({("v", "k", "90"): row}, {("v", "k", "90"): {**row, "registers": "98"}})
+    assert [text.split(": ")[1] for text in told] == [
+        f"{spills} bytes spill",
+        "300000 bytes of shared memory",
+        "registers 99, budget 98",
+        "no wgmma among its instructions",
+    ]
+    assert problems({("v", "k", "90"): {**row, "shared": "0", "spills": "0", "expects": ""}}, {}) == [
+        f"('v', 'k', '90'): not in budgets.csv: {UPDATE}"
+    ]

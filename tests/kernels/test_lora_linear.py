@@ -1,0 +1,204 @@
+"""The LoRA linear by every route, against float64: values, gradients, dropout, odd shapes, registration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from cladapt_kernels import reference
+from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear
+from cladapt_kernels.routes import Route
+
+pytest.importorskip("triton", reason="the kernels are written in triton")
+
+WAYS = ("addmm", "seeded", "strip")
+SCALE = 0.5
+SHAPES = [  # M, K, N, r
+    (1, 16, 16, 1),
+    (63, 70, 90, 5),
+    (130, 64, 200, 8),
+    (100, 33, 17, 33),
+    (0, 24, 40, 4),
+]
+Check = Callable[..., None]
+
+
+@dataclass
+class Case:
+    """Inputs of one call and their copies in float64."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    dy: Tensor
+    seed: Tensor
+
+    def truth(self, p: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """Y, dX, dA, dB by the reference in `dtype`."""
+        keep = reference.keep_mask(self.seed, *self.x.shape, p) if p else None
+        bias = None if self.bias is None else self.bias.to(dtype)
+        x, weight, a, b, dy = (t.to(dtype) for t in (self.x, self.weight, self.a, self.b, self.dy))
+        scale = SCALE / (1 - p)
+        y = reference.lora_linear(x, weight, bias, a, b, scale, keep)
+        return y, *reference.lora_linear_backward(dy, x, weight, a, b, scale, keep)
+
+
+def absolute(case: Case) -> Case:
+    """The same sizes without signs: what a sum's order may cost."""
+    return Case(**{name: None if t is None else t.abs() for name, t in vars(case).items()})
+
+
+def make(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, factors: torch.dtype, bias: bool = True
+) -> Case:
+    m, k, n, r = shape
+    generator = torch.Generator().manual_seed(m + k + n + r)
+
+    def draw(*size: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, of)
+
+    seed = torch.tensor([2**40 + 12345], device=device)
+    beside = draw(n) if bias else None
+    return Case(draw(m, k), draw(n, k), beside, draw(r, k, of=factors), draw(n, r, of=factors), draw(m, n), seed)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_way_is_as_near_to_float64_as_torch(
+    shape: tuple[int, int, int, int],
+    way: str,
+    p: float,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    within_budget: Check,
+    poisoned: Callable[[Tensor], Tensor],
+) -> None:
+    for dtype in dtypes:
+        if way == "addmm" and dtype == torch.float16 and device.type == "cpu":
+            continue
+        for factors in (torch.float32, dtype):
+            case = make(shape, dtype, device, factors)
+            x, dy = poisoned(case.x), poisoned(case.dy)
+            scale = SCALE / (1 - p)
+            y, s = forward_by(way, x, case.weight, case.bias, case.a, case.b, scale, p, case.seed)
+            chosen = Route(way, way, "matmul" if way == "addmm" else "skinny", "asked for")
+            grads = backward_by(chosen, dy, x, case.weight, case.a, case.b, s, scale, p, case.seed)
+            names = ("y", "dx", "da", "db")
+            same_dtype = case.truth(p, dtype)
+            results = zip(names, (y, *grads), case.truth(p), same_dtype, absolute(case).truth(p), strict=True)
+            for name, found, truth, other, size in results:
+                within_budget(f"{way} {dtype} {name}", found, truth, other.to(found.dtype), size)
+
+
+def test_without_a_gradient_of_x_only_the_factors_are_computed(device: torch.device) -> None:
+    case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
+    for way in WAYS:
+        chosen = Route(way, way, "skinny", "asked for")
+        _, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
+        dx, da, db = backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE, need_dx=False)
+        assert dx.numel() == 0
+        torch.testing.assert_close(da.double(), case.truth(0.0)[2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db.double(), case.truth(0.0)[3], rtol=1e-4, atol=1e-4)
+
+
+def test_the_mask_is_philox_and_its_share_is_p() -> None:
+    # known answers of Salmon et al., philox4x32-10: key 0, counter 0
+    seed = torch.tensor([0])
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for column, word in enumerate(words):
+        edge = (word >> 8) / 2**24
+        assert reference.keep_mask(seed, 1, 4, edge)[0, column]
+        assert not reference.keep_mask(seed, 1, 4, edge + 2**-24)[0, column]
+    kept = reference.keep_mask(torch.tensor([5]), 500, 401, 0.1).double().mean().item()
+    assert abs(kept - 0.9) < 4 * (0.09 / 200_500) ** 0.5
+    assert not torch.equal(reference.keep_mask(torch.tensor([5]), 9, 9, 0.5), reference.keep_mask(seed, 9, 9, 0.5))
+
+
+def inputs(p: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    case = make((6, 10, 12, 5), dtype, device, dtype)
+    for tensor in (case.x, case.a, case.b):
+        tensor.requires_grad_()
+    return case.x, case.weight, case.bias, case.a, case.b, case.seed  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_op_passes_gradcheck_in_float64_and_torch_s_own_checks(p: float, device: torch.device) -> None:
+    x, weight, bias, a, b, seed = inputs(p, torch.float64, device)
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, weight, bias, a, b, SCALE, p, seed), (x, a, b))
+    keep = reference.keep_mask(seed, 6, 10, p) if p else None
+    truth = reference.lora_linear(x, weight, bias, a, b, SCALE / (1 - p), keep)
+    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, SCALE, p, seed), truth, rtol=1e-12, atol=1e-12)
+    torch.library.opcheck(torch.ops.cladapt.lora_linear, (x, weight, bias, a, b, SCALE, p, seed))
+
+
+def test_leading_dimensions_strides_and_an_empty_batch(device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float64, device)
+    wide = torch.stack([x, x + 1], dim=1).transpose(0, 1)  # [2, 6, 10], not contiguous
+    found = lora_linear(wide, weight, bias, a, b, SCALE)
+    torch.testing.assert_close(found[1], lora_linear(x + 1, weight, bias, a, b, SCALE))
+    empty = torch.zeros(3, 0, 10, dtype=torch.float64, device=device, requires_grad=True)
+    lora_linear(empty, weight, bias, a, b, SCALE).sum().backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == (3, 0, 10)
+    assert a.grad is not None
+    assert a.grad.abs().max() == 0
+
+
+def test_the_same_seed_gives_the_same_mask_when_a_checkpoint_computes_again(device: torch.device) -> None:
+    x, weight, bias, a, b, seed = inputs(0.5, torch.float64, device)
+
+    def run(x: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias, a, b, SCALE, 0.5, seed)
+
+    plain = torch.autograd.grad(run(x).square().sum(), (x, a, b))
+    again = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    for one, two in zip(plain, torch.autograd.grad(again.square().sum(), (x, a, b)), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_autocast_casts_x_and_weight_and_leaves_the_factors_their_precision(device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = lora_linear(x, weight, bias, a, b, SCALE)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert {x.grad.dtype, a.grad.dtype, b.grad.dtype} == {torch.float32}  # type: ignore[union-attr]
+    exact = lora_linear(x, weight, bias, a, b, SCALE)
+    torch.testing.assert_close(y.float(), exact, rtol=0.02, atol=0.1)
+
+
+def test_compile_traces_through_the_op(device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float32, device)
+    traced = torch.compile(lambda x: lora_linear(x, weight, bias, a, b, SCALE), backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(x), lora_linear(x, weight, bias, a, b, SCALE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(5, 11)}, r"a is \(5, 11\), expected \(5, 10\) beside weight \(12, 10\)"),
+        ({"x": torch.zeros(6, 9)}, r"x is \(6, 9\), expected \(6, 10\)"),
+        ({"b": torch.zeros(12, 4)}, r"b is \(12, 4\), expected \(12, 5\)"),
+        ({"bias": torch.zeros(10)}, r"bias is \(10,\), expected \(12,\)"),
+        ({"a": torch.zeros(0, 10), "b": torch.zeros(12, 0)}, "rank 0"),
+        ({"weight": torch.zeros(12, 10, requires_grad=True)}, "must be frozen"),
+        ({"p": 1.0}, r"dropout p=1\.0, expected 0 <= p < 1"),
+        ({"p": 0.1}, r"dropout p=0\.1 without a seed"),
+    ],
+)
+def test_what_does_not_fit_is_told(change: dict[str, object], message: str) -> None:
+    given: dict[str, object] = {
+        "x": torch.zeros(6, 10),
+        "weight": torch.zeros(12, 10),
+        "bias": None,
+        "a": torch.zeros(5, 10),
+        "b": torch.zeros(12, 5),
+        "scale": 1.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**{**given, **change})  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""The gradients of the factors beyond autograd's use: accumulation, squared norms, samples, the proximal term."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cladapt_kernels import reference
+
+pytest.importorskip("triton", reason="the kernels are written in triton")
+from cladapt_kernels.skinny import Proximal, skinny
+
+M, K, N, R, SCALE = 700, 90, 140, 5, 0.5
+LENGTHS = torch.tensor([R * K, N * R])
+
+
+@pytest.fixture
+def inputs(device: torch.device) -> tuple[Tensor, ...]:
+    """dS, X, S, dY, A, B."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((M, R), (M, K), (M, R), (M, N), (R, K), (N, R))
+    return tuple(torch.randn(size, generator=generator).to(device) for size in sizes)
+
+
+def truth(inputs: tuple[Tensor, ...], rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    ds, x, s, dy = (t[rows].double() for t in inputs[:4])
+    return ds.T @ x, SCALE * dy.T @ s
+
+
+def empty(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    return torch.full_like(inputs[4], float("nan")), torch.full_like(inputs[5], float("nan"))
+
+
+def test_two_runs_are_equal_bit_for_bit(inputs: tuple[Tensor, ...]) -> None:
+    first, second = empty(inputs), empty(inputs)
+    for da, db in (first, second):
+        skinny(*inputs[:4], SCALE, da, db)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_gradients_add_to_what_is_there_and_their_squared_norms_are_told(inputs: tuple[Tensor, ...]) -> None:
+    da, db = torch.ones_like(inputs[4]), torch.ones_like(inputs[5])
+    squares, per_sample = skinny(*inputs[:4], SCALE, da, db, accumulate=True, squares=True)
+    true_a, true_b = truth(inputs)
+    torch.testing.assert_close(da.double(), 1 + true_a, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(db.double(), 1 + true_b, rtol=1e-4, atol=1e-4)
+    assert squares is not None
+    expected = torch.stack([(1 + true_a).square().sum(), (1 + true_b).square().sum()])
+    torch.testing.assert_close(squares.double(), expected, rtol=1e-5, atol=0)
+    assert per_sample is None
+
+
+def test_samples_have_their_own_norms_and_an_empty_one_has_none(
+    inputs: tuple[Tensor, ...], device: torch.device
+) -> None:
+    edges = [0, 1, 64, 64, 300, M]
+    da, db = empty(inputs)
+    offsets = torch.tensor(edges, dtype=torch.int32, device=device)
+    _, per_sample = skinny(*inputs[:4], SCALE, da, db, offsets=offsets, squares=True)
+    own = [truth(inputs, slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    expected = torch.stack([a.square().sum() + b.square().sum() for a, b in own])
+    assert per_sample is not None
+    torch.testing.assert_close(per_sample.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(da.double(), truth(inputs)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(db.double(), truth(inputs)[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.02])
+@pytest.mark.parametrize("kind", ["kl", "l2"])
+def test_the_proximal_gradient_is_added_as_the_reference_has_it(
+    kind: str, tau: float, inputs: tuple[Tensor, ...], device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    anchor = [0.02 * torch.randn(t.shape, generator=generator).to(device) for t in inputs[4:]]
+    value = [t + 1e-3 * torch.randn(t.shape, generator=generator).to(device) for t in anchor]
+    lengths, inverse_tau, weight = LENGTHS.to(device), torch.full((2,), 1 / tau, device=device), 100.0
+    flat_value, flat_anchor = (torch.cat([t.reshape(-1) for t in pair]) for pair in (value, anchor))
+    anchor_p = reference.group_softmax(flat_anchor / tau, lengths)
+    statistics = reference.proximal_statistics(
+        flat_value, flat_anchor, anchor_p, lengths, inverse_tau, torch.tensor(weight, device=device)
+    )
+    if kind == "kl":
+        exact = [t.double() for t in (flat_value, flat_anchor)]
+        q = reference.group_softmax(exact[1] / tau, lengths)
+        _, gradient = reference.proximal_kl(*exact, q, lengths, inverse_tau.double())
+    else:
+        _, gradient = reference.proximal_l2(flat_value.double(), flat_anchor.double(), lengths)
+    zeros = [torch.zeros_like(t) for t in inputs[:4]]  # so that the term is seen alone
+    da, db = empty(inputs)
+    squares, _ = skinny(*zeros, SCALE, da, db, proximal=Proximal(kind, *value, *anchor, statistics), squares=True)
+    found = torch.cat([da.reshape(-1), db.reshape(-1)])
+    torch.testing.assert_close(found.double(), weight * gradient, rtol=2e-3, atol=1e-4 * weight * gradient.abs().max())
+    assert squares is not None
+    assert squares.abs().max() == 0  # of the task's gradient alone
