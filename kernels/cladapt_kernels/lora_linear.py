@@ -184,7 +184,7 @@ def _factor_gradients(
 def _keep(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if seed is None:
         raise ValueError(f"dropout p={p} without a seed")
-    return keep_mask(seed, *x.shape, p)
+    return keep_mask(seed, x.shape[0], x.shape[1], p)
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """dA = dS^T (keep * X) and dB = scale dY^T S: two tall matrices read once, deterministic.
 
-A program sums one chunk of rows of one strip of columns of X or dY into a float32 workspace [chunks, r, K + N]; a second
-launch folds the chunks in order and finishes: scale, accumulation, proximal gradient, squared norms. Where the chunks
-are samples, the workspace holds each sample's own gradient, so its squared norm costs no pass over anything.
+A program sums one chunk of rows of one strip of columns of X or dY into a float32 workspace [chunks, r, K + N]; a
+second launch folds the chunks in order and finishes: scale, accumulation, proximal gradient, squared norms. Where the
+chunks are samples, the workspace holds each sample's own gradient, so its squared norm costs no pass over anything.
 """
 
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def _fold(
 
 @dataclass(frozen=True)
 class Proximal:
-    """The proximal gradient that the last micro-batch of a step adds to dA and dB; see `reference.proximal_statistics`."""
+    """The proximal gradient that a step's last micro-batch adds to dA and dB; see `reference.proximal_statistics`."""
 
     kind: str
     """`kl` or `l2`."""
@@ -128,7 +128,9 @@ def skinny(
     proximal: Proximal | None = None,
     squares: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write da [r, K] = ds^T (keep * x) and db [N, r] = scale dy^T s, or add to them; ds, s [M, r], x [M, K], dy [M, N].
+    """Write da [r, K] = ds^T (keep * x) and db [N, r] = scale dy^T s, or add to them.
+
+    Shapes: ds, s [M, r], x [M, K], dy [M, N], of one dtype.
 
     `offsets` int32 [samples + 1] cuts the rows into samples. With `squares`: the squared norms of dA and dB before the
     proximal term [2], and those of each sample's gradient [samples] where there are offsets; else None.

@@ -45,7 +45,7 @@ def padded(rank: int) -> int:
 
 @triton.jit
 def keep_tile(seed, row, column, columns, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`reference.keep_mask` for rows `row + [0, ROWS)` and columns `column + [0, COLUMNS)`; `column` is a multiple of 4."""
+    """`reference.keep_mask` of the tile at (row, column), of which `column` is a multiple of 4."""
     rows = row + tl.arange(0, ROWS)
     words = column // 4 + tl.arange(0, COLUMNS // 4)
     counter = rows[:, None] * tl.cdiv(columns, 4) + words[None, :]

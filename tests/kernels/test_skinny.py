@@ -1,5 +1,7 @@
 """The gradients of the factors beyond autograd's use: accumulation, squared norms, samples, the proximal term."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ def test_samples_have_their_own_norms_and_an_empty_one_has_none(
     da, db = empty(inputs)
     offsets = torch.tensor(edges, dtype=torch.int32, device=device)
     _, per_sample = skinny(*inputs[:4], SCALE, da, db, offsets=offsets, squares=True)
-    own = [truth(inputs, slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    own = [truth(inputs, slice(a, b)) for a, b in pairwise(edges)]
     expected = torch.stack([a.square().sum() + b.square().sum() for a, b in own])
     assert per_sample is not None
     torch.testing.assert_close(per_sample.double(), expected, rtol=1e-5, atol=0)
