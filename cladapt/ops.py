@@ -1,9 +1,10 @@
 """The only way to the kernels: one signature per op, the implementation chosen by device and recorded with its reason.
 
-`CLADAPT_KERNELS=auto|triton|reference` overrides the configured choice. Where no kernel exists for an op, `auto` runs
-the plain-torch reference and `triton` is an error.
+`CLADAPT_KERNELS=auto|triton|reference` overrides the configured choice. `auto` takes a Triton kernel where there is one
+and a GPU to run it, else the plain-torch reference; `triton` is an error where it cannot be had.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
@@ -12,9 +13,15 @@ import torch
 
 from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
+from cladapt_kernels.lora_linear import lora_linear
+
+__all__ = ["lora_linear"]
 
 Choice = Literal["auto", "triton", "reference"]
-OPS = ("proximal_kl", "proximal_l2")
+KERNELS = ("lora_linear",)
+"""Ops with a Triton kernel."""
+REFERENCES = ("proximal_kl", "proximal_l2")
+"""Ops without."""
 
 group_sum = reference.group_sum
 group_softmax = reference.group_softmax
@@ -39,11 +46,27 @@ def requested(configured: Choice = "auto") -> Choice:
 
 def backends(configured: Choice = "auto") -> Mapping[str, tuple[str, str]]:
     """For each op: which implementation runs, and why."""
-    choice = requested(configured)
-    if choice == "triton":
-        raise EnvironmentProblem(
-            f"kernels=triton: no Triton kernel exists for {', '.join(OPS)}", "use kernels=auto or kernels=reference"
-        )
-    asked = "asked for" if choice == "reference" else "auto: this op has no Triton kernel"
+    choice, obstacle = requested(configured), _obstacle()
+    if choice == "triton" and obstacle:
+        raise EnvironmentProblem(f"kernels=triton: {obstacle}", "use kernels=auto or kernels=reference")
     where = "CUDA" if torch.cuda.is_available() else "CPU"
-    return {op: ("reference", f"{asked}; plain torch on {where}") for op in OPS}
+    told = {op: ("reference", f"this op has no Triton kernel; plain torch on {where}") for op in REFERENCES}
+    for op in KERNELS:
+        if choice == "reference" or obstacle:
+            reason = "asked for" if choice == "reference" else f"auto: {obstacle}"
+            told[op] = ("reference", f"{reason}; plain torch on {where}")
+        else:
+            told[op] = ("triton", "asked for" if choice == "triton" else "auto: there is a GPU")
+    return told
+
+
+def uses_kernel(op: str, configured: Choice = "auto") -> bool:
+    """Whether the op runs as a Triton kernel."""
+    return backends(configured)[op][0] == "triton"
+
+
+def _obstacle() -> str:
+    """Why no Triton kernel can run here, empty where one can."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
