@@ -3,7 +3,7 @@
 Registered through `LoraConfig._register_custom_module`, so saving, loading, merging and switching stay PEFT's.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
@@ -20,11 +20,11 @@ class LoraLinear(lora.Linear):
         if args or kwargs or self.stock_reason(x):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        base, dropout = self.get_base_layer(), self.lora_dropout[name]
+        base, dropout = cast(nn.Linear, self.get_base_layer()), self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         # drawn where x lives, without a wait for the device; a checkpoint that computes again draws it again
         seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        down, up = (cast(nn.Linear, factors[name]).weight for factors in (self.lora_A, self.lora_B))
         return ops.lora_linear(x, base.weight, base.bias, down, up, self.scaling[name], p, seed)
 
     def stock_reason(self, x: Tensor) -> str:

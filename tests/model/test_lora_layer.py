@@ -1,4 +1,4 @@
-"""The fused layer inside PEFT: the same logits and gradients as PEFT's own, and its own way where it must step aside."""
+"""The fused layer inside PEFT: the same logits and gradients as PEFT's own, and PEFT's way where it steps aside."""
 
 import copy
 from collections.abc import Callable
