@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install test lint check bench gpu clean
+.PHONY: demo install test slow lint check bench gpu clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
+
+slow: $(STAMP)  ## the slow tests alone: processes killed at any moment, the whole demo
+	$(BIN)/python -m pytest -m slow --durations=0
 
 lint: $(STAMP)  ## style, types, import layers, rules of the sources
 	$(BIN)/ruff check .

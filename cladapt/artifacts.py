@@ -23,8 +23,11 @@ from cladapt.errors import DataError, EnvironmentProblem
 if TYPE_CHECKING:
     import polars as pl
     import torch
+    from pydantic import BaseModel
 
 
+_TOLD = 5
+"""Wrong values of one file that an error names."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old)")
 
 
@@ -72,6 +75,17 @@ def atomic_dir(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if os.path.isdir(target):  # else the old one is still under its other name
             shutil.rmtree(retired, ignore_errors=True)
+
+
+def check_writable(target: Path) -> None:
+    """`EnvironmentProblem` where `target` could not be written, before the work whose result it would hold."""
+    with _writing(target):
+        if target.is_symlink() and not target.exists():
+            raise FileNotFoundError(errno.ENOENT, "it is a link that leads nowhere")
+        place = next(Path(above) for above in target.absolute().parents if os.path.lexists(above))
+        probe = _beside(place / target.name, "tmp")
+        probe.mkdir()
+        probe.rmdir()
 
 
 @contextmanager
@@ -160,15 +174,46 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; `DataError` names the file, the line and the column of a syntax error."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # an escape such as \ud800 is half a character
+        return value
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}", "check the path") from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}", "restore or regenerate this file"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise DataError(f"cannot read {path}: nested too deeply", "restore or regenerate this file") from error
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}", "expected a UTF-8 JSON file") from error
+
+
+def read_record(path: Path, form: "type[BaseModel]", hint: str) -> dict[str, Any]:
+    """Read a JSON object that has what `form` asks for; `DataError` names each key that is missing or wrong.
+
+    Returned as it is in the file: keys that `form` does not know are kept, defaults are not filled in.
+    """
+    from pydantic import ValidationError
+
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {_shown(value)}", hint)
+    try:
+        form.model_validate(value, strict=True)
+    except ValidationError as error:
+        problems = [(".".join(map(str, p["loc"])), p) for p in error.errors(include_url=False)]
+        lacking = [key for key, problem in problems if problem["type"] == "missing"]
+        wrong = [f"has {key}={_shown(p['input'])}: {p['msg']}" for key, p in problems if p["type"] != "missing"]
+        found = ([f"lacks {', '.join(lacking)}"] if lacking else []) + wrong[:_TOLD]
+        more = f"; and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+        raise DataError(f"{path} {'; '.join(found)}{more}", hint) from error
+    return value
+
+
+def _shown(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def write_parquet(path: Path, frame: "pl.DataFrame") -> None:

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cladapt.errors import ConfigError, DataError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
@@ -122,7 +123,7 @@ class BaseConfig(Settings):
 class AdapterConfig(Settings):
     """The LoRA adapter, created through PEFT."""
 
-    rank: Positive = 8
+    rank: Width = 8
     """Rank r."""
     alpha: PositiveFloat = 16.0
     """Scale: alpha / r, or alpha / sqrt(r) with `rslora`."""
@@ -133,6 +134,14 @@ class AdapterConfig(Settings):
     `all-linear` (without the head), a list of name endings, or one regular expression."""
     rslora: bool = False
     """Rank-stabilised scale."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _text_or_texts(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) and t for t in texts):
+            raise ValueError("expected a text or a list of texts")
+        return value
 
 
 class MethodConfig(Settings):
@@ -190,9 +199,9 @@ class TrainConfig(Settings):
 class EvalConfig(Settings):
     """How a model is measured."""
 
-    top_k: tuple[Positive, ...] = (5, 10)
+    top_k: tuple[Width, ...] = (5, 10)
     """Cut-offs of HR and NDCG."""
-    beams: Positive = 20
+    beams: Width = 20
     """Beam width; never narrowed. Must be at least the largest cut-off."""
     batch_users: Positive = 128
     """Users decoded at once; halved when memory runs out."""
@@ -255,7 +264,12 @@ def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         return f"unknown key {path!r}" + (f", did you mean {near[0]!r}?" if near else f", known: {', '.join(known)}")
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path or 'top level'}={problem['input']!r}: {message}" if problem["loc"] else message
+    return f"{path}={_shown(problem['input'])}: {message}" if problem["loc"] else message
+
+
+def _shown(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _fields_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
@@ -271,18 +285,44 @@ def _fields_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read a YAML recipe into a nested dict."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"no such recipe: {path}", "check the path") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the recipe {path}: {error}", "expected a UTF-8 YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}", "mend the recipe") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_reason(error)}", "mend the recipe") from error
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(value).__name__}", "write `key: value` lines")
     return value
+
+
+class _Recipe(yaml.SafeLoader):
+    """YAML without what hides a meaning: an alias (a few lines can stand for gigabytes) and a key given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"the alias *{event.anchor} is not read, write its value{event.start_mark}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    """The value of a YAML text; beside YAMLError, PyYAML raises ValueError (a date that is none) and RecursionError."""
+    return yaml.load(text, _Recipe)
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
 
 
 def merge_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -307,8 +347,8 @@ def merge_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 def _parse(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     if isinstance(value, str) and text.strip() == value:  # quotes say that a text is meant
         try:

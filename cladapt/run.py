@@ -10,16 +10,38 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cladapt import __version__
-from cladapt.artifacts import hash_value, is_leftover, read_json, write_json
+from pydantic import BaseModel, Field
+
+from cladapt import __version__, ranks
+from cladapt.artifacts import check_writable, hash_value, is_leftover, read_record, write_json
 from cladapt.config import RunConfig, resolve
 from cladapt.errors import ConfigError, DataError
 
 RUNS = Path("runs")
 ENVIRONMENT = "environment.json"
 SCHEMA_VERSION = 1
+
+
+class RunRecord(BaseModel):
+    """What config.json must hold; runs of older versions have no inputs."""
+
+    schema_version: Literal[1]
+    config: dict[str, Any]
+    inputs: dict[str, str] = {}
+
+
+class MachineRecord(BaseModel):
+    """What environment.json must hold."""
+
+    packages: dict[str, str]
+
+
+class PointerRecord(BaseModel):
+    """What latest.json must hold."""
+
+    run: str = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -47,27 +69,38 @@ class Run:
 
         `config.json` comes first and holds all that continuing needs, so a run is there whole or not at all.
         """
-        if path.exists() and (not path.is_dir() or not all(is_leftover(entry) for entry in path.iterdir())):
-            raise ConfigError(
-                f"{path} exists and is not empty", f"continue it with --resume {path}, or choose another --out"
-            )
+        cls.refuse_existing(path)
         run = cls(path, config, inputs)
         record = {"schema_version": SCHEMA_VERSION, "config": config.model_dump(mode="json"), "inputs": dict(inputs)}
         write_json(path / "config.json", record)
         run.begin()
         return run
 
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """A run never goes where something is, nor where nothing can be written."""
+        if path.exists() and (not path.is_dir() or not all(is_leftover(entry) for entry in path.iterdir())):
+            raise ConfigError(
+                f"{path} exists and is not empty", f"continue it with --resume {path}, or choose another --out"
+            )
+        check_writable(path)
+
     def begin(self) -> None:
         """Record the machine, where none is recorded yet, and make this run the latest."""
-        if not (self.path / ENVIRONMENT).is_file():
+        if not os.path.lexists(self.path / ENVIRONMENT):
             write_json(self.path / ENVIRONMENT, environment())
         write_json(RUNS / "latest.json", {"run": os.path.relpath(self.path, RUNS)})
 
+    def environment(self) -> dict[str, Any]:
+        """The machine that the run began on."""
+        hint = "restore this file; where it is lost, `cladapt train --resume` records the present machine"
+        return read_record(self.path / ENVIRONMENT, MachineRecord, hint)
+
     def environment_changes(self) -> list[str]:
         """What differs between this machine and the one that the run began on, as `name: then -> now`."""
-        if not (self.path / ENVIRONMENT).is_file():
+        if not os.path.lexists(self.path / ENVIRONMENT):
             return []
-        then, now = _flat(read_json(self.path / ENVIRONMENT)), _flat(environment())
+        then, now = _flat(self.environment()), _flat(environment())
         names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names]
 
@@ -76,11 +109,9 @@ class Run:
         """Open a run directory."""
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a run directory: it has no config.json", "make one with `cladapt train`")
-        record = read_json(path / "config.json")
-        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-            raise DataError(f"{path / 'config.json'} has an unknown form", f"expected schema_version {SCHEMA_VERSION}")
-        config = resolve(RunConfig, record["config"], str(path / "config.json"))
-        return cls(path, config, record.get("inputs", {}))
+        hint = f"restore this file; this version reads schema_version {SCHEMA_VERSION}"
+        record = read_record(path / "config.json", RunRecord, hint)
+        return cls(path, resolve(RunConfig, record["config"], str(path / "config.json")), record.get("inputs", {}))
 
     @classmethod
     def latest(cls) -> "Run":
@@ -90,7 +121,8 @@ class Run:
             raise DataError(
                 f"no run here: {pointer} does not exist", "run `cladapt train` first, or name a run directory"
             )
-        return cls.open(RUNS / read_json(pointer)["run"])
+        hint = 'expected {"run": "<directory>"}; or name a run directory'
+        return cls.open(RUNS / read_record(pointer, PointerRecord, hint)["run"])
 
 
 def new_run_path(method: str, seed: int) -> Path:
@@ -130,10 +162,11 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.ranks(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": versions,
     }
 
 
 def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if key != "packages"} | dict(found.get("packages", {}))
+    return {key: value for key, value in found.items() if key != "packages"} | found["packages"]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import resource
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from pydantic import BaseModel, PositiveInt
 
 from cladapt.artifacts import (
     atomic_dir,
@@ -23,6 +25,7 @@ from cladapt.artifacts import (
     is_leftover,
     read_json,
     read_parquet,
+    read_record,
     read_tensors,
     recover,
     write_json,
@@ -298,6 +301,42 @@ def test_broken_json_is_located(tmp_path: Path) -> None:
     assert caught.value.hint == "expected a UTF-8 JSON file"
     with pytest.raises(DataError, match="cannot read"):
         read_json(tmp_path)
+
+
+class Form(BaseModel):
+    """A record of the tests."""
+
+    rank: PositiveInt
+    names: list[str]
+    parts: dict[str, int] = {}
+
+
+def test_a_record_is_returned_as_it_is_in_the_file(tmp_path: Path) -> None:
+    record = {"names": ["a"], "rank": 3, "unknown": None}
+    write_json(tmp_path / "r.json", record)
+    assert read_record(tmp_path / "r.json", Form, "mend it") == record
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([], r": expected a JSON object, found \[\]$"),
+        (None, ": expected a JSON object, found None$"),
+        ({}, " lacks rank, names$"),
+        ({"rank": -5, "names": ["a", 1]}, " has rank=-5: .*greater than 0; has names.1=1: .*valid string$"),
+        ({"rank": "3"}, " lacks names; has rank='3': Input should be a valid integer$"),
+        ({"rank": True, "names": []}, " has rank=True: Input should be a valid integer$"),
+        ({"rank": 1, "names": "x" * 200}, r" has names='x{78}…: "),
+        ({"rank": 1, "names": [1] * 9}, " has names.4=1: Input should be a valid string; and 4 more$"),
+    ],
+)
+def test_what_a_record_lacks_or_has_wrong_is_named_with_its_value(value: object, text: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "r.json", value)
+    with pytest.raises(DataError) as caught:
+        read_record(tmp_path / "r.json", Form, "mend it")
+    assert caught.value.message.startswith(str(tmp_path / "r.json"))
+    assert re.search(text, caught.value.message), caught.value.message
+    assert caught.value.hint == "mend it"
 
 
 def test_truncated_binary_files_are_data_errors(tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ def test_what_is_no_run_directory_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not a run directory: it has no config\.json"):
         Run.open(tmp_path)
     (tmp_path / "config.json").write_text('{"schema_version": 99}')
-    with pytest.raises(DataError, match=r"config\.json has an unknown form") as caught:
+    with pytest.raises(DataError, match=r"config\.json lacks config; has schema_version=99: ") as caught:
         Run.open(tmp_path)
-    assert caught.value.hint == "expected schema_version 1"
+    assert caught.value.hint == "restore this file; this version reads schema_version 1"
     (tmp_path / "config.json").write_text('{"schema_version": 1, "config": {"sed": 1}}')
     with pytest.raises(ConfigError, match=r"config\.json: 1 mistake: unknown key 'sed', did you mean 'seed'"):
         Run.open(tmp_path)

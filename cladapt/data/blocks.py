@@ -14,7 +14,7 @@ import polars as pl
 
 from cladapt.config import BlocksConfig
 from cladapt.data.readers import RawLog
-from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
+from cladapt.data.schema import INTERACTIONS, ITEMS, WEIGHT, Stream
 from cladapt.errors import ConfigError, DataError
 
 LICENSE = "see the source; this directory is derived from it"
@@ -41,7 +41,8 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
         pl.col("text").fill_null("")
     )
     kept = kept.with_columns(position=pl.int_range(pl.len(), dtype=pl.Int64).over("user")).sort("user", "position")
-    stream = Stream(kept.select(*INTERACTIONS), items.select(*ITEMS))
+    columns = [*INTERACTIONS, *(name for name in WEIGHT if name in kept.columns)]
+    stream = Stream(kept.select(columns), items.select(*ITEMS))
     manifest = {
         "source": log.source,
         "files": dict(log.files),
@@ -56,6 +57,8 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
             **log.notes,
             "items_never_used": log.items.join(items, on="item", how="anti").height,
             "items_without_text": items.filter(pl.col("text") == "").height,
+            **({"rows_sorted_by_time": log.out_of_order} if log.out_of_order else {}),
+            **({"weights_kept_but_unused_in_training": kept.height} if stream.weighted else {}),
         },
         **check_stream(stream),
     }
@@ -217,6 +220,9 @@ def _check_order(stream: Stream) -> None:
         if not frame[name].has_nulls():
             steps = np.diff(frame[name].to_numpy(), prepend=0)
             _refuse(frame, within & (steps < 0), f"is out of time: its {name} is before that of the previous position")
+    if stream.weighted:
+        weights = frame["weight"].fill_null(0.0).to_numpy()
+        _refuse(frame, ~(np.isfinite(weights) & (weights > 0)), "has a weight that is not finite and above 0")
     born = stream.items["first_block"].to_numpy()[stream.item_index]
     _refuse(frame, born > stream.block, "leaks: its item's first_block is later")
 

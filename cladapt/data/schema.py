@@ -24,6 +24,7 @@ INTERACTIONS = {
     "position": pl.Int64(),  # 0, 1, 2, … within a user, in time order over all blocks
     "block": pl.Int32(),  # 1, 2, 3, …
 }
+WEIGHT = {"weight": pl.Float64()}  # optional last column of the interactions: how much an event counts, above 0
 ITEMS = {
     "item": pl.String(),
     "text": pl.String(),  # what describes the item, "" where the source has nothing
@@ -42,7 +43,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         for name, frame, schema in (
-            ("interactions", self.interactions, INTERACTIONS),
+            ("interactions", self.interactions, INTERACTIONS | (WEIGHT if self.weighted else {})),
             ("items", self.items, ITEMS),
         ):
             if dict(frame.schema) != schema:
@@ -58,6 +59,11 @@ class Stream:
                 f"{unknown.height} interactions name items that the item table lacks, the first {unknown['item'][0]!r}",
                 "add these items to the item table",
             )
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the interactions carry weights."""
+        return "weight" in self.interactions.columns
 
     @property
     def n_blocks(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from cladapt import ranks
 from cladapt.config import EvalConfig
 from cladapt.data.histories import split_block, training_sequences, user_kinds
 from cladapt.data.schema import Stream
@@ -64,11 +65,16 @@ def decode_in_batches(
     targets: torch.Tensor | None,
     batch: int,
 ) -> Beams:
-    """Decode any number of users, similar lengths together; out of memory halves the batch, never the beam."""
+    """Decode any number of users, similar lengths together; out of memory halves the batch, never the beam.
+
+    Several processes share the batches, whole ones: the padding of a batch touches the last bits of its scores.
+    """
     order = np.argsort([len(p) for p in prompts], kind="stable")
+    batches = [order[first : first + batch] for first in range(0, len(order), batch)]
+    own = np.concatenate([order[:0], *batches[ranks.rank() :: ranks.ranks()]])
     parts, first = [], 0
-    while first < len(order):
-        chosen = order[first : first + batch]
+    while first < len(own):
+        chosen = own[first : first + batch]
         part = None
         try:
             part = decoder.decode(
@@ -88,7 +94,9 @@ def decode_in_batches(
             continue
         parts.append(Beams(part.leaf.cpu(), part.score.cpu(), part.target.cpu()))
         first += len(chosen)
-    back = torch.from_numpy(np.argsort(order))
+    shares = ranks.gather((own, parts))
+    back = torch.from_numpy(np.argsort(np.concatenate([users for users, _ in shares])))
+    parts = [part for _, share in shares for part in share]
     return Beams(
         torch.cat([p.leaf for p in parts])[back],
         torch.cat([p.score for p in parts])[back],

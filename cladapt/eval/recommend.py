@@ -16,6 +16,7 @@ from cladapt.tokens.prompts import Form
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MOST_BEAMS = 2**16
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
@@ -98,8 +99,10 @@ def recommend(
 
     Items that share a semantic ID follow each other with equal score. Unknown history items are counted and left out.
     """
-    if top_k < 1 or beams < top_k:
-        raise ConfigError(f"top_k={top_k}, beams={beams}", "use top-k of 1 or more, and beams of at least top-k")
+    if not 1 <= top_k <= beams <= MOST_BEAMS:
+        raise ConfigError(
+            f"top_k={top_k}, beams={beams}", f"use top-k of 1 or more, and beams from top-k to {MOST_BEAMS}"
+        )
     index = {item: i for i, item in enumerate(base.sids.items)}
     chosen = range(len(index)) if allowed is None else [index[i] for i in allowed if i in index]
     unknown_allowed = 0 if allowed is None else sum(i not in index for i in allowed)

@@ -1,20 +1,50 @@
 """The model card of an export: README.md with front matter for the hub, and what is known of base, data and scores."""
 
 import importlib.metadata
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel
 
-from cladapt.artifacts import hash_value, read_json
+from cladapt.artifacts import hash_value, read_record
 from cladapt.run import ENVIRONMENT, Run
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
 TAGS = ["continual-learning", "recommendation", "semantic-ids", "cladapt"]
+
+
+class ManifestRecord(BaseModel):
+    """What a stream's manifest.json must hold."""
+
+    hashes: dict[str, str]
+
+
+class TargetsRecord(BaseModel):
+    """The evaluation settings that a card tells."""
+
+    targets: Literal["valid", "test"]
+
+
+class CellRecord(BaseModel):
+    """A row of R[t][s]: the block that the model has learned, and the one it was tested on."""
+
+    model_block: int | None
+    block: int
+
+
+class ScoresRecord(BaseModel):
+    """What metrics.json must hold for a card."""
+
+    config: TargetsRecord
+    table: list[dict[str, Any]]
+    differences: list[dict[str, Any]] = []
+    matrix: list[CellRecord] = []
 
 
 @dataclass(frozen=True)
@@ -31,20 +61,20 @@ def facts_of(run: Run | None, stream: str | None) -> Facts:
     """What `run` knows; its data folder counts only while it still is the stream of that fingerprint."""
     if run is None:
         return Facts()
-    manifest = _read(Path(run.config.data) / "manifest.json")
+    manifest = _read(Path(run.config.data) / "manifest.json", ManifestRecord, "restore the stream directory")
     if hash_value(manifest.get("hashes")) != stream:
         manifest = {}
-    packages = _read(run.path / ENVIRONMENT).get("packages", {})
+    packages = run.environment()["packages"] if os.path.lexists(run.path / ENVIRONMENT) else {}
     return Facts(
         license=str(manifest.get("license") or UNKNOWN),
         source=str(manifest.get("source") or UNKNOWN),
-        metrics=_read(run.path / "metrics.json"),
+        metrics=_read(run.path / "metrics.json", ScoresRecord, f"cladapt eval {run.path}"),
         versions={name: packages[name] for name in ("transformers", "torch") if name in packages},
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.is_file() else {}
+def _read(path: Path, form: type[BaseModel], hint: str) -> dict[str, Any]:
+    return read_record(path, form, hint) if os.path.lexists(path) else {}
 
 
 def adapter_card(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cladapt.errors import CheckFailed
-from cladapt.model.adapter import adapter_provenance, load_adapter
+from cladapt.model.adapter import adapter_block, adapter_provenance, load_adapter
 from cladapt.model.load import Base, load_base, save_base
 
 PROBE_TOKENS = 32
@@ -28,7 +28,7 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
 
     `tolerance` bounds the largest difference relative to the largest logit; above it `CheckFailed`, nothing written.
     """
-    base = load_base(base_folder, dtype=torch.float32)
+    base, block = load_base(base_folder, dtype=torch.float32), adapter_block(adapter)
     model = load_adapter(base, adapter)
     probe = probe_tokens(base)
     before = logits(model, probe)
@@ -48,7 +48,7 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
     record = {
         **base.provenance,
         # the merged weights have seen what the adapter has: to learn it again would be to test on training data
-        "fitted_block": max(base.fitted_block, int(source.get("block", 0))),
+        "fitted_block": max(base.fitted_block, block),
         "stream": source.get("stream", base.provenance.get("stream")),
         "merged": source,
         "parent_base": base.fingerprint,

@@ -6,14 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cladapt.artifacts import atomic_dir, atomic_path, read_json, write_json
+from cladapt.artifacts import atomic_dir, atomic_path, write_json
 from cladapt.errors import ConfigError
 from cladapt.export.card import CARD, Facts, adapter_card, merged_card
 from cladapt.export.merge import merge
 from cladapt.export.place import refuse_existing
 from cladapt.export.vllm import export_vllm
-from cladapt.model.adapter import adapter_parameters, adapter_provenance, load_adapter
-from cladapt.model.load import PROVENANCE, load_base
+from cladapt.model.adapter import (
+    CONFIG_FILE,
+    adapter_parameters,
+    adapter_provenance,
+    adapter_settings,
+    load_adapter,
+)
+from cladapt.model.load import base_provenance, load_base
 
 
 def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:
@@ -24,9 +30,9 @@ def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
     provenance = adapter_provenance(adapter)
     with atomic_dir(out) as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
-        config = read_json(folder / "adapter_config.json")
+        config = adapter_settings(folder)
         config["base_model_name_or_path"] = str(base_folder.resolve())
-        write_json(folder / "adapter_config.json", config)
+        write_json(folder / CONFIG_FILE, config)
         card = adapter_card(out.name, base_folder.resolve().name, config, provenance, base.provenance, facts)
         (folder / CARD).write_text(card, encoding="utf-8")
     return {
@@ -44,7 +50,7 @@ def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> 
     refuse_existing(out)
     report = merge(adapter, base_folder, out)
     provenance = adapter_provenance(adapter)
-    base, merged = read_json(base_folder / PROVENANCE), read_json(out / PROVENANCE)
+    base, merged = base_provenance(base_folder), base_provenance(out)
     with atomic_path(out / CARD) as temporary:
         temporary.write_text(merged_card(out.name, provenance, base, merged, facts), encoding="utf-8")
     return {

@@ -18,10 +18,9 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.export.card import CARD, Facts, adapter_card
 from cladapt.export.place import refuse_existing
 from cladapt.export.preflight import MAX_LORA_RANKS, Finding, max_lora_rank, preflight, refuse, subject
-from cladapt.model.adapter import ADAPTER_FILE, adapter_provenance, load_adapter
-from cladapt.model.load import PROVENANCE, load_base
+from cladapt.model.adapter import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
+from cladapt.model.load import PROVENANCE, base_provenance, load_base
 
-CONFIG = "adapter_config.json"
 GUIDE = "SERVING.md"
 
 
@@ -37,16 +36,17 @@ def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
     refuse(str(adapter), findings)
     name = served_name(adapter)
     target = out / "adapters" / name
-    base = read_json(base_folder / PROVENANCE)
+    base = base_provenance(base_folder)
     kept = _same_base(out / "base", base["fingerprint"])
     config["base_model_name_or_path"] = "base"
     there = _same_adapter(target, config, tensors)
+    _served(out)  # what is damaged there shows before anything is written
     if not kept:
         with atomic_dir(out / "base") as folder:
             shutil.copytree(base_folder, folder, dirs_exist_ok=True)
     if not there:
         with atomic_dir(target) as folder:
-            write_json(folder / CONFIG, config)
+            write_json(folder / CONFIG_FILE, config)
             write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
             provenance = adapter_provenance(adapter)
             write_json(folder / PROVENANCE, provenance)
@@ -84,7 +84,7 @@ def servable(adapter: Path, base_folder: Path) -> tuple[dict[str, Any], dict[str
     from peft.tuners.lora import LoraLayer
 
     model = load_adapter(load_base(base_folder), adapter)
-    config, tensors = dict(read_json(adapter / CONFIG)), read_tensors(adapter / ADAPTER_FILE)
+    config, tensors = adapter_settings(adapter), read_tensors(adapter / ADAPTER_FILE)
     if not (config.get("rank_pattern") or config.get("alpha_pattern")):
         return config, tensors
     scales = {name: m.scaling["default"] for name, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -112,11 +112,16 @@ def one_rank(
 
 def serve_command(out: Path) -> str:
     """The command that serves every adapter of `out`, to be run inside it."""
-    folders = sorted((out / "adapters").glob("*/"), key=lambda p: (len(p.name), p.name))
-    configs = {folder.name: read_json(folder / CONFIG) for folder in folders if not folder.name.startswith(".")}
+    configs = _served(out)
     rank = max_lora_rank(max(config["r"] for config in configs.values()))
     modules = " ".join(f"{name}=adapters/{name}" for name in configs)
     return f"vllm serve base --dtype bfloat16 --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+
+
+def _served(out: Path) -> dict[str, dict[str, Any]]:
+    """Configuration of every adapter in a serving folder, by its name there."""
+    folders = sorted((out / "adapters").glob("*/"), key=lambda p: (len(p.name), p.name))
+    return {folder.name: adapter_settings(folder) for folder in folders if not folder.name.startswith(".")}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -132,7 +137,7 @@ def _refuse_foreign(out: Path) -> None:
 def _same_base(folder: Path, fingerprint: str) -> bool:
     if not folder.is_dir():
         return False
-    found = read_json(folder / PROVENANCE).get("fingerprint")
+    found = base_provenance(folder)["fingerprint"]
     if found != fingerprint:
         raise DataError(
             f"{folder} is the base {found}, the adapter belongs to {fingerprint}", "choose another --out for this base"
@@ -145,7 +150,7 @@ def _same_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         return False
     there = read_tensors(folder / ADAPTER_FILE)
     same = there.keys() == tensors.keys() and all(torch.equal(there[name], t) for name, t in tensors.items())
-    if not same or read_json(folder / CONFIG) != config:
+    if not same or adapter_settings(folder) != config:
         raise ConfigError(f"{folder} holds another adapter", "choose another --out, or remove it")
     return True
 

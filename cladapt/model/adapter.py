@@ -7,19 +7,21 @@ ordinary adapter of concatenated rank, so nothing that reads adapters needs to k
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from cladapt import __version__
-from cladapt.artifacts import atomic_dir, read_json, read_tensors, write_json, write_tensors
+from cladapt.artifacts import atomic_dir, read_record, read_tensors, write_json, write_tensors
 from cladapt.config import AdapterConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.load import PROVENANCE, Base
+from cladapt.model.packed import Softmax
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,6 +30,32 @@ if TYPE_CHECKING:
 NAME = "default"
 HISTORY = "history"
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RESTORE = "restore the adapter directory, or export it again"
+
+
+class AdapterRecord(BaseModel):
+    """What an adapter's `cladapt.json` must hold; the others where they are known, and then meaningful."""
+
+    base: str
+    block: NonNegativeInt = 0
+    history_rank: NonNegativeInt = 0
+    form: Literal["packed", "prompt"] = "packed"
+    window: PositiveInt = 1
+    softmax: Softmax = "trie"
+    stream: str = ""
+
+
+class LoraRecord(BaseModel):
+    """What PEFT's `adapter_config.json` must hold: each of these would else be made up, or fail somewhere inside."""
+
+    peft_type: Literal["LORA"]
+    r: PositiveInt
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    target_modules: str | list[str]
+    use_rslora: bool = False
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
 
 
 def create_adapter(base: Base, config: AdapterConfig, seed: int, full_rank: bool = False) -> "PeftModel":
@@ -79,7 +107,7 @@ def _targets(lm: "PreTrainedModel", targets: str | tuple[str, ...]) -> str | lis
     return targets if isinstance(targets, str) else list(targets)
 
 
-def _names(targets: str | tuple[str, ...], module: str) -> bool:
+def _names(targets: str | Sequence[str], module: str) -> bool:
     """Whether PEFT takes `module` for one of the targets."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
@@ -209,8 +237,26 @@ def read_adapter(folder: Path, base: Base) -> dict[str, Tensor]:
             f"{folder} was trained on the base {record.get('base')}, this base is {base.fingerprint}",
             "give the base directory that the adapter was trained on",
         )
-    tensors = read_tensors(folder / ADAPTER_FILE)
+    settings, tensors = adapter_settings(folder), read_tensors(folder / ADAPTER_FILE)
+    _check_settings(folder / CONFIG_FILE, settings, tensors)
     return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in tensors.items()}
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """`DataError` when the configuration is not that of these factors: PEFT would make others of it."""
+    downs = {name.split(".lora_A.")[0]: tensor for name, tensor in tensors.items() if ".lora_A." in name}
+    ranks = {name.removeprefix("base_model.model."): len(tensor) for name, tensor in downs.items()}
+    stated = max((settings.get("rank_pattern") or {}).values(), default=settings["r"])
+    largest = max(ranks.values(), default=0)
+    if stated > largest:
+        raise DataError(f"{file} states rank {stated}, the factors have at most {largest}", RESTORE)
+    targets = settings["target_modules"]
+    try:
+        strange = [] if targets == "all-linear" else [module for module in ranks if not _names(targets, module)]
+    except re.error as error:
+        raise DataError(f"{file}: target_modules={targets!r} is no regular expression: {error}", RESTORE) from error
+    if strange:
+        raise DataError(f"{file}: target_modules={targets!r} does not name {strange[0]}, which has factors", RESTORE)
 
 
 def read_own_factors(folder: Path, base: Base) -> dict[str, Tensor]:
@@ -226,11 +272,24 @@ def without_history(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
 
 def adapter_provenance(folder: Path) -> dict[str, Any]:
     """The `cladapt.json` of an adapter directory."""
-    if not (folder / "adapter_config.json").is_file():
-        raise DataError(f"{folder} is not an adapter directory: it has no adapter_config.json", "check the path")
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(f"{folder} is not an adapter directory: it has no {CONFIG_FILE}", "check the path")
     if not (folder / PROVENANCE).is_file():
         raise DataError(f"{folder} has no {PROVENANCE}", "give an adapter directory that cladapt wrote")
-    return dict(read_json(folder / PROVENANCE))
+    return read_record(folder / PROVENANCE, AdapterRecord, RESTORE)
+
+
+def adapter_block(folder: Path) -> int:
+    """The block that an adapter has learned; without it, learning the block again would be testing on training data."""
+    record = adapter_provenance(folder)
+    if "block" not in record:
+        raise DataError(f"{folder / PROVENANCE} lacks block: what it has learned is not known", RESTORE)
+    return int(record["block"])
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter directory."""
+    return read_record(folder / CONFIG_FILE, LoraRecord, RESTORE)
 
 
 def load_adapter(base: Base, folder: Path) -> "PeftModel":
@@ -238,10 +297,16 @@ def load_adapter(base: Base, folder: Path) -> "PeftModel":
     from peft import LoraConfig, get_peft_model
 
     tensors = read_adapter(folder, base)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    with quiet():
-        model = get_peft_model(base.model, config, adapter_name=NAME)
+    try:
+        with quiet():
+            config = LoraConfig.from_pretrained(str(folder))
+            config.inference_mode = False
+            model = get_peft_model(base.model, config, adapter_name=NAME)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged configuration makes PEFT fail in every way there is
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{folder / CONFIG_FILE}: PEFT cannot apply it to this base: {reason}", RESTORE) from error
     set_adapter_tensors(model, tensors)
     return model.eval()
 

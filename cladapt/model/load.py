@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, NonNegativeInt
 from torch import nn
 
 from cladapt import __version__
-from cladapt.artifacts import atomic_dir, hash_value, read_json, write_json
+from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.packed import TrieSoftmax
 from cladapt.tokens.sids import SidTable
@@ -29,6 +30,16 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "medium": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8},
 }
 PROVENANCE = "cladapt.json"
+
+
+class BaseRecord(BaseModel):
+    """What a base's `cladapt.json` must hold; `stream` and `config` where the commands made the base."""
+
+    fingerprint: str
+    fitted_block: NonNegativeInt
+    sids: str
+    stream: str = ""
+    config: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -103,14 +114,11 @@ def extend_model(
     New rows start at the mean of the old ones plus noise of a tenth of their spread, in the embedding and in an untied
     head, so that they are told apart but do not dominate the softmax.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+        tokenizer, model, _ = _pretrained(source, torch.float32)
+    except _Unloadable as error:
         raise DataError(
-            f"cannot load a causal LM from {source!r}: {str(error).splitlines()[0]}",
+            f"cannot load a causal LM from {source!r}: {error}",
             "give a local Hugging Face checkpoint directory, or a hub id that this machine can reach",
         ) from error
     check_supported(model)
@@ -128,6 +136,41 @@ def extend_model(
             noise = torch.randn(len(new), table.shape[1], generator=generator) * 0.1 * old.std(dim=0)
             table[new] = (old.mean(dim=0) + noise).to(table.dtype)
     return model, tokenizer, new
+
+
+class _Unloadable(Exception):
+    """A checkpoint that transformers cannot load, or not whole."""
+
+
+def _pretrained(source: str | Path, dtype: torch.dtype) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, list[str]]":
+    """Tokenizer, model and the names of tensors that it has no place for.
+
+    Nothing pickled is read, no code of the checkpoint runs, and no tensor that it lacks is made up.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    local = isinstance(source, Path)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model, found = loaded
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged checkpoint makes transformers fail in every way there is
+        raise _Unloadable(" ".join(str(error).split())[:300] or type(error).__name__) from error
+    if missing := sorted(found["missing_keys"]):
+        raise _Unloadable(f"it lacks {len(missing)} tensors, the first {missing[0]}")
+    return tokenizer, model, sorted(found["unexpected_keys"])
 
 
 def check_supported(model: nn.Module) -> None:
@@ -173,31 +216,25 @@ def save_base(
         write_json(temporary / PROVENANCE, record)
 
 
+def base_provenance(folder: Path) -> dict[str, Any]:
+    """The `cladapt.json` of a base+tokens directory."""
+    return read_record(folder / PROVENANCE, BaseRecord, "restore this file, or make the base again")
+
+
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
     """Read a base+tokens directory; all parameters frozen, evaluation mode."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     if not (folder / PROVENANCE).is_file():
         raise DataError(
             f"{folder} is not a base+tokens directory: it has no {PROVENANCE}",
             "make one with `cladapt base pretrain` or `cladapt base init`",
         )
-    provenance = read_json(folder / PROVENANCE)
-    missing = {"fingerprint", "fitted_block", "sids"} - set(provenance)
-    if missing:
-        raise DataError(f"{folder / PROVENANCE} lacks {', '.join(sorted(missing))}", "make the base again")
+    provenance = base_provenance(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(
-            f"{folder}: cannot load the model: {str(error).splitlines()[0]}", "make the base again"
-        ) from error
+        tokenizer, model, strange = _pretrained(folder, dtype)
+        if strange:
+            raise _Unloadable(f"it has no place for {len(strange)} of its tensors, the first {strange[0]}")
+    except _Unloadable as error:
+        raise DataError(f"{folder}: cannot load the model: {error}", "make the base again") from error
     sids = SidTable.load(folder / "sids.parquet")
     if sids.fingerprint != provenance["sids"]:
         raise DataError(

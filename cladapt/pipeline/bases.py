@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from cladapt import ranks
 from cladapt.config import BaseConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
@@ -32,7 +33,7 @@ def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict
     softmax = catalogue_softmax(base, stream, 1, config.softmax)
     documents = training_documents(split, form), validation_documents(split, form)
     result = pretrain(model, softmax, *documents, config, sink)
-    save_base(out, model, tokenizer, sids, _provenance(stream, config, fitted_block=1))
+    ranks.once(lambda: save_base(out, model, tokenizer, sids, _provenance(stream, config, fitted_block=1)))
     return _report(out, base, result)
 
 

@@ -38,6 +38,7 @@ from cladapt_kernels.timing import FEWEST_RUNS, Row, compare, where, write_rows
 PRESET = "tiny"
 BASELINE = "finetune"
 BEAMS = 10
+MOST_RUNS = 10_000
 EPOCHS = 3  # of the base
 USERS = 64  # to decode
 FEW = 8  # of them at once where memory traffic rules: what `generate` is fastest with on a CPU
@@ -66,6 +67,8 @@ def methods(runs: int, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Measure all three comparisons; rows go to the csv file `out` as well where one is given."""
     if runs < FEWEST_RUNS:
         raise ConfigError(f"--runs {runs} is too few for quantiles", f"use {FEWEST_RUNS} or more")
+    if runs > MOST_RUNS:
+        raise ConfigError(f"--runs {runs} would take days", f"use {MOST_RUNS} or fewer")
     if out is not None and out.suffix != ".csv":
         raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", "use a name that ends in .csv")
     sink.emit({"kind": "note", "text": "simulating a stream and training a base on its first block"})

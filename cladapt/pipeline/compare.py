@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
+from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
-from cladapt.artifacts import atomic_dir, hash_value, read_json, read_parquet
+from cladapt.artifacts import atomic_dir, hash_value, read_parquet, read_record
 from cladapt.config import EvalConfig, describe, resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval import significance
@@ -27,13 +28,29 @@ from cladapt.eval.protocol import (
 from cladapt.eval.report import KeyValues, Section, render_report
 from cladapt.export.place import refuse_existing
 from cladapt.methods import Compose, build
-from cladapt.model.load import PROVENANCE
+from cladapt.model.load import PROVENANCE, base_provenance
 from cladapt.pipeline.report import INTERVALS, block_curves, rows_table
 from cladapt.run import Run
 
 SAME_QUESTION = ("top_k", "beams", "exclude_seen", "targets", "max_users")
 """Evaluation settings that must agree; the others change the effort, not the figures."""
 Lines = Mapping[str, Mapping[int, pl.DataFrame]]
+
+
+class CellRecord(BaseModel):
+    """A row of R[t][s]: the block that the model was tested on."""
+
+    block: int
+
+
+class MetricsRecord(BaseModel):
+    """What metrics.json must hold; evaluations of older versions do not name their stream."""
+
+    base_block: NonNegativeInt
+    config: dict[str, Any]
+    ceiling: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], dict[str, float]]
+    matrix: list[CellRecord]
+    stream: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +68,24 @@ class Evaluated:
         tested = sorted(users.glob("block_*.parquet"))
         if not metrics_file.is_file() or not tested:
             raise DataError(f"{run.path} is not evaluated yet", f"cladapt eval {run.path}")
-        metrics = read_json(metrics_file)
+        again = f"cladapt eval {run.path}"
+        metrics = read_record(metrics_file, MetricsRecord, again)
+        written = {f"block_{cell['block']:03d}.parquet" for cell in metrics["matrix"]}
+        if apart := sorted(written ^ {path.name for path in tested}):
+            raise DataError(
+                f"{users} and {metrics_file} are of two evaluations: {', '.join(apart)} in one alone", again
+            )
+        try:
+            config = resolve(EvalConfig, metrics["config"], f"{metrics_file}: config")
+        except ConfigError as error:  # no mistake of a user: `cladapt eval` wrote this file
+            raise DataError(error.message, again) from error
         counts = {name: users / f"counts_{name.replace(' ', '_')}.parquet" for name in COUNTS}
         measures = Measures(
             run.config.method.name,
             pl.concat([read_parquet(path, ROWS) for path in tested]),
             {name: read_parquet(path, ROWS) for name, path in counts.items() if path.is_file()},
             metrics["base_block"],
-            resolve(EvalConfig, metrics["config"], str(metrics_file)),
+            config,
             {int(block): values for block, values in metrics["ceiling"].items()},
         )
         if measures.own.is_empty():
@@ -294,7 +321,7 @@ def _settings(run: Run) -> dict[str, Any]:
 def _made(run: Run) -> dict[str, Any]:
     """How the base was made; where it is gone, what the run remembers of it."""
     record = Path(run.config.base) / PROVENANCE
-    return dict(read_json(record)) if record.is_file() else {"base": run.inputs.get("base", run.config.base)}
+    return base_provenance(record.parent) if record.is_file() else {"base": run.inputs.get("base", run.config.base)}
 
 
 def _names(groups: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cladapt.artifacts import read_json
 from cladapt.config import EvalConfig
 from cladapt.data.schema import Stream
 from cladapt.eval.continual import summaries
@@ -69,7 +68,7 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
             {
                 "run": str(run.path),
                 "config": run.config.model_dump(mode="json"),
-                "environment": read_json(run.path / "environment.json"),
+                "environment": run.environment(),
                 "stream": stream.fingerprint,
                 "base": base.fingerprint,
             },
@@ -84,7 +83,7 @@ class StepLog:
 
     blocks: Mapping[int, Sequence[Mapping[str, Any]]]
     unreadable: int = 0
-    """Lines that are no JSON, as a killed process may leave."""
+    """Lines that are no event, as a killed process may leave."""
 
     @classmethod
     def read(cls, run: Run) -> "StepLog":
@@ -93,14 +92,13 @@ class StepLog:
             return cls({})
         found: dict[tuple[int, int], dict[str, Any]] = {}
         unreadable = 0
-        for line in log.read_text(encoding="utf-8").splitlines():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
-            except json.JSONDecodeError:
+                if event["kind"] == "step":
+                    found[int(event["block"]), int(event["step"])] = {"loss": None, **event}
+            except (ValueError, TypeError, KeyError, RecursionError):
                 unreadable += 1
-                continue
-            if event["kind"] == "step":
-                found[event["block"], event["step"]] = event
         blocks = groupby(sorted(found), key=lambda key: key[0])
         return cls({block: [found[key] for key in keys] for block, keys in blocks}, unreadable)
 

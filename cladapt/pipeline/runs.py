@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import polars as pl
 import torch
 
-from cladapt import ops
+from cladapt import ops, ranks
 from cladapt.artifacts import atomic_dir, atomic_path, hash_file, recover, write_json, write_parquet
 from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, describe, resolve
 from cladapt.data.histories import split_block
@@ -24,6 +24,7 @@ from cladapt.methods import Method, build
 from cladapt.model.adapter import (
     ADAPTER_FILE,
     adapted_lm,
+    adapter_block,
     adapter_parameters,
     create_adapter,
     load_adapter,
@@ -52,12 +53,14 @@ FOLDERS = ("data", "base", "from_adapter")
 
 def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Start a run: adapt the base to every block that it has not seen."""
+    if out is not None:
+        ranks.once(lambda: Run.refuse_existing(out))
     config = with_embedded(config, sink)
     stream, base = open_inputs(config)
     prepare(config, base)
     blocks_to_learn(stream, learned_block(config, base))
     inputs = _fingerprints(config, stream, base)
-    run = Run.create(out or new_run_path(config.method.name, config.seed), config, inputs)
+    run = ranks.once(lambda: Run.create(out or new_run_path(config.method.name, config.seed), config, inputs))
     return _learn(run, stream, base, sink)
 
 
@@ -67,7 +70,9 @@ def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torc
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
     model = create_adapter(base, config.adapter, config.seed, method.full_rank)
     if config.from_adapter:
-        set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
+        start = Path(config.from_adapter)
+        adapter_block(start)
+        set_adapter_tensors(model, read_adapter(start, base))
     parameters = adapter_parameters(model)
     unload(model)
     return method, form, parameters
@@ -82,9 +87,7 @@ def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> di
     run = Run.open(path)
     _refuse_changes(run, asked or {})
     stream, base = open_inputs(run.config)
-    notes = [*_verify_inputs(run, stream, base), *recover(run.path)]
-    for block in run.adapters:
-        clear_checkpoints(run.path / "checkpoints", block)
+    notes = [*_verify_inputs(run, stream, base), *ranks.once(lambda: _mend(run))]
     blocks = blocks_to_learn(stream, learned_block(run.config, base))
     if not build(run.config.method).trains or set(blocks) <= set(run.adapters):
         for text in (*notes, f"{path} is finished: there is nothing to continue"):
@@ -92,8 +95,16 @@ def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> di
         return _summary(run, {})
     if changes := run.environment_changes():
         notes.append(f"this is not the machine the run began on, its last bits may differ: {', '.join(changes)}")
-    run.begin()
+    ranks.once(run.begin)
     return _learn(run, stream, base, sink, notes)
+
+
+def _mend(run: Run) -> list[str]:
+    """Clean up behind a killed process; returns a sentence for each thing done."""
+    done = recover(run.path)
+    for block in run.adapters:
+        clear_checkpoints(run.path / "checkpoints", block)
+    return done
 
 
 def _refuse_changes(run: Run, asked: Mapping[str, Any]) -> None:
@@ -142,9 +153,9 @@ def _verify_inputs(run: Run, stream: Stream, base: Base) -> list[str]:
         return [f"{run.path} does not say which inputs it began with, so they are not compared"]
     found = _fingerprints(run.config, stream, base)
     changed = [
-        f"{name} ({getattr(run.config, name.split()[0])}) is {found[name]}, it was {then}"
+        f"{name} ({getattr(run.config, name.split()[0], 'unknown')}) is {found.get(name)}, it was {then}"
         for name, then in run.inputs.items()
-        if found[name] != then
+        if found.get(name) != then
     ]
     if changed:
         raise DataError(
@@ -154,7 +165,7 @@ def _verify_inputs(run: Run, stream: Stream, base: Base) -> list[str]:
 
 
 def _learn(run: Run, stream: Stream, base: Base, sink: Sink, notes: Sequence[str] = ()) -> dict[str, Any]:
-    log = JsonlSink(run.path / "log.jsonl")
+    log: Sink = JsonlSink(run.path / "log.jsonl") if ranks.is_main() else Fan([])
     backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(run.config.kernels).items()}
     log.emit({"kind": "kernels", "ops": backends})
     everywhere = Fan([log, sink])
@@ -266,17 +277,23 @@ def evaluate_run(run: Run, config: EvalConfig, block: int | None, sink: Sink) ->
     stream, base = open_inputs(run.config)
     if block is not None and not 1 <= block <= stream.n_blocks:
         raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
+    run.environment()  # the report tells of it: what is damaged shows now
     measures = measure(run, stream, base, config, block, sink)
+    return measures, ranks.once(lambda: _write_measures(run, measures, stream, base))
+
+
+def _write_measures(run: Run, measures: Measures, stream: Stream, base: Base) -> dict[str, Any]:
+    """Per-user rows, metrics.json and report.html; the content of metrics.json."""
+    html, result = run_report(run, measures, stream, base)  # first: it reads files that may be damaged
     with atomic_dir(run.path / "users") as users:  # whole, so that no rows of an earlier evaluation stay
         for s in measures.rows["block"].unique().sort().to_list():
             write_parquet(users / f"block_{s:03d}.parquet", measures.rows.filter(pl.col("block") == s))
         for name, rows in measures.beside.items():
             write_parquet(users / f"counts_{name.replace(' ', '_')}.parquet", rows)
-    html, result = run_report(run, measures, stream, base)
     write_json(run.path / "metrics.json", {"schema_version": METRICS_SCHEMA_VERSION, **result})
     with atomic_path(run.path / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
-    return measures, result
+    return result
 
 
 def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int | None, sink: Sink) -> Measures:
@@ -290,6 +307,9 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
             f"{run.path} has adapters for the blocks {sorted(adapters)}, the stream needs {expected}",
             f"finish it: cladapt train --resume {run.path}",
         )
+    start = Path(run.config.from_adapter) if run.config.from_adapter else None
+    for _ in _models(base, start, learned, adapters):
+        pass  # a damaged adapter shows now, not when those before it are measured
     form = make_form(run.config.train.form, base, run.config.train.window, run.config.train.row_tokens)
     evaluator = Evaluator(stream, base, form, config, run.config.train.softmax, run.config.seed)
     blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
@@ -297,7 +317,6 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
     later = [b for b in blocks if b > learned]
     truth = streams.truth_of(Path(run.config.data)) if config.targets == "test" else None
     best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
-    start = Path(run.config.from_adapter) if run.config.from_adapter else None
     models = _models(base, start, learned, adapters)
     rows = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
     counts = measure_counts(stream, rows, later, config)
@@ -323,9 +342,9 @@ def open_inputs(config: RunConfig) -> tuple[Stream, Base]:
     base = load_base(Path(config.base), dtype)
     cast(torch.nn.Module, base.model).to(ops.compute_device())
     aligned = base.sids.align(stream.items["item"].to_list())
-    if base.fitted_block and base.provenance["stream"] != stream.fingerprint:
+    if base.fitted_block and base.provenance.get("stream") != stream.fingerprint:
         raise DataError(
-            f"{config.base} was trained on block {base.fitted_block} of the stream {base.provenance['stream']}, "
+            f"{config.base} was trained on block {base.fitted_block} of the stream {base.provenance.get('stream')}, "
             f"{config.data} is the stream {stream.fingerprint}",
             "use the stream that the base was made from, so that no test event is in its training data",
         )
@@ -349,11 +368,15 @@ def with_embedded(config: RunConfig, sink: Sink) -> RunConfig:
 
 def make_embedded(stream: Path, base: Path, simulate: SimulateConfig, pretrain: BaseConfig, sink: Sink) -> None:
     """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept."""
-    if not stream.is_dir():
+
+    def make_stream() -> None:
         sink.emit({"kind": "note", "text": f"simulating the embedded stream in {stream}"})
         with atomic_dir(stream) as folder:
             streams.simulate_data(folder, simulate)
             streams.build_tokens(folder, TokensConfig(), None)
-    if not base.is_dir():
+
+    if not ranks.once(stream.is_dir):
+        ranks.once(make_stream)
+    if not ranks.once(base.is_dir):  # all processes train it
         sink.emit({"kind": "note", "text": f"training the embedded base in {base}"})
         bases.pretrain_base(stream, base, pretrain, sink)

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import polars as pl
 from torch import nn
 
-from cladapt.artifacts import atomic_path
+from cladapt import ranks
+from cladapt.artifacts import atomic_path, check_writable
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
@@ -15,7 +17,7 @@ from cladapt.export.preflight import RULES as SERVERS
 from cladapt.export.preflight import refuse
 from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
-from cladapt.model.adapter import adapted_lm, adapter_provenance, load_adapter
+from cladapt.model.adapter import CONFIG_FILE, adapted_lm, adapter_provenance, load_adapter
 from cladapt.model.load import PROVENANCE, load_base
 from cladapt.ops import compute_device
 from cladapt.run import Run
@@ -33,7 +35,7 @@ class Source:
 
 def find_source(path: Path | None, base: Path | None, block: int | None) -> Source:
     """The adapter that a run (its last block, or `block`), an adapter directory or the latest run stands for."""
-    if path is not None and (path / "adapter_config.json").is_file():
+    if path is not None and (path / CONFIG_FILE).is_file():
         if block is not None:
             raise ConfigError(f"--block {block} with an adapter directory", "name its run directory instead")
         run = _run_of(path)
@@ -100,7 +102,7 @@ def _sources(path: Path | None, base: Path | None, block: int | None, all_blocks
         return [source]
     if block is not None:
         raise ConfigError(f"--all-blocks with --block {block}", "give one of them")
-    if source.run is None or (path is not None and (path / "adapter_config.json").is_file()):
+    if source.run is None or (path is not None and (path / CONFIG_FILE).is_file()):
         raise ConfigError("--all-blocks with an adapter directory", "name its run directory instead")
     return [Source(adapter, source.base, source.run) for adapter in source.run.adapters.values()]
 
@@ -119,6 +121,9 @@ def recommend(
     """Write the best items for each history to `out`; returns the counts."""
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder", "name a file")
+    ranks.once(lambda: check_writable(out))
     wanted = read_histories(histories)
     allowed = None if catalogue is None else read_catalogue(catalogue)
     source = find_source(path, base_folder, block)
@@ -133,6 +138,11 @@ def recommend(
     frame, counts = recommend_items(
         adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, beams, exclude_seen
     )
+    ranks.once(lambda: _write_table(out, frame))
+    return {"out": str(out), "adapter": str(source.adapter), **counts}
+
+
+def _write_table(out: Path, frame: pl.DataFrame) -> None:
     with atomic_path(out) as temporary:
         match out.suffix:
             case ".jsonl":
@@ -141,4 +151,3 @@ def recommend(
                 frame.write_csv(temporary)
             case _:
                 frame.write_parquet(temporary)
-    return {"out": str(out), "adapter": str(source.adapter), **counts}

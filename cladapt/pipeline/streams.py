@@ -1,5 +1,6 @@
 """Logs to stream directories, and semantic IDs for their items."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from cladapt.artifacts import atomic_path, check_writable
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
 from cladapt.data.blocks import build_stream, check_stream
-from cladapt.data.readers import Columns, read
-from cladapt.data.schema import Stream
+from cladapt.data.readers import READERS, Columns, NoRows, read, reader_for
+from cladapt.data.schema import FILES, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.tokens.build import build_sids
@@ -57,9 +59,67 @@ def check_data(folder: Path) -> dict[str, Any]:
     """Verify a stream directory; the per-block report."""
     stream = Stream.load(folder)
     report = check_stream(stream)
-    if (folder / SIDS).is_file():
+    if os.path.lexists(folder / SIDS):
         report["semantic_ids"] = load_sids(folder, stream).collisions()["distinct"]
     return {"stream": str(folder), "fingerprint": stream.fingerprint, **report}
+
+
+def is_source(path: Path, format: str) -> bool:
+    """Whether this is a raw log rather than a stream directory: a format is named, or recognised."""
+    if format != "auto":
+        return True
+    written = any((path / name).is_file() for name in ("manifest.json", *FILES))
+    return not written and any(reader.detects(path) for reader in READERS.values())
+
+
+def check_source(source: str, format: str, columns: Columns, rejects: Path | None) -> dict[str, Any]:
+    """Read a log without writing a stream: what it holds, what its format expects, and every rejected row.
+
+    `rejects` names a csv file to make of them. `NoRows` when no row can be used.
+    """
+    if rejects is not None:
+        if os.path.lexists(rejects):
+            raise ConfigError(f"{rejects} exists", "choose another --rejects, or remove it")
+        check_writable(rejects)
+    reader = reader_for(source, format)
+    try:
+        log = reader.read(Path(source), columns)
+    except NoRows as error:
+        _write_rejects(error.rejects, rejects)
+        shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in error.rejects.head(3).to_dicts()]
+        first = f"; the first: {', '.join(shown)}" if shown else ""
+        raise NoRows(error.message + first, error.hint, error.rejects) from error
+    _write_rejects(log.rejects, rejects)
+    times = log.events["timestamp"]
+    return {
+        "source": source,
+        "format": log.source,
+        "interactions": log.events.height,
+        "users": log.events["user"].n_unique(),
+        "items": log.events["item"].n_unique(),
+        "items_described": log.items.height,
+        "first": times.min(),
+        "last": times.max(),
+        "out_of_order": log.out_of_order,
+        "repeated_user_item_pairs": _repeats(log.events),
+        "weighted": "weight" in log.events.columns,
+        "semantic_ids": 0 if log.index is None else len(log.index),
+        "rejected": log.rejects.height,
+        "dropped": log.dropped,
+        "notes": dict(log.notes),
+        "schema": [{"part": part, "holds": holds} for part, holds in reader.schema(columns).items()],
+        "rejects": log.rejects.to_dicts(),
+    }
+
+
+def _write_rejects(frame: pl.DataFrame, path: Path | None) -> None:
+    if path is not None:
+        with atomic_path(path) as temporary:
+            frame.write_csv(temporary)
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    return row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
 
 
 def data_stats(folder: Path) -> dict[str, Any]:
@@ -68,7 +128,6 @@ def data_stats(folder: Path) -> dict[str, Any]:
     lengths = stream.interactions.group_by("user").len()["len"]
     popularity = np.sort(np.bincount(stream.item_index, minlength=stream.n_items))[::-1]
     head = max(1, stream.n_items // 5)
-    repeats = stream.interactions.select("user", "item").is_duplicated().sum()
     return {
         "stream": str(folder),
         "users": len(stream.users),
@@ -77,10 +136,15 @@ def data_stats(folder: Path) -> dict[str, Any]:
         "density": stream.interactions.height / (len(stream.users) * stream.n_items),
         "events_per_user": {"mean": lengths.mean(), "median": lengths.median(), "max": lengths.max()},
         "share_of_head_items": float(popularity[:head].sum() / popularity.sum()),
-        "repeated_user_item_pairs": int(repeats),
+        "repeated_user_item_pairs": _repeats(stream.interactions),
         "items_with_text": int((stream.items["text"] != "").sum()),
         "manifest": dict(stream.manifest.get("config", {})),
     }
+
+
+def _repeats(events: pl.DataFrame) -> int:
+    """Events whose user has another event with the same item."""
+    return int(events.select("user", "item").is_duplicated().sum())
 
 
 def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
@@ -122,10 +186,11 @@ def refuse_stream(out: Path) -> None:
     """A stream directory is never overwritten."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty", "choose another --out, or remove it")
+    check_writable(out)
 
 
 def truth_of(folder: Path) -> pl.DataFrame | None:
     """The true next-item distribution of a simulated stream directory, None for a real one."""
     from cladapt.data.simulate import load_truth
 
-    return load_truth(folder) if (folder / "truth.parquet").is_file() else None
+    return load_truth(folder) if os.path.lexists(folder / "truth.parquet") else None

@@ -8,12 +8,40 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from cladapt.artifacts import atomic_dir, hash_file, read_json, read_tensors, write_json, write_tensors
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
+from cladapt.artifacts import atomic_dir, hash_file, read_record, read_tensors, write_json, write_tensors
 from cladapt.errors import DataError, EnvironmentProblem
 from cladapt.train.loop import Position, Snapshot
 
 KEPT = 2
 STATE = "state.safetensors"
+
+
+class _Place(BaseModel):
+    """`Position`, as JSON: the score is a text, for JSON has no infinity."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+    total_steps: NonNegativeInt
+    best_epoch: NonNegativeInt
+    best_score: str
+
+
+class _State(BaseModel):
+    bytes: NonNegativeInt
+    hash: str
+
+
+class _Record(BaseModel):
+    """What a checkpoint's position.json must hold."""
+
+    block: int
+    config: str
+    position: _Place
+    state: _State
 
 
 def save_checkpoint(root: Path, block: int, config_hash: str, snapshot: Snapshot) -> None:
@@ -83,13 +111,13 @@ class _Damaged(Exception):
 
 def _read(folder: Path, block: int, config_hash: str) -> Snapshot:
     try:
-        record = read_json(folder / "position.json")
+        record = read_record(folder / "position.json", _Record, "resume from another checkpoint")
         position = Position(**{**record["position"], "best_score": float(record["position"]["best_score"])})
-        written, size, digest = record["config"], int(record["state"]["bytes"]), record["state"]["hash"]
     except DataError as error:
         raise _Damaged(error.message) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise _Damaged(f"{folder / 'position.json'} has an unknown form") from error
+    except ValueError as error:
+        raise _Damaged(f"{folder / 'position.json'}: {error}") from error
+    written, size, digest = record["config"], record["state"]["bytes"], record["state"]["hash"]
     if written != config_hash:
         raise DataError(
             f"{folder} was written under the configuration {written}, this run has {config_hash}",

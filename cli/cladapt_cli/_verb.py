@@ -13,9 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cladapt.errors import CladaptError
+from cladapt import ranks
+from cladapt.errors import CladaptError, ConfigError
 
 SCHEMA_VERSION = 1
+SEVERAL_PROCESSES = ("train", "eval", "recommend")
 Command = Callable[..., dict[str, Any] | None]
 
 _SHARED = {
@@ -47,13 +49,20 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Comma
         @functools.wraps(function)
         def wrapped(**arguments: Any) -> None:
             output.json, output.quiet, output.debug = (arguments.pop(key) for key in _SHARED)
+            output.quiet = output.quiet or not ranks.is_main()
+            command = name or function.__name__
+            if ranks.ranks() > 1 and command not in SEVERAL_PROCESSES:
+                raise ConfigError(
+                    f"`{command}` was started in {ranks.ranks()} processes, it works in one",
+                    f"start it without torchrun; {', '.join(SEVERAL_PROCESSES)} work in several",
+                )
             try:
                 result = function(**arguments)
             finally:
                 if output.progress is not None:
                     output.progress.close()
                     output.progress = None
-            if result is not None:
+            if result is not None and ranks.is_main():
                 show(result)
 
         shared = [
@@ -122,7 +131,9 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value)
-    return str(value).replace("[", "\\[")
+    from rich.markup import escape
+
+    return escape(str(value))
 
 
 def fail(error: CladaptError) -> int:

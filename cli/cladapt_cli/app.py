@@ -4,13 +4,14 @@ import os
 import sys
 import traceback
 import warnings
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 import cladapt
-from cladapt import __version__
-from cladapt.errors import CladaptError, EnvironmentProblem
+from cladapt import __version__, ranks
+from cladapt.errors import CladaptError, ConfigError, EnvironmentProblem
 from cladapt_cli import adapters, base, bench, compare, config, data, demo, doctor, tokens, train
 from cladapt_cli._verb import fail, output
 
@@ -65,36 +66,52 @@ def run(arguments: list[str]) -> int:
     output.debug = "--debug" in arguments
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes what it does not show as *_
     try:
+        _check_text(arguments)
+        ranks.start()
         code = app(arguments, prog_name="cladapt", standalone_mode=False)
         if code == INTERRUPTED:  # how newer versions of typer pass Ctrl-C on
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except CladaptError as error:
-        if output.debug:
-            traceback.print_exc()
-        return fail(error)
-    except UsageError as error:
-        return _usage(error)
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: what was finished is kept; continue a run with --resume", err=True)
-        return INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open until the interpreter ends
         return 0
-    except OSError as error:
-        if output.debug:
-            traceback.print_exc()
-        where = "" if error.filename is None else f" {str(error.filename)[:200]!r}"
-        reason = error.strerror or type(error).__name__
-        hint = "check this path, its permissions and the free space"
-        refused = EnvironmentProblem(f"the system refuses{where}: {reason}", hint)
-        return fail(refused)
-    except Exception as error:
-        if output.debug:
-            traceback.print_exc()
-        typer.echo(f"error: internal: {type(error).__name__}: {' '.join(str(error).split())}", err=True)
-        typer.echo("hint: run again with --debug and report the traceback", err=True)
-        return 1
+    except (KeyboardInterrupt, Exception) as error:
+        return ranks.first_to_fail(partial(_report, error))
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Every argument may end up in a JSON file, as the name of a folder for example."""
+    for argument in arguments:
+        if "\0" in argument or argument.encode(errors="ignore").decode() != argument:
+            raise ConfigError(f"the argument {argument!r} is no UTF-8 text", "rename the file, or mend the argument")
+
+
+def _problem(error: BaseException) -> BaseException:
+    """What the system refuses, wherever it does, is a problem of the machine and no bug."""
+    hint = "check the path, the permissions and the free space and memory"
+    if isinstance(error, MemoryError):
+        return EnvironmentProblem(f"out of memory: {error or 'the system gives no more'}", hint)
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return EnvironmentProblem(f"{where}{error.strerror or error}", hint)
+    return error
+
+
+def _report(error: BaseException) -> int:
+    """Tell of a failure on stderr; its exit code."""
+    if output.debug and not isinstance(error, UsageError | KeyboardInterrupt | typer.Abort):
+        traceback.print_exception(error)
+    error = _problem(error)
+    if isinstance(error, CladaptError):
+        return fail(error)
+    if isinstance(error, UsageError):
+        return _usage(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        typer.echo("interrupted: what was finished is kept; continue a run with --resume", err=True)
+        return INTERRUPTED
+    typer.echo(f"error: internal: {type(error).__name__}: {' '.join(str(error).split())}", err=True)
+    typer.echo("hint: run again with --debug and report the traceback", err=True)
+    return 1
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:

@@ -5,25 +5,38 @@ from typing import Annotated, Any
 
 import typer
 
-from cladapt_cli._verb import verb
+from cladapt_cli._verb import output, verb
 from cladapt_cli.options import Overrides, StreamDir, overrides_of
 
 app = typer.Typer(no_args_is_help=True, help="Import, check and simulate interaction streams.")
+
+
+Format = Annotated[
+    str,
+    typer.Option("--format", help="auto, peso, movielens, recbole, lcrec, minionerec, csv or parquet."),
+]
+User = Annotated[str, typer.Option("--user", help="User column.")]
+Item = Annotated[str, typer.Option("--item", help="Item column.")]
+Timestamp = Annotated[str, typer.Option("--timestamp", help='Time column; "" = row order.')]
+Block = Annotated[str | None, typer.Option("--block", help="Column of ready-made blocks 1, 2, ….")]
+Weight = Annotated[str | None, typer.Option("--weight", help="Column of event weights above 0; kept, not trained on.")]
+Items = Annotated[Path | None, typer.Option("--items", help="Item table (csv or parquet).")]
+Text = Annotated[list[str] | None, typer.Option("--text", help="Text column of the item table; repeatable.")]
+SHOWN = 20
 
 
 @verb(app, "import")
 def import_(
     source: Annotated[str, typer.Argument(help="File, folder or glob of the log.")],
     out: Annotated[Path, typer.Option("--out", help="Stream directory to write.")],
-    format: Annotated[
-        str, typer.Option("--format", help="auto, peso, movielens, recbole, lcrec, minionerec, csv or parquet.")
-    ] = "auto",
-    user: Annotated[str, typer.Option("--user", help="User column.")] = "user",
-    item: Annotated[str, typer.Option("--item", help="Item column.")] = "item",
-    timestamp: Annotated[str, typer.Option("--timestamp", help='Time column; "" = row order.')] = "timestamp",
-    block: Annotated[str | None, typer.Option("--block", help="Column of ready-made blocks 1, 2, ….")] = None,
-    items: Annotated[Path | None, typer.Option("--items", help="Item table (csv or parquet).")] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="Text column of the item table; repeatable.")] = None,
+    format: Format = "auto",
+    user: User = "user",
+    item: Item = "item",
+    timestamp: Timestamp = "timestamp",
+    block: Block = None,
+    weight: Weight = None,
+    items: Items = None,
+    text: Text = None,
     fractions: Annotated[str | None, typer.Option("--fractions", help="Block sizes, e.g. 0.6,0.1,0.1,0.1,0.1.")] = None,
     dates: Annotated[str | None, typer.Option("--dates", help="First day of block 2, 3, …: 2024-01-01,….")] = None,
     min_events: Annotated[int | None, typer.Option("--min-events", help="Least events of a user in a block.")] = None,
@@ -41,16 +54,42 @@ def import_(
         "k_core": k_core,
     }
     blocks = resolve(BlocksConfig, {key: value for key, value in given.items() if value is not None}, "data import")
-    columns = Columns(user=user, item=item, timestamp=timestamp, block=block, items=items, text=tuple(text or ()))
+    columns = Columns(user, item, timestamp, block, weight, items, tuple(text or ()))
     return streams.import_data(source, out, format, columns, blocks)
 
 
 @verb(app)
-def check(stream: StreamDir) -> dict[str, Any]:
-    """Verify a stream directory: hashes, order in time, leakage between blocks."""
+def check(
+    stream: Annotated[Path, typer.Argument(help="Stream directory, or a raw log: file, folder or glob.")],
+    format: Format = "auto",
+    user: User = "user",
+    item: Item = "item",
+    timestamp: Timestamp = "timestamp",
+    block: Block = None,
+    weight: Weight = None,
+    items: Items = None,
+    text: Text = None,
+    rejects: Annotated[Path | None, typer.Option("--rejects", help="Write all rejected rows to this csv file.")] = None,
+) -> dict[str, Any]:
+    """Verify a stream directory (hashes, time order, leakage), or explain every row of a raw log that is rejected."""
+    from cladapt.data.readers import Columns
+    from cladapt.errors import ConfigError
     from cladapt.pipeline import streams
 
-    return streams.check_data(stream)
+    columns = Columns(user, item, timestamp, block, weight, items, tuple(text or ()))
+    if not streams.is_source(stream, format):
+        if columns != Columns() or format != "auto" or rejects is not None:
+            raise ConfigError(
+                f"{stream} is no raw log, so --format, --rejects and column options cannot apply",
+                "leave these options out, or name the source of the stream",
+            )
+        return streams.check_data(stream)
+    report = streams.check_source(str(stream), format, columns, rejects)
+    if not output.json:
+        if report["rejected"] > SHOWN:
+            report["shown"] = f"the first {SHOWN} rejects of {report['rejected']}; all: --json, or --rejects FILE"
+        report["rejects"] = report["rejects"][:SHOWN] or "none"
+    return report
 
 
 @verb(app)

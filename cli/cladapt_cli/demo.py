@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path | None, typer.Option("--out", help="Directory to write; default: a new one in runs/.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of data, base and runs.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of data, base and runs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller stream and fewer epochs: a smoke test.")] = False,
 ) -> dict[str, Any]:
     """Simulate drifting users, train a tiny base, adapt it with PESO and fine-tuning, test and compare."""

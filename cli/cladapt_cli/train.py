@@ -1,5 +1,6 @@
 """`cladapt train` and `cladapt eval`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ def train(
     values = {**merge_overrides(load_recipe(recipe) if recipe else {}, given), **folders}
     values = merge_overrides(values, override or [])
     if resume is not None:
-        elsewhere = out is not None and out.resolve() != resume.resolve()
+        elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(resume)
         strange = {"--from-adapter": from_adapter, "--dry-run": dry_run, "--out": elsewhere}
         for option, used in strange.items():
             if used:

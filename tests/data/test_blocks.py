@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from cladapt.config import BlocksConfig
 from cladapt.data.blocks import build_stream, check_stream
-from cladapt.data.readers import RawLog, read
+from cladapt.data.histories import split_block, training_sequences, user_kinds
+from cladapt.data.readers import REJECTS, RawLog, read
 from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
 from cladapt.errors import ConfigError, DataError
 
@@ -33,7 +35,12 @@ def make_log(
     table = pl.DataFrame(
         {"item": list(texts), "text": list(texts.values())}, schema={"item": pl.String, "text": pl.String}
     )
-    return RawLog(frame, table, None, dropped or {}, {"log.csv": "0123"}, "csv")
+    return RawLog(frame, table, None, rejected(dropped or {}), {"log.csv": "0123"}, "csv")
+
+
+def rejected(counts: Mapping[str, int]) -> pl.DataFrame:
+    rows = [("log.csv", k, reason, "") for reason, count in counts.items() for k in range(count)]
+    return pl.DataFrame(rows, schema=REJECTS, orient="row")
 
 
 def timed(rows: Sequence[tuple[str, str, int]]) -> RawLog:
@@ -81,7 +88,7 @@ def test_a_date_opens_its_block_at_midnight_utc() -> None:
 def test_the_least_events_apply_inside_each_block_and_the_catalogue_ignores_them() -> None:
     rows = [("a", "x", 0), ("a", "y", 1), ("b", "rare", 2), ("a", "x", 3), ("b", "rare", 4), ("b", "y", 5)]
     log = replace(timed(rows), items=pl.DataFrame({"item": ["y", "never", "x"], "text": ["why", "no", None]}))
-    stream = build_stream(replace(log, dropped={"no_time": 3}, notes={"odd": 1}), cut(0.5, 0.5, min_events=2))
+    stream = build_stream(replace(log, rejects=rejected({"no_time": 3}), notes={"odd": 1}), cut(0.5, 0.5, min_events=2))
     assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 1), ("b", "rare", 2), ("b", "y", 2)]
     # `rare` is kept in block 2 only, but block 1's log had it already
     assert list(stream.items.iter_rows()) == [("x", "", 1), ("y", "why", 1), ("rare", "", 1)]
@@ -276,6 +283,53 @@ def test_a_broken_stream_is_found(changes: dict[int, tuple[Any, ...]], message: 
     rows = [changes.get(k, row) for k, row in enumerate(GOOD)]
     with pytest.raises(DataError, match=message):
         check_stream(stream_of(rows, {"x": 1, "y": 1, "z": 2}))
+
+
+def weigh(events: pl.DataFrame) -> pl.DataFrame:
+    return events.with_columns(weight=1.0 + pl.col("order") / 8)
+
+
+def test_weights_stay_with_their_events_and_change_nothing_else() -> None:
+    rows = [("b", "x", 5), ("a", "x", 0), ("a", "y", 9), ("lone", "z", 1), ("b", "y", 2), ("a", "y", 4), ("b", "x", 8)]
+    log, config = timed(rows), cut(0.5, 0.5, min_events=1, k_core=2)
+    plain, stream = build_stream(log, config), build_stream(replace(log, events=weigh(log.events)), config)
+    weight_of = {row: 1 + k / 8 for k, row in enumerate(rows)}
+    kept = stream.interactions.select("user", "item", "timestamp").rows()
+    assert stream.interactions["weight"].to_list() == [weight_of[row] for row in kept]
+    assert stream.interactions.drop("weight").equals(plain.interactions)
+    assert stream.items.equals(plain.items)
+    notes = dict(stream.manifest["notes"])
+    assert notes.pop("weights_kept_but_unused_in_training") == len(kept) == 6
+    assert {**stream.manifest, "notes": notes} == plain.manifest
+    for block in (1, 2):
+        for split in (split_block, user_kinds):
+            assert_same(split(stream, block), split(plain, block))
+        assert_same(training_sequences(stream, block), training_sequences(plain, block))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    if is_dataclass(expected):
+        for each in fields(expected):
+            assert np.array_equal(getattr(found, each.name), getattr(expected, each.name))
+    else:
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), None])
+def test_a_weight_that_is_no_weight_is_found(weight: float | None) -> None:
+    good = stream_of(GOOD, {"x": 1, "y": 1, "z": 2})
+    weights = pl.Series("weight", [1.0, 2.0, weight, 1.0, 1.0], dtype=pl.Float64)
+    with pytest.raises(DataError, match=r"\(user 'b', position 0, .*\) has a weight that is not finite and above 0"):
+        check_stream(replace(good, interactions=good.interactions.with_columns(weights)))
+
+
+def test_rows_that_had_to_be_sorted_are_noted() -> None:
+    rows = [("a", "x", 3), ("b", "x", 0), ("a", "y", 1), ("a", "z", 2), ("b", "y", 4)]
+    assert build_stream(timed(rows), cut(1.0)).manifest["notes"]["rows_sorted_by_time"] == 1
+    assert (
+        "rows_sorted_by_time"
+        not in build_stream(timed(sorted(rows, key=lambda row: row[2])), cut(1.0)).manifest["notes"]
+    )
 
 
 def test_peso_blocks_are_those_of_the_authors(shared_data: Path) -> None:

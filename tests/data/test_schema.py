@@ -126,3 +126,17 @@ def test_a_file_with_wrong_columns_is_named(saved: Path) -> None:
     items().drop("text").write_parquet(saved / "items.parquet")
     with pytest.raises(DataError, match=r"items\.parquet: wrong columns \(text: missing\)"):
         Stream.load(saved)
+
+
+def test_weights_are_an_optional_last_column_that_survives_the_files(tmp_path: Path) -> None:
+    weighted = interactions().with_columns(weight=pl.Series([0.5, 1.0, 2.0, 1e-9]))
+    stream = Stream(weighted, items())
+    assert stream.weighted
+    assert not Stream(interactions(), items()).weighted
+    stream.save(tmp_path / "s")
+    loaded = Stream.load(tmp_path / "s")
+    assert loaded.interactions.equals(weighted)
+    for view in ("users", "user_index", "item_index", "block"):
+        assert list(getattr(loaded, view)) == list(getattr(Stream(interactions(), items()), view))
+    with pytest.raises(DataError, match=r"stream interactions has the columns .*'weight': Int64"):
+        Stream(weighted.with_columns(pl.col("weight").cast(pl.Int64)), items())

@@ -232,3 +232,35 @@ def test_unloading_gives_the_base_back_bit_for_bit(base: Base) -> None:
     assert torch.equal(logits(base.model), plain)
     assert not any(p.requires_grad for p in base.model.parameters())
     assert torch.equal(logits(create_adapter(base, AdapterConfig(), seed=0).eval()), plain)  # and it can be lent again
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"r": "x"}, r"adapter_config\.json has r='x': Input should be a valid integer"),
+        ({"r": 10**9}, "states rank 1000000000, the factors have at most 3"),
+        ({"lora_alpha": None}, "has lora_alpha=None: Input should be a valid number"),
+        ({"lora_alpha": float("inf")}, "has lora_alpha=inf: Input should be a finite number"),
+        ({"peft_type": "LOHA"}, "has peft_type='LOHA': Input should be 'LORA'"),
+        ({"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\] does not name lm_head, which has factors"),
+        ({"target_modules": "("}, r"target_modules='\(' is no regular expression"),
+    ],
+)
+def test_a_configuration_that_is_not_of_its_factors_is_refused(
+    change: dict[str, object], text: str, base: Base, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "adapter", trained(base), base, {})
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    for use in (read_adapter, lambda folder, b: load_adapter(b, folder)):
+        with pytest.raises(DataError, match=text) as caught:
+            use(tmp_path / "adapter", base)
+        assert caught.value.hint == "restore the adapter directory, or export it again"
+
+
+def test_what_peft_cannot_apply_is_a_data_error(base: Base, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", trained(base), base, {})
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "nope"}))
+    with pytest.raises(DataError, match=r"adapter_config\.json: PEFT cannot apply it to this base: "):
+        load_adapter(base, tmp_path / "adapter")

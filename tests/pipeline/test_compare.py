@@ -196,6 +196,9 @@ def test_other_evaluation_settings_are_refused(key: str, value: Any, text: str, 
 def test_other_blocks_are_refused(world: Path, tmp_path: Path) -> None:
     run = copied(world, "finetune-0", tmp_path / "run")
     (run / "users" / "block_003.parquet").unlink()
+    with pytest.raises(DataError, match=r"are of two evaluations: block_003\.parquet in one alone \(cladapt eval"):
+        compare_runs([world / "peso-0", run])
+    changed(run, "metrics.json", lambda m: m.update(matrix=[row for row in m["matrix"] if row["block"] != 3]))
     with pytest.raises(ConfigError, match=r"blocks \[2, 3\] against \[2\]"):
         compare_runs([world / "peso-0", run])
 

@@ -325,6 +325,25 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["from_adapter", "else"])
+def test_an_input_that_the_run_does_not_have_is_told(name: str, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "peso", tmp_path / "run")
+    record = read_json(tmp_path / "run" / "config.json")
+    write_json(tmp_path / "run" / "config.json", {**record, "inputs": {**record["inputs"], name: "abc"}})
+    with pytest.raises(DataError, match=rf"began with other inputs: {name} \(.*\) is None, it was abc"):
+        runs.resume(tmp_path / "run", MemorySink())
+
+
+@pytest.mark.parametrize("start", [lambda config: runs.train(config, Path("run"), MemorySink()), runs.plan])
+def test_an_adapter_that_does_not_say_what_it_has_learned_is_no_start(start: Any, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "peso" / "adapters" / "block_002", tmp_path / "bare")
+    record = read_json(tmp_path / "bare" / "cladapt.json")
+    write_json(tmp_path / "bare" / "cladapt.json", {key: value for key, value in record.items() if key != "block"})
+    with pytest.raises(DataError, match=r"bare/cladapt\.json lacks block: what it has learned is not known"):
+        start(config_of(world).model_copy(update={"from_adapter": "bare"}))
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
 @pytest.mark.parametrize("given", ["data", "base"])
 def test_half_of_the_inputs_is_a_mistake(given: str, world: Path, tmp_path: Path) -> None:
     missing = {"data": "base", "base": "data"}[given]

@@ -59,6 +59,59 @@ def test_what_was_dropped_is_reported(log: Path, tmp_path: Path) -> None:
     assert sum(report["dropped"].values()) == 1
 
 
+def test_weights_come_along_and_change_nothing_else(log: Path, tmp_path: Path) -> None:
+    frame = pl.read_csv(log).with_columns(stars=pl.int_range(1, pl.len() + 1) / 2)
+    frame.write_csv(tmp_path / "rated.csv")
+    rated = str(tmp_path / "rated.csv")
+    plain = streams.import_data(rated, tmp_path / "plain", "csv", Columns(), HALVES)
+    report = streams.import_data(rated, tmp_path / "weighted", "csv", Columns(weight="stars"), HALVES)
+    assert report["notes"] == {**plain["notes"], "weights_kept_but_unused_in_training": 24}
+    assert report["blocks"] == plain["blocks"]
+    stream = Stream.load(tmp_path / "weighted")
+    assert stream.interactions.drop("weight").equals(Stream.load(tmp_path / "plain").interactions)
+    truth = dict(zip(frame.select("user", "item", "timestamp").rows(), frame["stars"], strict=True))
+    keys = stream.interactions.select("user", "item", "timestamp").rows()
+    assert stream.interactions["weight"].to_list() == [truth[key] for key in keys]
+    assert streams.check_data(tmp_path / "weighted")["blocks"] == plain["blocks"]
+    ids = [streams.build_tokens(tmp_path / name, TOKENS, index(stream, tmp_path)) for name in ("plain", "weighted")]
+    assert ids[0]["fingerprint"] == ids[1]["fingerprint"]
+
+
+def index(stream: Stream, folder: Path) -> Path:
+    tokens = {item: ["<a_0>", f"<b_{n}>"] for n, item in enumerate(stream.items["item"])}
+    (folder / "ids.json").write_text(json.dumps(tokens))
+    return folder / "ids.json"
+
+
+def test_a_source_is_told_from_a_stream(log: Path, simulated: Path, tmp_path: Path) -> None:
+    assert streams.is_source(log, "auto")
+    assert streams.is_source(tmp_path / "*.csv", "auto")
+    assert not streams.is_source(simulated, "auto")  # its parquet files are no log
+    assert streams.is_source(simulated, "parquet")
+    (simulated / "manifest.json").unlink()
+    assert not streams.is_source(simulated, "auto")
+    assert not streams.is_source(tmp_path / "nowhere", "auto")
+
+
+def test_checking_a_source_tells_what_importing_it_does(log: Path, tmp_path: Path) -> None:
+    with log.open("a") as handle:
+        handle.write("u0,i1,soon\nu0,i0,0\n,i1,5\n")
+    report = streams.check_source(str(log), "auto", Columns(), tmp_path / "rejects.csv")
+    imported = streams.import_data(str(log), tmp_path / "out", "auto", Columns(), HALVES)
+    assert report["dropped"] == {"bad_time": 1, "duplicate": 1, "no_user": 1}
+    assert {**report["dropped"], "k_core": 0, "min_events": 0} == imported["dropped"]
+    assert [report[key] for key in ("users", "items", "interactions")] == [4, 6, 24]
+    assert (report["first"], report["last"]) == (0, 1005)
+    assert (report["out_of_order"], report["weighted"], report["semantic_ids"]) == (0, False, 0)
+    assert report["repeated_user_item_pairs"] == streams.data_stats(tmp_path / "out")["repeated_user_item_pairs"]
+    assert report["rejects"] == [
+        {"file": str(log), "line": 26, "reason": "bad_time", "value": "soon"},
+        {"file": str(log), "line": 27, "reason": "duplicate", "value": "u0 i0 0.0"},
+        {"file": str(log), "line": 28, "reason": "no_user", "value": ""},
+    ]
+    assert pl.read_csv(tmp_path / "rejects.csv").fill_null("").to_dicts() == report["rejects"]
+
+
 def test_totals_by_hand(log: Path, tmp_path: Path) -> None:
     streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES)
     stats = streams.data_stats(tmp_path / "out")

@@ -114,8 +114,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "position.json").write_text('{"block": 2, "po'),
         r"position\.json:1:\d+: not valid",
     ),
-    "another form": (lambda f: (f / "position.json").write_text('{"block": 2}'), r"position\.json has an unknown form"),
-    "a list": (lambda f: (f / "position.json").write_text("[]"), r"position\.json has an unknown form"),
+    "another form": (
+        lambda f: (f / "position.json").write_text('{"block": 2}'),
+        r"position\.json lacks config, position, state",
+    ),
+    "a list": (lambda f: (f / "position.json").write_text("[]"), r"position\.json: expected a JSON object, found \[\]"),
     "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], r"no such file: .*position\.json"),
 }
 

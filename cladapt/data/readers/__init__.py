@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from cladapt.data.readers._base import DEFAULT_COLUMNS, Columns, RawLog, Reader, files_of
+from cladapt.data.readers._base import DEFAULT_COLUMNS, REJECTS, Columns, NoRows, RawLog, Reader, files_of
 from cladapt.data.readers.lcrec import LcRecReader
 from cladapt.data.readers.minionerec import MiniOneRecReader
 from cladapt.data.readers.movielens import MovieLensReader
@@ -12,7 +12,7 @@ from cladapt.data.readers.recbole import RecBoleReader
 from cladapt.data.readers.tables import CSV, PARQUET
 from cladapt.errors import ConfigError, DataError
 
-__all__ = ["READERS", "Columns", "RawLog", "Reader", "read"]
+__all__ = ["READERS", "REJECTS", "Columns", "NoRows", "RawLog", "Reader", "read", "reader_for"]
 
 _ALL: tuple[Reader, ...] = (
     PesoReader(),
@@ -28,6 +28,11 @@ READERS: dict[str, Reader] = {reader.name: reader for reader in _ALL}
 
 def read(src: Path | str, format: str = "auto", columns: Columns = DEFAULT_COLUMNS) -> RawLog:
     """Read a file, folder or glob; `auto` takes the one format that fits. `DataError` says what did not fit."""
+    return reader_for(src, format).read(Path(src), columns)
+
+
+def reader_for(src: Path | str, format: str = "auto") -> Reader:
+    """The reader of a source; `DataError` when there is no source or `auto` finds no format, or several."""
     src = Path(src)
     if format != "auto" and format not in READERS:
         near = difflib.get_close_matches(format, READERS, n=1)
@@ -37,7 +42,7 @@ def read(src: Path | str, format: str = "auto", columns: Columns = DEFAULT_COLUM
         )
     if not src.is_dir() and not files_of(src):
         raise DataError(f"no such file or folder: {src}", "check the path; quote a glob so that the shell leaves it")
-    return (_detect(src) if format == "auto" else READERS[format]).read(src, columns)
+    return _detect(src) if format == "auto" else READERS[format]
 
 
 def _detect(src: Path) -> Reader:

@@ -1,20 +1,36 @@
 """What the readers share: the raw log they return, the contract they meet, and the cleaning of rows.
 
-A row that cannot be used is dropped and counted under a reason; nothing disappears without a number.
+A row that cannot be used becomes a reject with its file, line and reason; nothing disappears without a number.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import polars as pl
 
 from cladapt.artifacts import hash_file
-from cladapt.data.readers._parse import to_ids, to_seconds
+from cladapt.data.readers._parse import to_ids, to_seconds, to_weights
 from cladapt.errors import ConfigError, DataError
 
 NO_ITEMS = pl.DataFrame(schema={"item": pl.String(), "text": pl.String()})
+REJECTS = {
+    "file": pl.String(),
+    "line": pl.Int64(),  # line of a text file, row of a parquet file, both from 1; null where neither is known
+    "reason": pl.String(),
+    "value": pl.String(),  # what cannot be used, "" where it is missing
+}
+NO_REJECTS = pl.DataFrame(schema=REJECTS)
+LONGEST_VALUE = 80
+ROLES = {
+    "user": "user id: text or whole number",
+    "item": "item id: text or whole number",
+    "timestamp": "time: unix seconds, ISO 8601 or a datetime type",
+    "block": "block number 1, 2, 3, …",
+    "weight": "weight of the event: finite and above 0",
+}
 
 
 @dataclass(frozen=True)
@@ -23,19 +39,37 @@ class RawLog:
 
     events: pl.DataFrame
     """user String, item String, timestamp Int64 | null (unix seconds), order Int64 (ties in time keep it),
-    block Int32 | null (only where the source has ready-made blocks)."""
+    block Int32 | null (only where the source has ready-made blocks), and weight Float64 only when it was asked for."""
     items: pl.DataFrame
     """item String (unique), text String; may hold items that never occur, may be empty."""
     index: Mapping[str, tuple[str, ...]] | None
     """A semantic-ID index found with the source: item -> ("<a_1>", "<b_7>", …)."""
-    dropped: Mapping[str, int]
-    """Reason -> rows that are not in `events` or `items`."""
+    rejects: pl.DataFrame
+    """Rows that are not in `events` or `items`: the columns of `REJECTS`."""
     files: Mapping[str, str]
     """File name -> hash of its bytes."""
     source: str
     """Name of the reader."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """Oddity -> how often it was seen, for oddities that dropped nothing."""
+
+    @cached_property
+    def out_of_order(self) -> int:
+        """Events before which the source has a later one of the same user; cutting blocks sorts them by time."""
+        return int(self.events.select(pl.col("timestamp").diff().over("user") < 0).to_series().sum())
+
+    @cached_property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> rejected rows."""
+        return count_reasons(self.rejects)
+
+
+class NoRows(DataError):
+    """A log without a usable row; `rejects` says what is wrong with each."""
+
+    def __init__(self, message: str, hint: str, rejects: pl.DataFrame) -> None:
+        super().__init__(message, hint)
+        self.rejects = rejects
 
 
 @dataclass(frozen=True)
@@ -49,10 +83,18 @@ class Columns:
     """Empty = the source has no times and its row order is the order in time."""
     block: str | None = None
     """Ready-made blocks 1, 2, 3, …"""
+    weight: str | None = None
+    """How much an event counts: finite and above 0."""
     items: Path | None = None
     """Item table."""
     text: tuple[str, ...] = ()
     """Text columns of the item table; empty = all but the id."""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role -> column, for the columns of the log in use."""
+        names = {role: getattr(self, role) for role in ROLES}
+        return {role: name for role, name in names.items() if name is not None and (role, name) != ("timestamp", "")}
 
 
 DEFAULT_COLUMNS = Columns()
@@ -72,6 +114,9 @@ class Reader(Protocol):
     @property
     def generic(self) -> bool:
         """Whether other formats may use the same file type, so that `auto` asks this reader after the others."""
+
+    def schema(self, columns: Columns) -> dict[str, str]:
+        """Part of the source (column, file) -> what it must hold."""
 
     def detects(self, src: Path) -> bool:
         """Whether `src` (file, folder or glob) looks like this format."""
@@ -118,71 +163,109 @@ def refuse_columns(reader: Reader, columns: Columns) -> None:
         )
 
 
-def parse_events(frame: pl.DataFrame, where: str) -> pl.DataFrame:
-    """Ids, exact unix seconds and the reason to drop a row, from columns of any readable type.
+def event_schema(names: Mapping[str, str]) -> dict[str, str]:
+    """Column -> what it must hold, from role -> column."""
+    return {name: ROLES[role] for role, name in names.items()}
 
-    In: user, item, and where the source has them timestamp, block (Int32), reason (String). A frame without timestamp
-    has only an order. Out: user String, item String, exact Float64, block Int32, reason String (null = keep).
+
+def parse_events(frame: pl.DataFrame, where: str) -> pl.DataFrame:
+    """Ids, exact unix seconds and the reason to reject a row, from columns of any readable type.
+
+    In: user, item, and where the source has them timestamp, weight, block (Int32), file, line, reason and value
+    (String). A frame without timestamp has only an order. Out: user String, item String, exact Float64, block Int32,
+    file String (`where` unless given), line Int64, reason String (null = keep), value String, and weight if it was in.
     """
     user = to_ids(frame["user"], f"{where}: user")
     item = to_ids(frame["item"], f"{where}: item")
-    missing = pl.lit(None)
-    reason = pl.coalesce(
-        pl.col("reason") if "reason" in frame.columns else missing,
-        pl.when(user.is_null()).then(pl.lit("no_user")).when(item.is_null()).then(pl.lit("no_item")),
-    )
-    exact = pl.lit(None, dtype=pl.Float64)
+    exact = pl.Series("exact", dtype=pl.Float64).extend_constant(None, frame.height)
+    # reason, where it applies, the value to show; a row is told the first that applies
+    problems: list[tuple[str, pl.Series, str | pl.Series]] = [
+        ("no_user", user.is_null(), ""),
+        ("no_item", item.is_null(), ""),
+    ]
     if "timestamp" in frame.columns:
-        times = frame["timestamp"]
-        seconds = to_seconds(times, f"{where}: timestamp")
-        blank = times.is_null() | (times.str.strip_chars() == "") if times.dtype == pl.String else times.is_null()
-        reason = pl.coalesce(
-            reason, pl.when(blank).then(pl.lit("no_time")).when(seconds.is_null()).then(pl.lit("bad_time"))
-        )
-        exact = pl.lit(seconds)
-    return frame.select(
+        exact = to_seconds(frame["timestamp"], f"{where}: timestamp").alias("exact")
+        problems += _number_problems("time", frame["timestamp"], exact)
+    weights: list[pl.Series] = []
+    if "weight" in frame.columns:
+        weights = [to_weights(frame["weight"], f"{where}: weight").alias("weight")]
+        problems += _number_problems("weight", frame["weight"], *weights)
+    given = {"block": None, "file": where, "line": None, "reason": None, "value": None}
+    rows = frame.with_columns(pl.lit(value).alias(name) for name, value in given.items() if name not in frame.columns)
+    reasons = [pl.when(applies).then(pl.lit(reason)) for reason, applies, _ in problems]
+    values = [pl.when(applies).then(pl.lit(shown)) for _, applies, shown in problems]
+    return rows.select(
         user.alias("user"),
         item.alias("item"),
-        exact.alias("exact"),
-        (pl.col("block") if "block" in frame.columns else missing).cast(pl.Int32).alias("block"),
-        reason.cast(pl.String).alias("reason"),
+        exact,
+        pl.col("block").cast(pl.Int32),
+        "file",
+        pl.col("line").cast(pl.Int64),
+        pl.coalesce("reason", *reasons).cast(pl.String),
+        pl.coalesce("value", *values).cast(pl.String).str.head(LONGEST_VALUE),
+        *weights,
     )
 
 
-def clean_events(parsed: pl.DataFrame, where: str) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The `events` frame of a log and what was dropped: rows with a reason, then exact repeats of timed rows.
+def _number_problems(what: str, column: pl.Series, numbers: pl.Series) -> list[tuple[str, pl.Series, str | pl.Series]]:
+    """Rows where a column is empty, and rows where it holds something that gave no number."""
+    blank = column.is_null() | (column.str.strip_chars() == "") if column.dtype == pl.String else column.is_null()
+    return [(f"no_{what}", blank, ""), (f"bad_{what}", ~blank & numbers.is_null(), column.cast(pl.String))]
+
+
+def clean_events(parsed: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The `events` and the `rejects` of a log, in its order: rows with a reason, then exact repeats of timed rows.
 
     Without times a repeat cannot be told from a second visit, so it stays.
     """
-    dropped = dict(parsed.drop_nulls("reason").group_by("reason").len().sort("reason").iter_rows())
-    kept = parsed.with_row_index("order").filter(pl.col("reason").is_null())
-    if kept.is_empty():
-        counts = ", ".join(f"{reason}: {rows}" for reason, rows in dropped.items())
-        raise DataError(
+    rows = parsed.with_row_index("order")
+    usable = rows.filter(pl.col("reason").is_null())
+    rejects = rows.drop_nulls("reason")
+    if usable.is_empty():
+        counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(count_reasons(rejects).items()))
+        raise NoRows(
             f"{where}: none of the {parsed.height} rows can be used" + (f" ({counts})" if counts else ""),
             "check that the columns hold user ids, item ids and times (unix seconds or ISO dates)",
+            rejects.select(*REJECTS),
         )
-    if not kept["exact"].has_nulls():
-        unique = kept.unique(["user", "item", "exact"], keep="first", maintain_order=True)
-        if unique.height < kept.height:
-            dropped["duplicate"] = kept.height - unique.height
-        kept = unique
-        if (kept["exact"] % 1 != 0).any():
+    order = pl.col("order").cast(pl.Int64)
+    if not usable["exact"].has_nulls():
+        first = usable.select(pl.struct("user", "item", "exact").is_first_distinct()).to_series()
+        event = pl.concat_str("user", "item", "exact", separator=" ").str.head(LONGEST_VALUE)
+        repeats = usable.filter(~first).with_columns(reason=pl.lit("duplicate"), value=event)
+        usable, rejects = usable.filter(first), pl.concat([rejects, repeats])
+        if (usable["exact"] % 1 != 0).any():
             # timestamps are whole seconds; the order keeps what they lose
-            kept = kept.sort("exact", "order").with_columns(order=pl.int_range(pl.len()))
-    events = kept.select(
+            order = pl.col("exact").rank("ordinal").cast(pl.Int64) - 1
+    events = usable.select(
         "user",
         "item",
         pl.col("exact").floor().cast(pl.Int64).alias("timestamp"),
-        pl.col("order").cast(pl.Int64),
+        order.alias("order"),
         "block",
+        *(["weight"] if "weight" in usable.columns else []),
     )
-    return events, dropped
+    return events, rejects.sort("order").select(*REJECTS)
 
 
-def clean_items(items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The `items` frame of a log and what was dropped: rows without an id, then later rows of an id."""
-    known = items.select("item", pl.col("text").fill_null("")).drop_nulls("item")
-    unique = known.unique("item", keep="first", maintain_order=True)
-    counts = {"item_row_without_id": items.height - known.height, "item_row_repeated": known.height - unique.height}
-    return unique, {reason: rows for reason, rows in counts.items() if rows}
+def clean_items(items: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The `items` and the `rejects` of an item table: rows without an id, then later rows of an id.
+
+    In: item, text, and where the source has them line, reason and value. An item's first usable row stays.
+    """
+    absent = [name for name in ("line", "reason", "value") if name not in items.columns]
+    rows = items.with_columns(*(pl.lit(None, dtype=REJECTS[name]).alias(name) for name in absent))
+    unnamed = pl.when(pl.col("item").is_null()).then(pl.lit("item_row_without_id"))
+    rows = rows.with_columns(reason=pl.coalesce("reason", unnamed))
+    usable = pl.col("reason").is_null()
+    again = pl.when(usable & ~pl.col("item").is_first_distinct().over(usable)).then(pl.lit("item_row_repeated"))
+    rows = rows.with_columns(reason=pl.coalesce("reason", again))
+    value = pl.coalesce("value", "item", pl.lit("")).str.head(LONGEST_VALUE)
+    rejects = rows.drop_nulls("reason").with_columns(value=value, file=pl.lit(where))
+    kept = rows.filter(pl.col("reason").is_null()).select("item", pl.col("text").fill_null(""))
+    return kept, rejects.with_columns(pl.col("line").cast(pl.Int64)).select(*REJECTS)
+
+
+def count_reasons(rejects: pl.DataFrame) -> dict[str, int]:
+    """Reason -> rejected rows."""
+    return dict(rejects.group_by("reason", maintain_order=True).len().iter_rows())

@@ -25,7 +25,7 @@ def to_ids(column: pl.Series, where: str) -> pl.Series:
     elif not (dtype.is_integer() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise DataError(f"{where}: a column of type {dtype} holds no ids", "ids are texts or whole numbers")
     texts = column.cast(pl.String)
-    return texts.set(texts == "", None)
+    return texts.set(texts.str.strip_chars() == "", None)
 
 
 def to_seconds(column: pl.Series, where: str) -> pl.Series:
@@ -81,6 +81,15 @@ def _iso_seconds(texts: pl.Series) -> pl.Series:
         )
         .to_series()
     )
+
+
+def to_weights(column: pl.Series, where: str) -> pl.Series:
+    """Weights of events, float64, null where unreadable, not finite or not above 0."""
+    if not (column.dtype.is_numeric() or column.dtype in (pl.String, pl.Null)):
+        raise DataError(f"{where}: a column of type {column.dtype} holds no weights", "use numbers above 0")
+    texts = column.str.strip_chars() if column.dtype == pl.String else column
+    numbers = texts.cast(pl.Float64, strict=False)
+    return numbers.set(~(numbers.is_finite() & (numbers > 0)), None)
 
 
 def join_text(columns: pl.DataFrame, where: str) -> pl.Series:

@@ -13,6 +13,7 @@ import polars as pl
 from cladapt.artifacts import read_json
 from cladapt.data.readers._base import (
     NO_ITEMS,
+    NO_REJECTS,
     Columns,
     RawLog,
     clean_events,
@@ -35,6 +36,13 @@ class LcRecReader:
     expects = "a <D>.inter.json file {user: [items]} or its folder, <D>.item.json and <D>.index.json beside it"
     generic = False
 
+    def schema(self, columns: Columns) -> dict[str, str]:
+        return {
+            "<D>.inter.json": "{user: [items, oldest first]}",
+            "<D>.item.json": "{item: {title: …, description: …}}, may be missing",
+            "<D>.index.json": "{item: [tokens]}, may be missing",
+        }
+
     def detects(self, src: Path) -> bool:
         return bool(_logs(src))
 
@@ -46,9 +54,9 @@ class LcRecReader:
             raise DataError(f"{src} has {found}, expected one dataset", f"expected {self.expects}")
         ((dataset, log),) = logs.items()
         rows = _read_log(log)
-        events, dropped = clean_events(parse_events(rows, str(log)), str(log))
+        events, rejects = clean_events(parse_events(rows, str(log)), str(log))
         table = log.with_name(f"{dataset}.item.json")
-        items, dropped_items = _read_items(table) if table.is_file() else (NO_ITEMS, {})
+        items, item_rejects = _read_items(table) if table.is_file() else (NO_ITEMS, NO_REJECTS)
         index_file = find_index(log.parent, dataset)
         index = read_index(index_file) if index_file else None
         notes = {"users_without_times_ordered_by_relative_position": rows["user"].n_unique()}
@@ -57,7 +65,7 @@ class LcRecReader:
         files = [path for path in (log, table, index_file) if path is not None and path.is_file()]
         hashes = hash_files(files, log.parent)
         notes = {name: count for name, count in notes.items() if count}
-        return RawLog(events, items, index, dropped | dropped_items, hashes, self.name, notes)
+        return RawLog(events, items, index, pl.concat([rejects, item_rejects]), hashes, self.name, notes)
 
 
 def _logs(src: Path) -> dict[str, Path]:
@@ -82,14 +90,14 @@ def _read_log(path: Path) -> pl.DataFrame:
     return frame.with_columns(place=place).sort("place", maintain_order=True).drop("place")
 
 
-def _read_items(path: Path) -> tuple[pl.DataFrame, dict[str, int]]:
+def _read_items(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Items with the text `field | field | …` of their non-empty fields, in the file's order."""
     value = read_json(path)
     if not isinstance(value, dict) or not all(isinstance(fields, dict) for fields in value.values()):
         raise DataError(f"{path}: expected {{item: {{field: text}}}}", "restore this file")
     texts = [" | ".join(text for field in fields.values() if (text := _text(field))) for fields in value.values()]
     schema = {"item": pl.String, "text": pl.String}
-    return clean_items(pl.DataFrame({"item": list(value), "text": texts}, schema=schema))
+    return clean_items(pl.DataFrame({"item": list(value), "text": texts}, schema=schema), str(path))
 
 
 def _text(field: Any) -> str:

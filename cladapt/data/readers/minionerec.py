@@ -1,12 +1,13 @@
 """The csv splits of MiniOneRec and ReRe: one sample a row, its history and its target, in global time order.
 
-Columns user_id, item_id, history_item_id, and where there are item_title, item_sid, history_item_title and
-history_item_sid; histories are Python lists written out. Splits follow one another in time: train, valid, test. A
-user's events are the history of the first row, then the target of every row.
+Columns user_id, item_id, history_item_id, and where there are item_title, item_sid, timestamp and their history_… lists
+(written out by Python). A user's events are the history of the first row, then the target of every row; without a
+timestamp column the rows of train, valid, test, in this order, are the clock. `notes` count histories that disagree.
 """
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from cladapt.data.readers._base import (
     refuse_columns,
 )
 from cladapt.data.readers._index import shorten
-from cladapt.data.readers.tables import header_line, load
+from cladapt.data.readers.tables import exact_lines, header_line, load, row_numbers
 from cladapt.errors import DataError
 
 NEEDED = ("user_id", "item_id", "history_item_id")
-TARGETS = {"title": "item_title", "sid": "item_sid"}
-SPLITS = ("train", "valid", "test")
+SIDES = {"title": "item_title", "sid": "item_sid"}
+TIME = "timestamp"
+SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}  # word in a name -> split, in time order
 TOKEN = re.compile(r"<[^<>]+>")
+EVENTS = {"user": pl.String, "item": pl.String, "timestamp": pl.String, "file": pl.String, "line": pl.Int64}
 
 
 class MiniOneRecReader:
@@ -39,6 +42,16 @@ class MiniOneRecReader:
     expects = "csv splits train, valid, test (in the file's or its folder's name) with user_id,item_id,history_item_id"
     generic = False
 
+    def schema(self, columns: Columns) -> dict[str, str]:
+        return {
+            "user_id": "user id",
+            "item_id": "item id of the target",
+            "history_item_id": "list of item ids, oldest first, e.g. ['B01', 'B02']",
+            "timestamp, history_timestamp": "unix seconds of the target, list of those of the history; may be missing",
+            "item_title, history_item_title": "text, list of texts; may be missing",
+            "item_sid, history_item_sid": "semantic ID such as <a_1><b_7>, list of them; may be missing",
+        }
+
     def detects(self, src: Path) -> bool:
         return bool(_files(src))
 
@@ -46,19 +59,17 @@ class MiniOneRecReader:
         refuse_columns(self, columns)
         files = _in_order(src, _files(src), self.expects)
         rows = [row for path in files for row in _rows(path)]
-        events, known = _events(rows)
-        clean, dropped = clean_events(parse_events(events, str(src)), str(src))
-        items, dropped_items = clean_items(
-            pl.DataFrame({"item": list(known), "text": [str(k.get("title") or "") for k in known.values()]},
-                         schema={"item": pl.String, "text": pl.String})
-        )  # fmt: skip
-        index = _index(known)
-        root = src if src.is_dir() else src.parent
-        notes = {"events_from_first_histories": events.height - len(rows)}
-        return RawLog(
-            clean, items, index, dropped | dropped_items, hash_files(files, root), self.name,
-            {name: count for name, count in notes.items() if count},
-        )  # fmt: skip
+        timed = {TIME in row for row in rows}
+        if len(timed) > 1:
+            raise DataError(f"{src}: some splits have a {TIME} column, others have none", "make all splits alike")
+        events, known, notes = _events(rows)
+        parsed = parse_events(events if True in timed else events.drop("timestamp"), str(src))
+        clean, rejects = clean_events(parsed, str(src))
+        texts = [about.get("title", "") for about in known.values()]
+        schema = {"item": pl.String, "text": pl.String}
+        items, _ = clean_items(pl.DataFrame({"item": list(known), "text": texts}, schema=schema), str(src))
+        hashes = hash_files(files, src if src.is_dir() else src.parent)
+        return RawLog(clean, items, _index(known), rejects, hashes, self.name, notes)
 
 
 def _files(src: Path) -> list[Path]:
@@ -73,61 +84,80 @@ def _in_order(src: Path, files: list[Path], expects: str) -> list[Path]:
     by_split: dict[str, Path] = {}
     for path in files:
         words = re.split(r"[^a-z]+", str(path.relative_to(src)).lower())
-        splits = [split for split in SPLITS if split in words]
+        splits = list({SPLITS[word] for word in words if word in SPLITS})
         if len(splits) != 1 or splits[0] in by_split:
             raise DataError(
-                f"{path} is not the one file of a split ({' or '.join(SPLITS)})", f"expected {expects}; name one file"
+                f"{path} is not the one file of a split (train or valid or test)", f"expected {expects}; name one file"
             )
         by_split[splits[0]] = path
     if not by_split:
         raise DataError(f"{src} has no such csv", f"expected {expects}")
-    return [by_split[split] for split in SPLITS if split in by_split]
+    return [by_split[split] for split in dict.fromkeys(SPLITS.values()) if split in by_split]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     present = set(header_line(path).split(","))
-    optional = [name for t in TARGETS.values() for name in (t, f"history_{t}") if name in present]
+    optional = [name for target in (*SIDES.values(), TIME) for name in (target, f"history_{target}") if name in present]
     table = load(path, [*NEEDED, *optional], "restore the header of MiniOneRec's splits")
-    for line, row in enumerate(table.iter_rows(named=True), start=2):
-        yield {**row, "where": f"{path}:{line}"}
+    for row in table.with_columns(exact_lines(path, row_numbers(path, table))).iter_rows(named=True):
+        yield {**row, "file": str(path)}
 
 
-def _events(rows: list[dict[str, Any]]) -> tuple[pl.DataFrame, dict[str, dict[str, str]]]:
-    """user and item in time order, and item -> its title and sid as first seen."""
-    events: list[tuple[Any, Any]] = []
+def _events(rows: list[dict[str, Any]]) -> tuple[pl.DataFrame, dict[str, dict[str, str]], dict[str, int]]:
+    """Events in the order of the rows, item -> its title and sid as first seen, and the oddities.
+
+    A row without a user is one event, whatever its history: nobody else can be told to have had it.
+    """
+    events: list[tuple[Any, ...]] = []
     known: dict[str, dict[str, str]] = {}
-    seen: set[Any] = set()
+    notes: Counter[str] = Counter()
+    before: dict[str, list[str]] = {}
     for row in rows:
         user, item = row["user_id"], row["item_id"]
-        if user not in seen:
-            seen.add(user)
-            past = _list(row, "history_item_id")
-            known |= {str(each): {} for each in past if str(each) not in known}
-            events += [(user, str(each)) for each in past]
-            sides = {key: _list(row, f"history_{name}") for key, name in TARGETS.items() if f"history_{name}" in row}
-            for key, values in sides.items():
-                if len(values) != len(past):
-                    raise DataError(
-                        f"{row['where']}: history_{TARGETS[key]} has {len(values)} entries, "
-                        f"history_item_id {len(past)}",
-                        "make the split again",
-                    )
-                for each, value in zip(past, values, strict=True):
-                    known.setdefault(str(each), {}).setdefault(key, str(value))
-        events.append((user, item))
+        place = (row["file"], row["line"])
+        past = [str(each) for each in _list(row, "history_item_id")]
+        sides = {key: _side(row, name, len(past)) for key, name in SIDES.items() if f"history_{name}" in row}
+        for k, each in enumerate(past):
+            _learn(known, each, {key: values[k] for key, values in sides.items()}, row)
         if item:
-            about = known.setdefault(item, {})
-            for key, name in TARGETS.items():
-                if row.get(name):
-                    about.setdefault(key, row[name])
-                    if key == "sid" and about[key] != row[name]:
-                        raise DataError(
-                            f"{row['where']}: item {item!r} has the semantic ID {row[name]!r}, "
-                            f"before it had {about[key]!r}",
-                            "make all splits from one index",
-                        )
-    schema = {"user": pl.String, "item": pl.String}
-    return pl.DataFrame(events, schema=schema, orient="row"), known
+            _learn(known, item, {key: row.get(name) for key, name in SIDES.items()}, row)
+        if not user:
+            events.append((user, item, row.get(TIME), *place))
+            continue
+        if user not in before:
+            before[user] = past
+            has_times = f"history_{TIME}" in row
+            # a history without times of its own stands at its first target's
+            times = _side(row, TIME, len(past)) if has_times else [row.get(TIME)] * len(past)
+            events += [(user, each, time, *place) for each, time in zip(past, times, strict=True)]
+            notes["events_from_first_histories"] += len(past)
+            notes["events_at_the_time_of_the_next"] += len(past) if TIME in row and not has_times else 0
+        elif past != before[user][len(before[user]) - len(past) :]:
+            notes["histories_that_disagree_with_earlier_rows"] += 1
+        events.append((user, item, row.get(TIME), *place))
+        before[user] = [*before[user], *([item] if item else [])]
+    return pl.DataFrame(events, schema=EVENTS, orient="row"), known, dict(+notes)
+
+
+def _learn(known: dict[str, dict[str, str]], item: str, about: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Keep what a row says of an item; an item has one semantic ID."""
+    entry = known.setdefault(item, {})
+    for key, value in about.items():
+        if value and entry.setdefault(key, value) != value and key == "sid":
+            raise DataError(
+                f"{_place(row)}: item {item!r} has the semantic ID {value!r}, before it had {entry[key]!r}",
+                "make all splits from one index",
+            )
+
+
+def _side(row: Mapping[str, Any], name: str, count: int) -> list[str]:
+    """The history_… list of a column as texts, as long as history_item_id."""
+    values = _list(row, f"history_{name}")
+    if len(values) != count:
+        raise DataError(
+            f"{_place(row)}: history_{name} has {len(values)} entries, history_item_id {count}", "make the split again"
+        )
+    return [str(value) for value in values]
 
 
 def _list(row: Mapping[str, Any], name: str) -> list[Any]:
@@ -139,9 +169,13 @@ def _list(row: Mapping[str, Any], name: str) -> list[Any]:
         value = None
     if not isinstance(value, list):
         raise DataError(
-            f"{row['where']}: {name} is {shorten(text)}, expected a list", "e.g. ['B01', 'B02'], oldest first"
+            f"{_place(row)}: {name} is {shorten(text)}, expected a list", "e.g. ['B01', 'B02'], oldest first"
         )
     return value
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['file']}:{row['line']}"
 
 
 def _index(known: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, ...]] | None:

@@ -35,6 +35,12 @@ class PesoReader:
     expects = "a folder with <D>.all.block_<k>.json files, and <D>.index*.json where there is one"
     generic = False
 
+    def schema(self, columns: Columns) -> dict[str, str]:
+        return {
+            "<D>.all.block_<k>.json": "{user: {previous_block: [items], current_block: [items]}}, oldest first",
+            "<D>.index*.json": "{item: [tokens]}, may be missing",
+        }
+
     def detects(self, src: Path) -> bool:
         return bool(_block_files(src))
 
@@ -46,8 +52,8 @@ class PesoReader:
             raise DataError(f"{src} {found}, expected one dataset", f"expected {self.expects}")
         ((dataset, files),) = datasets.items()
         blocks = {k + 1: _read_block(path) for k, path in sorted(files.items())}
-        parsed = parse_events(_events(blocks), str(src))
-        events, dropped = clean_events(parsed, str(src))
+        names = {k + 1: str(path) for k, path in files.items()}
+        events, rejects = clean_events(parse_events(_events(blocks, names), str(src)), str(src))
         index_file = find_index(files[min(files)].parent, dataset)
         index = read_index(index_file) if index_file else None
         notes = _check_previous(blocks)
@@ -55,7 +61,7 @@ class PesoReader:
             notes["items_missing_in_index"] = len(set(events["item"]) - set(index))
         items = pl.Series("item", list(index or ()), dtype=pl.String).to_frame().with_columns(text=pl.lit(""))
         sources = [*files.values(), *([index_file] if index_file else [])]
-        return RawLog(events, items, index, dropped, hash_files(sorted(sources), sources[0].parent), self.name, +notes)
+        return RawLog(events, items, index, rejects, hash_files(sorted(sources), sources[0].parent), self.name, +notes)
 
 
 def _block_files(src: Path) -> dict[str, dict[int, Path]]:
@@ -87,9 +93,11 @@ def _ids(path: Path, user: str, row: Any, key: str) -> list[str]:
     return ids
 
 
-def _events(blocks: Mapping[int, dict[str, tuple[list[str], list[str]]]]) -> pl.DataFrame:
-    rows = [(user, current, block) for block, users in blocks.items() for user, (_, current) in users.items()]
-    schema: dict[str, Any] = {"user": pl.String, "item": pl.List(pl.String), "block": pl.Int32}
+def _events(blocks: Mapping[int, dict[str, tuple[list[str], list[str]]]], files: Mapping[int, str]) -> pl.DataFrame:
+    rows = [
+        (user, current, block, files[block]) for block, users in blocks.items() for user, (_, current) in users.items()
+    ]
+    schema: dict[str, Any] = {"user": pl.String, "item": pl.List(pl.String), "block": pl.Int32, "file": pl.String}
     return pl.DataFrame(rows, schema=schema, orient="row").explode("item").drop_nulls("item")
 
 

@@ -1,7 +1,7 @@
 """RecBole's atomic files: tab-separated tables whose header says `name:type`.
 
-`<D>.inter` holds the interactions and `<D>.item`, where there is one, the items; `.user` and `.kg` are not read. Ids
-and times go by RecBole's own names (`user_id`, `item_id`, `timestamp`) unless columns are mapped.
+`<D>.inter` holds the interactions and `<D>.item`, where there is one, the items; `.user` and `.kg` are not read (notes
+count the fields of `.user`). Ids and times go by RecBole's own names unless columns are mapped.
 """
 
 from pathlib import Path
@@ -11,10 +11,12 @@ import polars as pl
 from cladapt.data.readers._base import (
     DEFAULT_COLUMNS,
     NO_ITEMS,
+    NO_REJECTS,
     Columns,
     RawLog,
     clean_events,
     clean_items,
+    event_schema,
     files_of,
     hash_files,
     parse_events,
@@ -25,6 +27,8 @@ from cladapt.errors import ConfigError, DataError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 NAMES = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
+_LINES = pl.int_range(2, pl.len() + 2).alias("line")  # below the header
+KINDS = {"user": "token", "item": "token", "timestamp": "float", "weight": "float"}
 
 
 class RecBoleReader:
@@ -33,6 +37,12 @@ class RecBoleReader:
     name = "recbole"
     expects = "a <D>.inter file with a header such as user_id:token\\titem_id:token\\ttimestamp:float, or its folder"
     generic = False
+
+    def schema(self, columns: Columns) -> dict[str, str]:
+        names = _names(columns)
+        typed = {role: f"{name}:{KINDS[role]}" for role, name in names.items()}
+        fields = event_schema({role: f"<D>.inter {name}" for role, name in typed.items()})
+        return fields | {f"<D>.item {typed['item']}": "and the item's token and token_seq fields; may be missing"}
 
     def detects(self, src: Path) -> bool:
         return bool(_logs(src))
@@ -48,17 +58,28 @@ class RecBoleReader:
             found = " and ".join(path.name for path in logs) or "no .inter file"
             raise DataError(f"{src} has {found}, expected one dataset", f"expected {self.expects}")
         (log,) = logs
-        names = {
-            role: default if getattr(columns, role) == getattr(DEFAULT_COLUMNS, role) else getattr(columns, role)
-            for role, default in NAMES.items()
-        }
-        table, _ = _load(log, [name for name in names.values() if name])
-        frame = table.select(pl.col(name).alias(role) for role, name in names.items() if name)
-        events, dropped = clean_events(parse_events(frame, str(log)), str(log))
+        names = _names(columns)
+        table, types = _load(log, list(names.values()))
+        sequences = [name for name in names.values() if types[name].endswith("_seq")]
+        if sequences:
+            raise DataError(
+                f"{log}:1: column {sequences[0]!r} has the type {types[sequences[0]]}, expected one value a row",
+                "name another column, or write one interaction a row",
+            )
+        frame = table.select(_LINES, *(pl.col(name).alias(role) for role, name in names.items()))
+        events, rejects = clean_events(parse_events(frame, str(log)), str(log))
         side = log.with_suffix(".item")
-        items, dropped_items = _read_items(side, names["item"], columns) if side.is_file() else (NO_ITEMS, {})
+        items, item_rejects = _read_items(side, names["item"], columns) if side.is_file() else (NO_ITEMS, NO_REJECTS)
         files = hash_files([log, *([side] if side.is_file() else [])], log.parent)
-        return RawLog(events, items, None, dropped | dropped_items, files, self.name)
+        users = log.with_suffix(".user")
+        notes = {"user_fields_unused": header_line(users).count("\t")} if users.is_file() else {}
+        return RawLog(events, items, None, pl.concat([rejects, item_rejects]), files, self.name, notes)
+
+
+def _names(columns: Columns) -> dict[str, str]:
+    """Role -> column, for the columns in use."""
+    own = {role: name for role, name in NAMES.items() if getattr(columns, role) == getattr(DEFAULT_COLUMNS, role)}
+    return columns.roles | own
 
 
 def _logs(src: Path) -> list[Path]:
@@ -66,7 +87,7 @@ def _logs(src: Path) -> list[Path]:
 
 
 def _load(path: Path, wanted: list[str]) -> tuple[pl.DataFrame, dict[str, str]]:
-    """All columns as text under their bare names, and name -> type; `DataError` when the header is no typed one."""
+    """All columns as text under their bare names, and name -> type; `DataError` for an untyped header."""
     fields = [field.rpartition(":") for field in header_line(path).split("\t")]
     odd = [f"{name}{colon}{kind}" for name, colon, kind in fields if not name or kind not in TYPES]
     if odd:
@@ -93,9 +114,10 @@ def _load(path: Path, wanted: list[str]) -> tuple[pl.DataFrame, dict[str, str]]:
     return table, types
 
 
-def _read_items(path: Path, item: str, columns: Columns) -> tuple[pl.DataFrame, dict[str, int]]:
+def _read_items(path: Path, item: str, columns: Columns) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Items with the text of their token and token_seq columns, or of the columns asked for."""
     table, types = _load(path, [item, *columns.text])
     fields = columns.text or [name for name, kind in types.items() if name != item and kind.startswith("token")]
     text = join_text(table.select(fields), str(path)) if fields else pl.Series([""] * table.height, dtype=pl.String)
-    return clean_items(pl.DataFrame({"item": to_ids(table[item], f"{path}: {item}"), "text": text}))
+    ids = to_ids(table[item], f"{path}: {item}")
+    return clean_items(pl.DataFrame({"item": ids, "text": text, "line": table.select(_LINES).to_series()}), str(path))

@@ -1,27 +1,38 @@
-"""Tables with named columns: csv, tsv and parquet, as one file, a folder of files or a glob."""
+"""Tables with named columns: csv, tsv and parquet, as one file, a folder of files or a glob.
+
+Files may be larger than memory: only the columns in use are read, and they alone must fit.
+"""
 
 import csv
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import dropwhile, islice
+from operator import not_
 from pathlib import Path
 
 import polars as pl
 
 from cladapt.data.readers._base import (
     NO_ITEMS,
+    NO_REJECTS,
     Columns,
+    NoRows,
     RawLog,
     clean_events,
     clean_items,
+    event_schema,
     files_of,
     glob_root,
     hash_files,
     parse_events,
 )
 from cladapt.data.readers._parse import join_text, to_ids
-from cladapt.errors import DataError
+from cladapt.errors import ConfigError, DataError
 
 SEPARATORS = ",;\t|"
+LINE = "line"
 
 
 @dataclass(frozen=True)
@@ -33,20 +44,29 @@ class TableReader:
     suffixes: tuple[str, ...]
     generic: bool = True
 
+    def schema(self, columns: Columns) -> dict[str, str]:
+        fields = ", ".join(columns.text) or "its text columns"
+        table = {f"item table {columns.items}": f"{columns.item} and {fields}"} if columns.items else {}
+        return event_schema(columns.roles) | table
+
     def detects(self, src: Path) -> bool:
         return bool(self._files(src))
 
     def read(self, src: Path, columns: Columns) -> RawLog:
-        items, dropped_items = _read_items(columns) if columns.items else (NO_ITEMS, {})
+        if columns.text and not columns.items:
+            raise ConfigError(f"--text {' --text '.join(columns.text)} without --items", "name the item table: --items")
+        items, item_rejects = _read_items(columns) if columns.items else (NO_ITEMS, NO_REJECTS)
         # the item table may lie in the folder of the log
         files = [path for path in self._files(src) if not (columns.items and path.samefile(columns.items))]
         if not files:
             raise DataError(f"{src} has no {' or '.join(self.suffixes)} file", f"expected {self.expects}")
         root = src if src.is_dir() else glob_root(src.parent)
-        parsed = pl.concat([_parse_file(path, columns) for path in files])
-        events, dropped = clean_events(parsed, str(src))
+        try:
+            events, rejects = clean_events(pl.concat([_parse_file(path, columns) for path in files]), str(src))
+        except NoRows as error:
+            raise NoRows(error.message, error.hint, exact_rejects(error.rejects)) from error
         hashes = hash_files([*files, *([columns.items] if columns.items else [])], root)
-        return RawLog(events, items, None, dropped | dropped_items, hashes, self.name)
+        return RawLog(events, items, None, exact_rejects(pl.concat([rejects, item_rejects])), hashes, self.name)
 
     def _files(self, src: Path) -> list[Path]:
         # parquet writers partition into folders, and leave hidden and _-prefixed files beside the data
@@ -89,7 +109,10 @@ def header_line(path: Path) -> str:
 
 
 def load(path: Path, wanted: Sequence[str], hint: str) -> pl.DataFrame:
-    """Columns `wanted` of a table file, all when empty; `DataError` lists the columns found when one is missing."""
+    """Columns `wanted` of a table file, all when empty.
+
+    `DataError` lists the columns found when one is missing, and names the line of a row with too many fields.
+    """
     try:
         frame = scan_table(path)
         found = frame.collect_schema().names()
@@ -97,22 +120,69 @@ def load(path: Path, wanted: Sequence[str], hint: str) -> pl.DataFrame:
         if missing:
             names = ", ".join(repr(name) for name in missing)
             raise DataError(f"{path} has no column {names}; it has: {', '.join(found)}", hint)
-        return frame.select(wanted or pl.all()).collect()
+        return frame.select(wanted or pl.all()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
+        if path.suffix.lower() in CSV.suffixes and (line := _overlong(path)):
+            number, fields, expected = line
+            raise DataError(
+                f"{path}:{number}: the row has {fields} fields, the header {expected}",
+                "quote a field that holds the separator, or mend the row",
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"cannot read {path}: {reason}", "expected a UTF-8 csv, a tsv or a parquet file") from error
 
 
+def row_numbers(path: Path, table: pl.DataFrame) -> pl.Series:
+    """`line` of each row of a table file, for csv as if no row had line breaks; no column of the table is touched."""
+    first = 1 if path.suffix.lower() == ".parquet" else 2
+    return pl.int_range(first, table.height + first, eager=True).alias(LINE)
+
+
+def _overlong(path: Path) -> tuple[int, int, int] | None:
+    """Line of the first row with more fields than the header, their number and that of the header."""
+    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(encoding="utf-8-sig", newline="") as handle:
+        width = 0
+        records = dropwhile(not_, csv.reader(handle, delimiter=separator_of(path)))
+        for line, fields in zip(_lines(path), records, strict=False):
+            width = width or len(fields)
+            if len(fields) > width:
+                return line, len(fields), width
+    return None
+
+
+def _lines(path: Path) -> Iterator[int]:
+    """Line at which each record of a csv begins, the header first: inside quotes a line break is none of its ends."""
+    with path.open("rb") as handle:
+        started = quoted = False
+        for line, text in enumerate(handle, start=1):
+            started = started or bool(text.strip(b"\r\n"))
+            if started and not quoted:
+                yield line
+            quoted ^= text.count(b'"') % 2 == 1
+
+
+def exact_lines(path: Path, rows: pl.Series) -> pl.Series:
+    """Lines at which rows of a csv begin, from their numbers (header 1)."""
+    lines = array("q", islice(_lines(path), max(rows, default=0)))
+    return pl.Series(LINE, lines, dtype=pl.Int64).gather(rows - 1)
+
+
+def exact_rejects(rejects: pl.DataFrame) -> pl.DataFrame:
+    """Rejects of csv files with exact lines."""
+    parts = [NO_REJECTS]
+    for part in rejects.partition_by("file", maintain_order=True):
+        path = Path(part["file"][0])
+        is_csv = path.suffix.lower() in CSV.suffixes
+        parts.append(part.with_columns(exact_lines(path, part[LINE])) if is_csv else part)
+    return pl.concat(parts)
+
+
 def _parse_file(path: Path, columns: Columns) -> pl.DataFrame:
-    names = {"user": columns.user, "item": columns.item}
-    if columns.timestamp:
-        names["timestamp"] = columns.timestamp
-    if columns.block is not None:
-        names["block"] = columns.block
-    options = " ".join(f"--{role} COL" for role in ("user", "item", "timestamp", *(["block"] if columns.block else [])))
+    options = " ".join(f"--{role} COL" for role in columns.roles)
     hint = f'name the columns: {options}; --timestamp "" takes the row order as time'
-    table = load(path, list(dict.fromkeys(names.values())), hint)
-    frame = table.select(pl.col(name).alias(role) for role, name in names.items())
+    table = load(path, list(dict.fromkeys(columns.roles.values())), hint)
+    roles = (pl.col(name).alias(role) for role, name in columns.roles.items())
+    frame = table.select(row_numbers(path, table), *roles)
     if columns.block is not None:
         blocks = frame["block"].cast(pl.Int32, strict=False)
         bad = frame["block"].filter(blocks.is_null())
@@ -125,7 +195,7 @@ def _parse_file(path: Path, columns: Columns) -> pl.DataFrame:
     return parse_events(frame, str(path))
 
 
-def _read_items(columns: Columns) -> tuple[pl.DataFrame, dict[str, int]]:
+def _read_items(columns: Columns) -> tuple[pl.DataFrame, pl.DataFrame]:
     path = Path(columns.items or "")
     if not path.is_file():
         raise DataError(f"no such item table: {path}", "check --items")
@@ -138,4 +208,5 @@ def _read_items(columns: Columns) -> tuple[pl.DataFrame, dict[str, int]]:
     if not fields:
         raise DataError(f"{path} has no column beside {columns.item!r}", "an item table needs a text column")
     ids = to_ids(table[columns.item], f"{path}: {columns.item}")
-    return clean_items(pl.DataFrame({"item": ids, "text": join_text(table.select(fields), str(path))}))
+    texts = join_text(table.select(fields), str(path))
+    return clean_items(pl.DataFrame({"item": ids, "text": texts, LINE: row_numbers(path, table)}), str(path))

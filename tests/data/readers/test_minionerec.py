@@ -71,7 +71,7 @@ def test_ids_and_titles_may_be_missing(tmp_path: Path) -> None:
 
 def test_a_row_without_a_user_or_an_item_is_counted(tmp_path: Path) -> None:
     log = read(write(tmp_path / "Toy.train.csv", [("A", ["1"], "2"), ("", ["1"], "3"), ("A", ["1"], "")]))
-    assert log.dropped == {"no_item": 1, "no_user": 2}
+    assert log.dropped == {"no_user": 1, "no_item": 1}
     assert log.events["item"].to_list() == ["1", "2"]
 
 

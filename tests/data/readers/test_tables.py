@@ -111,10 +111,16 @@ def test_missing_columns_name_those_found_and_the_options(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("content", ["", "user,item,timestamp\na,x,1,extra,fields\n"], ids=["empty", "ragged"])
-def test_a_broken_csv_is_named(tmp_path: Path, content: str) -> None:
+def test_an_empty_csv_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*log\.csv: "):
-        read(write(tmp_path / "log.csv", content))
+        read(write(tmp_path / "log.csv", ""))
+
+
+def test_a_row_with_too_many_fields_is_named_with_its_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", '\nuser,item,timestamp\na,"x\ny",1\n\na,x,1,extra,fields\n')
+    with pytest.raises(DataError, match=r"log\.csv:6: the row has 5 fields, the header 3") as error:
+        read(source)
+    assert error.value.hint == "quote a field that holds the separator, or mend the row"
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -209,3 +215,40 @@ def test_a_missing_item_table_is_an_error(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\n")
     with pytest.raises(DataError, match=r"no such item table: .*nowhere\.csv"):
         read(source, columns=Columns(items=tmp_path / "nowhere.csv"))
+
+
+def test_a_column_that_is_not_in_use_is_never_read(tmp_path: Path) -> None:
+    """The pages of a wide column are spoilt: reading it fails, a folder and a glob give what one whole file gives."""
+    wide = pl.Series("note", [f"<{k:04}>" + "~" * 400 for k in range(300)])
+    table = pl.DataFrame({"user": [k % 7 for k in range(300)], "item": range(300), "timestamp": range(300)})
+    table.write_parquet(tmp_path / "log.parquet")
+    (tmp_path / "log").mkdir()
+    for k in range(3):
+        part = tmp_path / "log" / f"{k}.parquet"
+        rows = slice(100 * k, 100 * k + 100)
+        table[rows].with_columns(wide[rows]).write_parquet(part, compression="uncompressed", statistics=False)
+        content = part.read_bytes()
+        first, last = content.index(b"<0"), content.rindex(b"~~~")
+        part.write_bytes(content[:first] + b"\xff" * (last - first) + content[last:])
+        with pytest.raises(pl.exceptions.PolarsError):
+            pl.read_parquet(part)
+    expected = read(tmp_path / "log.parquet").events
+    for source in (tmp_path / "log", tmp_path / "log" / "*.parquet", str(tmp_path / "log" / "[0-2].parquet")):
+        log = read(source)
+        assert log.events.equals(expected)
+        assert log.rejects.is_empty()
+        assert len(log.files) == 3
+
+
+def test_a_column_may_be_called_line_or_file(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,line,timestamp,reason\na,U7,1,x\na,,2,y\n")
+    items = write(tmp_path / "t" / "items.csv", "line,file,value\nU7,north,1\n,south,2\n")
+    log = read(source, columns=Columns(item="line", items=items))
+    assert rows_of(log) == [("a", "U7", 1)]
+    assert list(log.items.iter_rows()) == [("U7", "north | 1")]
+    assert log.rejects["line"].to_list() == [3, 3]
+    named = read(source, columns=Columns(user="line", item="reason"))
+    assert rows_of(named) == [("U7", "x", 1)]
+    atomic = write(tmp_path / "d" / "toy.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\tU7\t1\n").parent
+    write(atomic / "toy.item", "item_id:token\tline:token_seq\nU7\tnorth\n")
+    assert list(read(atomic).items.iter_rows()) == [("U7", "north")]

@@ -1,0 +1,162 @@
+"""`cladapt train` as a process of its own, killed at any moment: what resumes ends in the bits of what never stopped.
+
+Moments are drawn from a fixed seed and told by the run's own log, so that they spread over the work on a machine of any
+speed; some are aimed at a checkpoint that is half written. Ten starts would be ten imports of torch: the killed
+processes are forks of a server that has them.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.pipeline import bases, streams
+from cladapt.train.sinks import MemorySink
+
+pytestmark = pytest.mark.slow
+
+METHODS = ("peso",)
+KILLS = 10
+AIMED = (2, 5, 8)
+LIMIT = 120.0
+SETTINGS = {"epochs": 4, "batch_tokens": 256, "row_tokens": 128, "checkpoint_steps": 2}
+COMMAND = """
+import os, sys
+os.chdir(cwd)
+for stream in (1, 2):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+sys.argv = ["cladapt", "train", *arguments]
+from cladapt_cli.app import main
+main()
+"""
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["accelerate", "peft", "polars", "transformers.models.llama.modeling_llama", "cladapt.pipeline.runs"]
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a stream of three blocks and a base that knows the first."""
+    folder = tmp_path_factory.mktemp("world")
+    streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
+    streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4), None)
+    bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=1), MemorySink())
+    return folder
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def whole(request: pytest.FixtureRequest, world: Path) -> Path:
+    """The run of a method that nothing interrupts."""
+    run = world / str(request.param)
+    assert ended(start(run, fresh(run))) == 0, said(run)
+    assert len(adapters(run)) == 2
+    return run
+
+
+def fresh(run: Path) -> list[str]:
+    overrides = [word for key, value in SETTINGS.items() for word in ("-o", f"train.{key}={value}")]
+    method = run.name.split("-")[0]
+    return ["--method", method, "--data", "stream", "--base", "base", *overrides, "--out", str(run)]
+
+
+def start(run: Path, arguments: list[str]) -> BaseProcess:
+    """`cladapt train ARGUMENTS` beside the run, its output appended to `<run>.txt`."""
+    scope = {"cwd": str(run.parent), "output": str(run.with_suffix(".txt")), "arguments": arguments}
+    process = SERVER.Process(target=exec, args=(COMMAND, scope))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    process.join(LIMIT)
+    return process.exitcode
+
+
+def said(run: Path) -> str:
+    return run.with_suffix(".txt").read_text()
+
+
+def adapters(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("adapters/block_*/*.safetensors"))}
+
+
+def steps(run: Path) -> int:
+    """Optimiser steps that the log has seen, each counted once."""
+    log, seen = run / "log.jsonl", set()
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # a line may be half written while it is read
+            event = json.loads(line)
+            if event["kind"] == "step":
+                seen.add((event["block"], event["step"]))
+    return len(seen)
+
+
+def passed(run: Path, goal: int) -> bool:
+    return steps(run) > goal
+
+
+def until(alive: Callable[[], bool], reached: Callable[[], bool]) -> bool:
+    """Wait for a condition; False when the process ended before."""
+    deadline = time.monotonic() + LIMIT
+    while alive():
+        if reached():
+            return True
+        assert time.monotonic() < deadline, "the process hangs"
+        time.sleep(0.0005)
+    return False
+
+
+def torn(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".*.tmp"))
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_adapters(whole: Path) -> None:
+    run = whole.with_name(f"{whole.name}-killed")
+    moments, every = random.Random(0), steps(whole) / KILLS
+    inside = 0
+    for kill in range(KILLS):
+        process = start(run, ["--resume", str(run)] if (run / "config.json").is_file() else fresh(run))
+        if kill == 0:
+            until(process.is_alive, run.exists)
+        else:
+            goal = int((kill - 1 + moments.random()) * every)
+            until(process.is_alive, partial(passed, run, goal))
+            time.sleep(moments.uniform(0.0, 0.02))
+        if kill in AIMED:
+            until(process.is_alive, lambda: torn(run))
+        process.kill()
+        assert ended(process) == -signal.SIGKILL, said(run)
+        inside += torn(run)
+    assert inside > 0
+    assert ended(start(run, ["--resume", str(run)])) == 0, said(run)
+    assert adapters(run) == adapters(whole)
+    assert [p for p in run.rglob("*") if p.name.endswith((".tmp", ".old"))] == []
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_ctrl_c_ends_with_130_after_a_checkpoint_and_changes_nothing(whole: Path) -> None:
+    run = whole.with_name(f"{whole.name}-interrupted")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "cladapt_cli.app", "train", *fresh(run)]
+    with subprocess.Popen(command, cwd=run.parent, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert until(lambda: process.poll() is None, lambda: steps(run) > steps(whole) * 2 // 3)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130, err
+    assert err.endswith("interrupted: what was finished is kept; continue a run with --resume\n")
+    assert {p.name[:9] for p in (run / "checkpoints").iterdir()} == {"block_003"}
+    assert ended(start(run, ["--resume", str(run)])) == 0, said(run)
+    assert adapters(run) == adapters(whole)
