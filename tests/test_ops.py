@@ -18,10 +18,19 @@ def test_models_run_on_this_processs_gpu_or_on_the_cpu(monkeypatch: pytest.Monke
 
 def test_every_op_reports_its_implementation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLADAPT_KERNELS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     report = ops.backends()
-    assert set(report) == set(ops.OPS)
-    assert all(impl == "reference" and "no Triton kernel" in reason for impl, reason in report.values())
-    assert all("asked for" in reason for _, reason in ops.backends("reference").values())
+    assert set(report) == {*ops.KERNELS, *ops.REFERENCES}
+    assert report["lora_linear"] == ("reference", "auto: there is no GPU; plain torch on CPU")
+    assert report["proximal_kl"] == ("reference", "this op has no Triton kernel; plain torch on CPU")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert ops.backends()["lora_linear"] == ("triton", "auto: there is a GPU")
+    assert ops.backends("triton")["lora_linear"] == ("triton", "asked for")
+    assert ops.backends("reference")["lora_linear"] == ("reference", "asked for; plain torch on CUDA")
+    assert ops.uses_kernel("lora_linear")
+    assert not ops.uses_kernel("lora_linear", "reference")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert ops.backends()["lora_linear"] == ("reference", "auto: triton is not installed; plain torch on CUDA")
 
 
 def test_the_environment_overrides_the_configured_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +41,6 @@ def test_the_environment_overrides_the_configured_choice(monkeypatch: pytest.Mon
         ops.requested()
 
 
-def test_asking_for_a_kernel_that_does_not_exist_is_an_error_not_a_fallback() -> None:
-    with pytest.raises(EnvironmentProblem, match="kernels=triton: no Triton kernel exists for proximal_kl"):
+def test_asking_for_a_kernel_that_cannot_run_is_an_error_not_a_fallback() -> None:
+    with pytest.raises(EnvironmentProblem, match="kernels=triton: there is no GPU"):
         ops.backends("triton")

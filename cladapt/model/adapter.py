@@ -5,6 +5,7 @@ ordinary adapter of concatenated rank, so nothing that reads adapters needs to k
 """
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from cladapt import __version__
+from cladapt import __version__, ops
 from cladapt.artifacts import atomic_dir, read_record, read_tensors, write_json, write_tensors
 from cladapt.config import AdapterConfig
 from cladapt.errors import ConfigError, DataError
@@ -58,7 +59,9 @@ class LoraRecord(BaseModel):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
 
 
-def create_adapter(base: Base, config: AdapterConfig, seed: int, full_rank: bool = False) -> "PeftModel":
+def create_adapter(
+    base: Base, config: AdapterConfig, seed: int, full_rank: bool = False, kernels: ops.Choice = "auto"
+) -> "PeftModel":
     """Put a fresh LoRA adapter (B = 0) on the base; its initial values depend on `seed` alone.
 
     `full_rank`: the weights themselves learn. One factor of every module is the frozen identity and the other is
@@ -75,6 +78,8 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int, full_rank: bool
             use_rslora=config.rslora and not full_rank,
             target_modules=_targets(base.model, config.targets),
         )
+        if not full_rank:
+            _use_kernel(lora, kernels)
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
             model: PeftModel = get_peft_model(base.model, lora, adapter_name=NAME)
@@ -87,6 +92,14 @@ def create_adapter(base: Base, config: AdapterConfig, seed: int, full_rank: bool
         ) from error
     adapter_parameters(model)
     return model
+
+
+def _use_kernel(lora: Any, kernels: ops.Choice) -> None:
+    """Make PEFT put the fused linear where a kernel runs it; full rank is a dense product and gains nothing."""
+    if ops.uses_kernel("lora_linear", kernels):
+        from cladapt.model.lora_layer import register
+
+        register(lora)
 
 
 def _targets(lm: "PreTrainedModel", targets: str | tuple[str, ...]) -> str | list[str]:
@@ -259,6 +272,20 @@ def _check_settings(file: Path, settings: Mapping[str, Any], tensors: Mapping[st
         raise DataError(f"{file}: target_modules={targets!r} does not name {strange[0]}, which has factors", RESTORE)
 
 
+def start_from(model: "PeftModel", folder: Path, base: Base) -> None:
+    """Give the adapter the factors of a saved one; `DataError` where its scale differs: the start would be another."""
+    set_adapter_tensors(model, read_adapter(folder, base))
+    settings = adapter_settings(folder)
+    if not settings.get("rank_pattern"):
+        rank = settings["r"]
+        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        if not math.isclose(scale, _scale(model), rel_tol=1e-6):
+            raise DataError(
+                f"{folder} was trained at the scale alpha / r = {scale:g}, this adapter has {_scale(model):g}",
+                f"use adapter.alpha={scale * rank:g} with adapter.rank={rank}, or start from the base",
+            )
+
+
 def read_own_factors(folder: Path, base: Base) -> dict[str, Tensor]:
     """As `read_adapter`, without the history that was saved with it: what the next block goes on from."""
     return without_history(read_adapter(folder, base), adapter_provenance(folder))
@@ -301,6 +328,8 @@ def load_adapter(base: Base, folder: Path) -> "PeftModel":
         with quiet():
             config = LoraConfig.from_pretrained(str(folder))
             config.inference_mode = False
+            if not config.rank_pattern:
+                _use_kernel(config, "auto")
             model = get_peft_model(base.model, config, adapter_name=NAME)
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -28,8 +28,7 @@ from cladapt.model.adapter import (
     adapter_parameters,
     create_adapter,
     load_adapter,
-    read_adapter,
-    set_adapter_tensors,
+    start_from,
     unload,
 )
 from cladapt.model.anchors import module_of
@@ -68,11 +67,11 @@ def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torc
     """Method, form and adapter parameters of a run: mistakes in its settings show before anything is written."""
     method = build(config.method)
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
-    model = create_adapter(base, config.adapter, config.seed, method.full_rank)
+    model = create_adapter(base, config.adapter, config.seed, method.full_rank, config.kernels)
     if config.from_adapter:
         start = Path(config.from_adapter)
         adapter_block(start)
-        set_adapter_tensors(model, read_adapter(start, base))
+        start_from(model, start, base)
     parameters = adapter_parameters(model)
     unload(model)
     return method, form, parameters

@@ -22,11 +22,11 @@ from cladapt.model.adapter import (
     adapter_provenance,
     adapter_tensors,
     create_adapter,
-    read_adapter,
     read_own_factors,
     save_adapter,
     set_adapter_tensors,
     set_history,
+    start_from,
 )
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import PackedLoss, Softmax, TrieSoftmax
@@ -107,10 +107,10 @@ def train_stream(
     if not method.trains:
         return {}
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = create_adapter(base, config.adapter, config.seed, method.full_rank)
+    model = create_adapter(base, config.adapter, config.seed, method.full_rank, config.kernels)
     initial = adapter_tensors(model)
     if config.from_adapter:
-        set_adapter_tensors(model, read_adapter(Path(config.from_adapter), base))
+        start_from(model, Path(config.from_adapter), base)
     blocks = blocks_to_learn(stream, learned_block(config, base))
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
     results: dict[int, FitResult] = {}

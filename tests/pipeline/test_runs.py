@@ -319,6 +319,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
     for change, text in (
         ({"from_adapter": "nowhere"}, "nowhere is not an adapter directory"),
         ({"from_adapter": adapter, "adapter": AdapterConfig(rank=2)}, "the adapter does not fit this model"),
+        ({"from_adapter": adapter, "adapter": AdapterConfig(alpha=32.0)}, "scale alpha / r = 2, this adapter has 4"),
     ):
         with pytest.raises(DataError, match=text):
             start(config_of(world).model_copy(update=change))
