@@ -3,7 +3,7 @@
 A recipe names the source, the base, the settings common to all cells, the cells and the seeds. The stream is imported
 once, the base of a (stream, seed) is trained once and shared, and every cell is cached by the hash of its resolved
 configuration (evaluation settings apart), so an interrupted study goes on where it stopped and an edited recipe redoes
-only what it changed.
+only what it changed. A work folder belongs to one state of the code: with another it is refused.
 Tables with paired intervals over users are rebuilt from the cells and written to `bench/results/<recipe name>/`.
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import polars as pl
 from pydantic import Field
 
-from cladapt.artifacts import atomic_path, hash_value, read_json, read_tensors, write_json
+from cladapt.artifacts import atomic_path, hash_file, hash_value, read_json, read_tensors, write_json
 from cladapt.config import (
     BaseConfig,
     BlocksConfig,
@@ -61,6 +61,8 @@ class Recipe(Settings):
     """Name -> settings of `RunConfig` (and `base`, for its own base) on top of the common ones."""
     reference: str = ""
     """The cell that the others are compared with; empty = the first."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Cells to compare beside that, the first minus the second."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
 
 
@@ -96,6 +98,7 @@ class Study:
 
     def prepare_stream(self) -> None:
         """Import or simulate the stream and give it IDs, once."""
+        self._refuse_other_code()
         if not (self.stream / "manifest.json").is_file():
             if self.recipe.source:
                 streams.import_data(
@@ -105,6 +108,13 @@ class Study:
                 streams.simulate_data(self.stream, self.recipe.simulate)
         if not (self.stream / streams.SIDS).is_file():
             streams.build_tokens(self.stream, self.recipe.tokens, None)
+
+    def _refuse_other_code(self) -> None:
+        """What other code has made would pass for the work of this one."""
+        stamp, code = self.work / "code.json", {"code": code_hash()}
+        if self.work.is_dir() and any(self.work.iterdir()) and (not stamp.is_file() or read_json(stamp) != code):
+            raise ConfigError(f"{self.work} holds the work of other code", "name an empty --work, or remove this one")
+        write_json(stamp, code)
 
     def base(self, cell: Cell) -> Path:
         """The base of a cell, trained when it is not there yet."""
@@ -137,6 +147,12 @@ class Study:
             runs.evaluate_run(Run.open(folder), config.eval, None, MemorySink())
             say(f"cell {cell.name}, seed {cell.seed}: tested in {time.perf_counter() - began:.0f} s")
         return folder
+
+
+def code_hash() -> str:
+    """Hash of the sources that streams, bases and cells depend on."""
+    sources = [path for part in ("cladapt", "kernels") for path in sorted((ROOT.parent / part).rglob("*.py"))]
+    return hash_value([[str(path.relative_to(ROOT.parent)), hash_file(path)] for path in sources])
 
 
 def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +188,11 @@ def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFram
     frames = {
         "cells": lines,
         "summary": comparison.summary(),
-        "differences": [line for name in references for line in wide(comparison.differences(name, models))],
+        "differences": [
+            line
+            for name, others in (*((name, models) for name in references), *((b, [a]) for a, b in study.recipe.pairs))
+            for line in wide(comparison.differences(name, others))
+        ],
     }
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
 

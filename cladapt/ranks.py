@@ -5,21 +5,81 @@ nothing. Objects travel pickled between the processes of one run, never to a fil
 """
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from cladapt.errors import ConfigError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 T = TypeVar("T")
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""Variables by which accelerate's launcher says that a model is to be cut."""
+
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+LAUNCH = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and accelerate's launcher tell each process."""
+
+MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def ranks() -> int:
     """How many processes run this command."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return max(1, _number("WORLD_SIZE")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return int(os.environ["RANK"]) if ranks() > 1 else 0
+    return _number("RANK") if ranks() > 1 else 0
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def check() -> None:
+    """Refuse an environment that asks for other processes than are counted here.
+
+    Accelerate reads more of it than launchers set, and would wait for others or go apart from them without a word.
+    `ConfigError` where it asks for a base cut over processes: every process must hold it whole.
+    """
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise ConfigError(
+                f"{variable}={os.environ[variable]}: {name} cuts the base into parts, which is not supported",
+                "use torchrun, or `accelerate launch --multi_gpu`: every process then holds the base whole",
+            )
+    told = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    strange = [name for name in NUMBERS if name in told and not told[name].isdecimal()]
+    lacking = [name for name in LAUNCH if name not in told]
+    if strange or (lacking and ("LOCAL_RANK" in told or _number("WORLD_SIZE") > 1)):
+        wrong = f"{', '.join(strange)} is no number" if strange else f"{', '.join(lacking)} is not set"
+        raise EnvironmentProblem(
+            f"the environment tells of several processes, but {wrong}: {told}",
+            f"start several with torchrun; for one process: env {' '.join(f'-u {n}' for n in NUMBERS)} cladapt ...",
+        )
+    started = [name for name in MPI if _number(name) > 1]
+    if started and ranks() == 1 and not _cuda():  # on GPUs accelerate does not look at these
+        raise EnvironmentProblem(
+            f"{started[0]}={os.environ[started[0]]}: processes that MPI starts do not find each other",
+            f"start several with torchrun; for one process: env -u {started[0]} cladapt ...",
+        )
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def is_main() -> bool:
@@ -29,13 +89,44 @@ def is_main() -> bool:
 
 def start() -> None:
     """Join the other processes: gloo on CPUs, nccl on GPUs, as training does, which then finds the group made."""
+    check()
     if ranks() == 1:
         return
     import torch
     from accelerate import PartialState
 
+    gpus = torch.cuda.device_count()
+    if _cuda() and _number("LOCAL_RANK") >= gpus:
+        raise EnvironmentProblem(
+            f"process {_number('LOCAL_RANK') + 1} of this machine finds {gpus} GPU{'s' * (gpus > 1)}",
+            f"start one process for each: torchrun --nproc-per-node {gpus}",
+        )
     # the first process may work alone for long; where one dies, its launcher ends the others
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    PartialState(cpu=not _cuda(), timeout=timedelta(days=1))
+
+
+def finish() -> None:
+    """Leave the other processes, all having ended well: torch warns of a group that is left standing."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def accelerator() -> "Accelerator":
+    """Accelerate as the training loop uses it: data parallelism alone, whatever else it is configured for."""
+    start()
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    # the loop has an autocast and an accumulation of its own
+    once_per_step = GradientAccumulationPlugin(num_steps=1)
+    made = Accelerator(cpu=not _cuda(), mixed_precision="no", gradient_accumulation_plugin=once_per_step)
+    if (made.device.type == "cuda") != _cuda():
+        raise ConfigError(
+            f"accelerate is configured for {made.device.type}, models go to a GPU where there is one",
+            "configure it for GPUs, or hide them: CUDA_VISIBLE_DEVICES=",
+        )
+    return made
 
 
 def once(make: Callable[[], T]) -> T:
@@ -62,6 +153,15 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def other_ended(error: BaseException) -> bool:
+    """Whether this is what a process sees when another of them ends in the middle of an exchange."""
+    if ranks() == 1 or not isinstance(error, RuntimeError):
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
 def first_to_fail(report: Callable[[], int]) -> int:
     """`report()` of the process that comes here first; the others wait for it and take its exit code.
 
@@ -78,7 +178,7 @@ def first_to_fail(report: Callable[[], int]) -> int:
         earlier = store.add(f"{key}/count", 1) - 1
         if earlier:
             return int(store.get(f"{key}/code"))
-    except DistError:  # whoever kept the store is gone: twice told is better than not at all
+    except (DistError, KeyError, ValueError):  # no store, or it is gone: twice told is better than not at all
         return report()
     code = report()
     store.set(f"{key}/code", str(code))

@@ -93,7 +93,9 @@ def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> di
             sink.emit({"kind": "note", "text": text})
         return _summary(run, {})
     if changes := run.environment_changes():
-        notes.append(f"this is not the machine the run began on, its last bits may differ: {', '.join(changes)}")
+        other = any(change.startswith("processes:") for change in changes)
+        what = "dropout masks and last bits" if other else "last bits"
+        notes.append(f"this is not the machine the run began on, its {what} may differ: {', '.join(changes)}")
     ranks.once(run.begin)
     return _learn(run, stream, base, sink, notes)
 

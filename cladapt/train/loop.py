@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
+from cladapt import ranks
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.tokens.prompts import Document, PackedRows, pack
@@ -95,7 +95,6 @@ class Fit:
         validation: Sequence[Document],
         settings: FitSettings,
         sink: Sink,
-        accelerator: Accelerator | None = None,
     ) -> None:
         if not documents:
             raise DataError(f"block {ctx.block} has no training target", "lower blocks.min_events, or merge blocks")
@@ -103,7 +102,7 @@ class Fit:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
         self.method, self.ctx, self.settings, self.sink = method, ctx, settings, sink
         self.documents, self.validation = documents, validation
-        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         optimizer = torch.optim.AdamW(
             list(ctx.parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=_can_fuse(ctx)
         )
@@ -122,8 +121,11 @@ class Fit:
         Ctrl-C takes effect after the step it comes in, and after a checkpoint.
         """
         began, tokens = time.perf_counter(), 0
-        torch.manual_seed(self.settings.seed * 1009 + self.ctx.block)
+        seed = self.settings.seed * 1009 + self.ctx.block
+        torch.manual_seed(seed)
         self.method.begin_block(self.ctx)
+        if self.accelerator.process_index:  # what begins a block is drawn alike, dropout apart
+            torch.manual_seed(seed + (self.accelerator.process_index << 48))
         if resume is not None:
             self._restore(resume)
         start_score = self.score() if resume is None else math.nan
@@ -161,11 +163,24 @@ class Fit:
         return self.position.best_score if unchanged else self.score()
 
     def _pause(self, stop: bool, due: bool, checkpoint: Callable[[Snapshot], None] | None) -> None:
-        """Between two steps: write a checkpoint where one is due or Ctrl-C came, which is then obeyed."""
-        if checkpoint and (stop or due) and self.accelerator.is_main_process:
-            checkpoint(self.snapshot())
+        """Between two steps: write a checkpoint where one is due or Ctrl-C came, which is then obeyed.
+
+        Ctrl-C reaches several processes at different steps: all stop where the first of them has it.
+        """
+        stop = bool(self._over_ranks([float(stop)])[0])
+        if checkpoint and (stop or due):
+            snapshot = self.snapshot()
+            if self.accelerator.is_main_process:
+                checkpoint(snapshot)
         if stop:
             raise KeyboardInterrupt
+
+    def _over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums of figures over the processes."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        local = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(local, "sum").tolist()
 
     def _end_epoch(self, epoch: int) -> bool:
         score = self.score()
@@ -193,13 +208,13 @@ class Fit:
     def step(self, micro_batches: list[Batch], progress: float) -> int:
         """One optimiser step on the mean loss over all its targets; returns the tokens used, padding excluded."""
         began = time.perf_counter()
-        ctx, ranks = self.ctx, self.accelerator.num_processes
+        ctx, processes = self.ctx, self.accelerator.num_processes
         ctx.log.clear()
         targets = sum(int(batch[3][:, 1:].sum()) for batch in micro_batches)
         self.module.train()
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
-            piece = shard(batch, self.accelerator.process_index, ranks)
+            piece = shard(batch, self.accelerator.process_index, processes)
             share = int(piece[3][:, 1:].sum()) / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
@@ -207,11 +222,13 @@ class Fit:
                 with self._autocast():
                     loss = self.module(*local).sum() / targets
                 terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
-                # DDP averages over ranks, the loss is a sum over them
-                self.accelerator.backward(ranks * (loss + share * sum(terms.values(), torch.zeros_like(loss))))
+                # DDP averages over processes, the loss is a sum over them
+                self.accelerator.backward(processes * (loss + share * sum(terms.values(), torch.zeros_like(loss))))
             total += loss.detach()
             for name, value in terms.items():
                 ctx.log[name] = ctx.log.get(name, 0.0) + share * value.item()
+        if ctx.log:
+            ctx.log.update(zip(ctx.log, self._over_ranks(list(ctx.log.values())), strict=True))
         self.method.edit_grads(ctx)
         norm = self._clip()
         for group in self.optimizer.param_groups:
@@ -265,25 +282,27 @@ class Fit:
         rows = pack(self.validation, self.settings.row_tokens, None)
         per_batch = max(1, self.settings.batch_tokens // self.settings.row_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        ranks = self.accelerator.num_processes
+        processes = self.accelerator.num_processes
         for batch in batches_of(rows, per_batch):
-            local = shard(batch, self.accelerator.process_index, ranks)
+            local = shard(batch, self.accelerator.process_index, processes)
             with self._autocast():
                 losses = self.module(*(t.to(self.accelerator.device) for t in local))
             total -= losses.double().sum()
         return self.accelerator.reduce(total, "sum").item() / len(self.validation)
 
     def snapshot(self) -> Snapshot:
-        """Everything that continues this fit bit for bit (CPU)."""
+        """Everything that continues this fit bit for bit; all processes take part, each has its own generators."""
         tensors = {f"parameter/{name}": p.detach().clone() for name, p in self.ctx.parameters.items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {f"method/{name}": value.clone() for name, value in self.method.state_dict().items()}
         for name, parameter in self.ctx.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value.clone()
-        tensors["rng/cpu"] = torch.get_rng_state()
+        states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
-            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+            states["cuda"] = torch.cuda.get_rng_state()
+        for index, found in enumerate(ranks.gather(states) if self.accelerator.num_processes > 1 else [states]):
+            tensors |= {_generator(kind, index): state for kind, state in found.items()}
         return Snapshot(self.position, tensors)
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -305,9 +324,12 @@ class Fit:
         self.method.load_state_dict(
             {k.removeprefix("method/"): t for k, t in tensors.items() if k.startswith("method/")}
         )
-        torch.set_rng_state(tensors["rng/cpu"])
-        if "rng/cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        # a process that the checkpoint does not know keeps the generators it was seeded with
+        index = self.accelerator.process_index
+        if (cpu := tensors.get(_generator("cpu", index))) is not None:
+            torch.set_rng_state(cpu)
+        if (cuda := tensors.get(_generator("cuda", index))) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
 
 
 def batches_of(rows: PackedRows, per_batch: int) -> Iterator[Batch]:
@@ -329,6 +351,11 @@ def shard(batch: Batch, rank: int, ranks: int) -> Batch:
         return tokens, document, position, loss
     tokens, document, position, loss = (t[:1] for t in batch)
     return tokens, document, position, torch.zeros_like(loss)
+
+
+def _generator(kind: str, process: int) -> str:
+    """Name of a generator's state in a snapshot; the first process's is that of a single one."""
+    return f"rng/{kind}" + (f"/{process}" if process else "")
 
 
 def _can_fuse(ctx: Context) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
+from cladapt import ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
 from cladapt.config import RunConfig, TrainConfig
 from cladapt.data.histories import BlockSplit, split_block
@@ -106,7 +106,6 @@ def train_stream(
     method = build(config.method)
     if not method.trains:
         return {}
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model = create_adapter(base, config.adapter, config.seed, method.full_rank, config.kernels)
     initial = adapter_tensors(model)
     if config.from_adapter:
@@ -117,8 +116,7 @@ def train_stream(
     checkpoints = run / "checkpoints"
 
     def note(text: str) -> None:
-        if accelerator.is_main_process:
-            sink.emit({"kind": "note", "text": text})
+        sink.emit({"kind": "note", "text": text})
 
     for block in blocks:
         folder = adapter_folder(run, block)
@@ -136,16 +134,15 @@ def train_stream(
             validation_documents(split, form),
             fit_settings(config.train, config.seed, block),
             sink,
-            accelerator,
         )
         result = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
             checkpoint_steps=config.train.checkpoint_steps,
-            resume=load_checkpoint(checkpoints, block, config_hash, note),
+            resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
         results[block] = result
-        if accelerator.is_main_process:
-            _finish_block(run, block, model, base, method.state_dict(), provenance, result)
+        ranks.once(partial(_finish_block, run, block, model, base, method.state_dict(), provenance, result))
+        if ranks.is_main():
             sink.emit(
                 {
                     "kind": "block",
@@ -157,7 +154,6 @@ def train_stream(
                     "seconds": result.seconds,
                 }
             )
-        accelerator.wait_for_everyone()
     return results
 
 

@@ -56,6 +56,8 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Comma
                     f"`{command}` was started in {ranks.ranks()} processes, it works in one",
                     f"start it without torchrun; {', '.join(SEVERAL_PROCESSES)} work in several",
                 )
+            if command in SEVERAL_PROCESSES:
+                ranks.start()
             try:
                 result = function(**arguments)
             finally:

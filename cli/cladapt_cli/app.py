@@ -58,7 +58,10 @@ def _root(
 def main() -> None:
     """Entry point: runs a command and turns every failure into its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == 0:  # after a failure the others may be gone, and leaving them in order could wait for ever
+        ranks.finish()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -67,7 +70,6 @@ def run(arguments: list[str]) -> int:
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes what it does not show as *_
     try:
         _check_text(arguments)
-        ranks.start()
         code = app(arguments, prog_name="cladapt", standalone_mode=False)
         if code == INTERRUPTED:  # how newer versions of typer pass Ctrl-C on
             raise KeyboardInterrupt
@@ -91,6 +93,10 @@ def _problem(error: BaseException) -> BaseException:
     hint = "check the path, the permissions and the free space and memory"
     if isinstance(error, MemoryError):
         return EnvironmentProblem(f"out of memory: {error or 'the system gives no more'}", hint)
+    if ranks.other_ended(error):
+        return EnvironmentProblem(
+            "another process of this command ended", "its launcher tells how; continue a run with --resume"
+        )
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{error.filename}: "
         return EnvironmentProblem(f"{where}{error.strerror or error}", hint)
