@@ -35,8 +35,8 @@ bench: $(STAMP)  ## measure the registry on this machine
 	$(BIN)/python bench/run.py
 
 gpu:  ## kernel tests, then the benchmarks; needs torch, triton and pytest alone
-	PYTHONPATH=.:kernels:cli $(PYTHON) -m pytest tests/kernels -q
-	PYTHONPATH=.:kernels:cli $(PYTHON) bench/run.py --device cuda
+	PYTHONPATH=.:kernels:cli $(PYTHON) -m pytest tests/kernels -q -m "not slow"
+	PYTHONPATH=.:kernels:cli $(PYTHON) bench/run.py --device cuda --tested
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

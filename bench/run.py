@@ -1,55 +1,72 @@
 """Time the registry of kernels: `python bench/run.py [--device cuda] [--only NAME]`; needs torch and pytest alone.
 
-An entry whose tests are red is not timed. Whole training steps and decoding: `cladapt bench methods`.
+Nothing is timed while its tests are red. A whole run writes `bench/results/<device>/registry.csv`, and on a GPU first
+the table of routes that the LoRA linear's dispatcher reads, so that its own times are those of the table. On a CPU
+times are ratios; what a model says of an H200 has 0 runs. Whole training steps and decoding: `cladapt bench methods`.
 """
 
 import argparse
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT), str(ROOT.parent / "kernels")]
+sys.path.insert(0, str(ROOT.parent / "kernels"))
 
-from registry import REGISTRY  # noqa: E402 - the paths above come first
-
-from cladapt_kernels.timing import Row, compare, where, write_rows  # noqa: E402
-
-
-def green(tests: str) -> bool:
-    """Whether the tests of an entry pass at this commit."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", tests]
-    return subprocess.run(command, cwd=ROOT.parent, capture_output=True, check=False).returncode == 0
+from cladapt_kernels.registry import REGISTRY, ROUTES, red, summary, write_routes  # noqa: E402 - the path comes first
+from cladapt_kernels.timing import FEWEST_RUNS, Entry, Row, measure, measure_roofs, where, write_rows  # noqa: E402
 
 
-def main() -> int:
-    """Time the registry and write `bench/results/<device>/registry.csv`."""
+def main(arguments: Sequence[str] | None = None, results: Path = ROOT / "results") -> int:
+    """Time the registry; 0 when done, 2 where nothing can be timed as asked, 5 where tests are red."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", default="", help="entries whose name holds this; nothing is written")
     parser.add_argument("--runs", type=int, default=51)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    rows: list[Row] = []
-    here, checked = where(device), {}
-    for entry in REGISTRY:
-        if arguments.only not in entry.name:
-            continue
-        if entry.tests not in checked:
-            checked[entry.tests] = green(entry.tests)
-        if not checked[entry.tests]:
-            print(f"error: {entry.tests} is red: {entry.name} is not timed", file=sys.stderr)
-            return 5
-        for row in compare(entry.name, entry.shape, entry.make(device), device, arguments.runs):
-            rows.append({**row, **here})
-            print(f"{entry.name} ({entry.shape}) {row['provider']}: {row['metric']} {row['q50']:.3f} {row['unit']}")
-    folder = ROOT / "results" / name.lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "registry.csv", rows)
+    parser.add_argument("--tested", action="store_true", help="the tests have just run: do not run them again")
+    options = parser.parse_args(arguments)
+    if options.runs < FEWEST_RUNS:
+        parser.error(f"--runs {options.runs} is too few for quantiles: use {FEWEST_RUNS} or more")
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    entries = [entry for entry in (*ROUTES, *REGISTRY) if options.only in entry.name]
+    if not entries:
+        parser.error(f"--only {options.only}: no entry has such a name")
+    if not options.tested and (tests := red(entries, ROOT.parent)):
+        print(f"error: {tests} is red: nothing is timed", file=sys.stderr)
+        return 5
+    roofs, rows = measure_roofs(device)
+
+    def timed(chosen: Sequence[Entry]) -> list[Row]:
+        found: list[Row] = []
+        for entry in chosen:
+            print(f"timing {entry.name}, {entry.shape}", file=sys.stderr, flush=True)
+            found += measure(entry, device, options.runs, roofs)
+        return found
+
+    ways = timed([entry for entry in entries if entry in ROUTES])
+    if on_gpu and not options.only:
+        print(f"wrote {write_routes(ways, torch.cuda.get_device_name(device))}", file=sys.stderr)
+    rows = [*rows, *ways, *timed([entry for entry in entries if entry not in ROUTES])]
+    for line in summary(rows):
+        op, shape, provider, *figures = line.items()
+        told = ", ".join(f"{name} {_text(value)}" for name, value in figures if value is not None)
+        print(f"{op[1]} ({shape[1]}) {provider[1]}: {told}")
+    if not options.only:
+        name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+        folder = results / name.lower().replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        here = where(device)
+        write_rows(folder / "registry.csv", [{**row, **here} for row in rows])
     return 0
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import torch
 from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
 from cladapt_kernels.lora_linear import lora_linear
+from cladapt_kernels.optim import Figures, ProxAdamW, Term
 
-__all__ = ["lora_linear"]
+__all__ = ["Figures", "ProxAdamW", "Term", "lora_linear"]
 
 Choice = Literal["auto", "triton", "reference"]
-KERNELS = ("lora_linear",)
+KERNELS = ("lora_linear", "prox_adamw")
 """Ops with a Triton kernel."""
 REFERENCES = ("proximal_kl", "proximal_l2")
 """Ops without."""

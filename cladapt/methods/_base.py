@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from cladapt import ops
 from cladapt.config import Settings
 
 
@@ -27,6 +28,10 @@ class Context:
     """The values of a fresh adapter, by the same names."""
     set_history: Callable[[Mapping[str, Tensor]], None] = _no_history
     """Puts frozen factors beside the adapter; see `cladapt.model.adapter.set_history`."""
+    optimizer: ops.ProxAdamW | None = None
+    """The optimiser, where it takes a proximal term into its step; without, a term's gradient is added before."""
+    figures: ops.Figures | None = None
+    """What the optimiser measured of this step, where it has a term."""
     log: dict[str, float] = field(default_factory=dict)
     """Scalars to write with this step's log line."""
 

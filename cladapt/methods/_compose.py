@@ -28,6 +28,7 @@ class Compose(Method):
         return any(method.full_rank for _, method in self.methods)
 
     def begin_block(self, ctx: Context) -> None:
+        ctx.optimizer = None  # inside its step, a term would be hidden from the edits that come after
         for _, method in self.methods:
             method.begin_block(ctx)
 

@@ -39,8 +39,14 @@ class AdapterVector:
         return list(by_module.values())
 
     @property
+    def modules(self) -> list[int]:
+        """The module of each tensor, numbered as they come."""
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(module_of(name), len(numbers)) for name in self.names]
+
+    @property
     def n_modules(self) -> int:
-        return len({module_of(name) for name in self.names})
+        return len({*self.modules})
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors in the order of `names` -> float32 (or float64) vector [n]."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cladapt import ranks
+from cladapt import ops, ranks
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.tokens.prompts import Document, PackedRows, pack
@@ -42,6 +42,7 @@ class FitSettings:
     keep: Literal["best", "last"] = "best"
     patience: int = 0  # epochs without improvement before stopping; 0 = never
     precision: Literal["fp32", "bf16"] = "fp32"
+    fold_terms: bool = False  # a method may put its proximal term inside the optimiser's step
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,12 @@ class Fit:
         self.method, self.ctx, self.settings, self.sink = method, ctx, settings, sink
         self.documents, self.validation = documents, validation
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
-        optimizer = torch.optim.AdamW(
-            list(ctx.parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=_can_fuse(ctx)
-        )
+        parameters, lr, decay = list(ctx.parameters.values()), settings.lr, settings.weight_decay
+        optimizer: torch.optim.Optimizer
+        if settings.fold_terms and _can_fuse(ctx):
+            optimizer = ctx.optimizer = ops.ProxAdamW(parameters, lr=lr, weight_decay=decay)
+        else:
+            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=_can_fuse(ctx))
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.best: dict[str, Tensor] = {}
         self.position = Position()
@@ -266,7 +270,12 @@ class Fit:
     def _clip(self) -> float:
         parameters = list(self.ctx.parameters.values())
         limit = self.settings.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        optimizer = self.ctx.optimizer
+        if optimizer is not None and optimizer.term is not None:
+            self.ctx.figures = optimizer.measure(limit)  # it clips the sum of both gradients in its step
+            norm = self.ctx.figures.norm.item()
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         if not math.isfinite(norm):
             raise DataError(
                 f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}", "lower train.lr"
@@ -292,6 +301,8 @@ class Fit:
 
     def snapshot(self) -> Snapshot:
         """Everything that continues this fit bit for bit; all processes take part, each has its own generators."""
+        if self.ctx.optimizer is not None:
+            self.ctx.optimizer.refresh()  # as it will be for who resumes
         tensors = {f"parameter/{name}": p.detach().clone() for name, p in self.ctx.parameters.items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {f"method/{name}": value.clone() for name, value in self.method.state_dict().items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cladapt import ranks
+from cladapt import ops, ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
 from cladapt.config import RunConfig, TrainConfig
 from cladapt.data.histories import BlockSplit, split_block
@@ -75,7 +75,7 @@ def adapter_folder(run: Path, block: int) -> Path:
     return run / "adapters" / f"block_{block:03d}"
 
 
-def fit_settings(config: TrainConfig, seed: int, block: int) -> FitSettings:
+def fit_settings(config: TrainConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
     """The loop's settings for one block: later blocks have their own learning-rate factor."""
     return FitSettings(
         lr=config.lr * (config.block_lr_factor if block > 1 else 1.0),
@@ -90,6 +90,7 @@ def fit_settings(config: TrainConfig, seed: int, block: int) -> FitSettings:
         clip=config.clip,
         keep=config.keep,
         precision=config.precision,
+        fold_terms=ops.uses_kernel("prox_adamw", kernels),
     )
 
 
@@ -132,7 +133,7 @@ def train_stream(
             Context(adapter_parameters(model), block=block, initial=initial, set_history=partial(set_history, model)),
             [document for each in (*earlier, split) for document in training_documents(each, form)],
             validation_documents(split, form),
-            fit_settings(config.train, config.seed, block),
+            fit_settings(config.train, config.seed, block, config.kernels),
             sink,
         )
         result = fit.run(

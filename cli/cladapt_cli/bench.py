@@ -20,3 +20,14 @@ def methods(
     from cladapt.pipeline import bench
 
     return bench.methods(runs, out, Progress())
+
+
+@verb(app)
+def kernels(
+    runs: Annotated[int, typer.Option("--runs", help="Interleaved runs behind each median.")] = 51,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the rows to this .csv file.")] = None,
+) -> dict[str, Any]:
+    """Each kernel against its peers: measured here on a GPU; on a CPU ratios, and what a model says of an H200."""
+    from cladapt.pipeline import kernels as pipeline
+
+    return pipeline.kernels(runs, out, Progress())

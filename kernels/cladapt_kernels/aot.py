@@ -7,12 +7,13 @@ specialisation that a launch makes (strides of 1, sizes and pointers divisible b
 """
 
 import csv
+import io
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cladapt_kernels.tiles import assuming
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
 FAMILIES = {"wgmma": r"\bwgmma\.", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync", "cp.async": r"\bcp\.async\.c"}
-FAMILIES |= {"atom": r"\b(atom|red)\."}
+FAMILIES |= {"atom": r"\b(atom|red)\.[\w.:]*\.(b?f16|f32|f64)"}  # of floats, whose order would show
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -61,7 +62,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel on one architecture: registers a thread, spilled bytes, bytes of shared memory, instructions."""
+    """Of one kernel on one architecture: registers a thread, spilled bytes, bytes of shared memory, instructions.
+
+    `serialized` among the instructions: ptxas makes every wgmma wait for the one before.
+    """
 
     registers: int
     spills: int
@@ -89,11 +93,14 @@ def recorded() -> Iterator[list[Launch]]:
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compile what was recorded for sm_<capability>, with ptxas's own account of it."""
-    source = _source(launch)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    source, log = _source(launch), io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, spills = _account(built.asm["cubin"])
     found = tuple(name for name, pattern in FAMILIES.items() if re.search(pattern, built.asm["ptx"]))
-    return Compiled(registers, spills, built.metadata.shared, found)
+    serialized = "wgmma.mma_async instructions are serialized" in log.getvalue()
+    return Compiled(registers, spills, built.metadata.shared, (*found, *(("serialized",) if serialized else ())))
 
 
 def _source(launch: Launch) -> ASTSource:

@@ -146,3 +146,53 @@ def proximal_l2(value: Tensor, anchor: Tensor, lengths: Tensor) -> tuple[Tensor,
     """1/2 ||v - a||^2 of each group [G] and its gradient v - a [n]."""
     d = value - anchor
     return 0.5 * group_sum(d * d, lengths), d
+
+
+def proximal(
+    kind: str,
+    value: Tensor,
+    anchor: Tensor,
+    lengths: Tensor,
+    inverse_tau: Tensor | None = None,
+    fisher: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """R of each group [G] and its gradient [n]: `kl` (tau = 1 without `inverse_tau` [G]), `l2`, or `fisher`.
+
+    R = 1/2 sum_i f_i (v_i - a_i)^2 with the diagonal `fisher` f [n].
+    """
+    if kind == "l2":
+        return proximal_l2(value, anchor, lengths)
+    if kind == "fisher" and fisher is not None:
+        d = value - anchor
+        return 0.5 * group_sum(fisher * d * d, lengths), fisher * d
+    if kind != "kl":
+        raise ValueError(f"term {kind!r}, expected kl, l2, or fisher with its diagonal")
+    if inverse_tau is None:
+        inverse_tau = torch.ones(lengths.numel(), dtype=value.dtype, device=value.device)
+    anchor_p = group_softmax(anchor * group_expand(inverse_tau, lengths, anchor.numel()), lengths)
+    return proximal_kl(value, anchor, anchor_p, lengths, inverse_tau)
+
+
+def adamw(
+    value: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW, the `step`-th from 1: the new value and moments, all [n].
+
+        m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+        value = (1 - lr wd) value - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps)
+
+    With a proximal term g is clip (grad + strength dR/dv), R of `proximal` at `value`. AdamW (arXiv 1711.05101).
+    """
+    first = betas[0] * first + (1 - betas[0]) * grad
+    second = betas[1] * second + (1 - betas[1]) * grad * grad
+    root = (second / (1 - betas[1] ** step)).sqrt() + eps
+    value = value * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * first / root
+    return value, first, second

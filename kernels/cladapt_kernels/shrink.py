@@ -36,7 +36,7 @@ def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tenso
     if m:
         _shrink[(triton.cdiv(m, BLOCK_M),)](
             x, a, s, seed, m, k, r, *x.stride(), *a.stride(), scale, drop_threshold(p),
-            BLOCK_M=BLOCK_M, BLOCK_K=128 if r <= 32 else 64, BLOCK_R=padded(r), DROPOUT=p > 0,
+            BLOCK_M=BLOCK_M, BLOCK_K=128 if r <= 32 and p == 0 else 64, BLOCK_R=padded(r), DROPOUT=p > 0,
             num_warps=4, num_stages=STAGES,
         )  # fmt: skip
     return s

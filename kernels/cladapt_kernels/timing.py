@@ -1,6 +1,7 @@
 """How anything is timed here: providers interleaved in one process, medians of ratios to the first, one csv schema.
 
-Imports torch alone, so that kernels can be timed where the rest of the project is not installed.
+Kernels are timed on a GPU by events behind a backlog, with cold and with hot L2, against the roofs of that GPU. On a
+CPU ratios are measured, and what a model of bytes and FLOPs says of an H200 is told apart. Imports torch alone.
 """
 
 import csv
@@ -10,11 +11,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-Providers = Mapping[str, Callable[[], object]]
+Call = Callable[[], object]
+Providers = Mapping[str, Call]
 Row = dict[str, object]
 
 COLUMNS = ("name", "shape", "provider", "metric", "unit", "q20", "q50", "q80", "runs")
@@ -22,9 +25,66 @@ WHERE = ("device", "torch", "commit", "time")
 WARMUP = 2
 FEWEST_RUNS = 3  # below, the quantiles say nothing
 
+COLD, HOT = ", cold L2", ", hot L2"
+TIME = "time"
+MODELLED = "modelled time on an H200"
+FLOOR = "floor"
+FLUSH_BYTES = 1 << 28
+COPY_BYTES = 1 << 30
+GEMM_SIDE = 8192
+ROOF_RUNS = 21
+LONGEST_BACKLOG = 0.05  # seconds
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue drained before and after."""
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a GPU reaches at best: bytes read and written per second by a copy, FLOP per second by a bf16 GEMM."""
+
+    bandwidth: float
+    flops: float
+
+
+H200 = Roofs(4.3e12, 790e12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products, and bytes that other launches move; launches follow one another, so times add."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def seconds(self, roofs: Roofs) -> float:
+        """The time this takes at the roofs."""
+        return self.flops / roofs.flops + self.bytes / roofs.bandwidth
+
+    def rate(self, seconds: float) -> float:
+        """TFLOP/s, or GB/s where nothing is multiplied."""
+        return 1e-12 * self.flops / seconds if self.flops else 1e-9 * self.bytes / seconds
+
+    @property
+    def unit(self) -> str:
+        """The unit of `rate`."""
+        return "TFLOP/s" if self.flops else "GB/s"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A benchmark: `tests` must be green before it is timed, `make(device)` gives its providers, the baseline first."""
+
+    name: str
+    shape: str
+    tests: str
+    make: Callable[[torch.device], Providers]
+    floor: Work | None = None
+    """What no implementation can do without."""
+    work: Mapping[str, Work] = field(default_factory=dict)
+    """What providers do, where there is a model of them."""
+    gpu_only: bool = False
+
+
+def timed(call: Call, device: torch.device) -> float:
+    """Seconds of one call by the host's clock, the device's queue drained before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -34,13 +94,58 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def interleaved(providers: Providers, device: torch.device, runs: int) -> dict[str, list[float]]:
+class Stopwatch:
+    """Seconds of one call on the current GPU, by an event pair.
+
+    The GPU is kept busy while the host launches, so that no gap between launches is timed. Before the call a buffer
+    larger than L2 is written (cold), or the same call is made (hot).
+    """
+
+    def __init__(self, device: torch.device, cold: bool) -> None:
+        self._device = device
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
+        self._host_seconds: dict[Call, float] = {}
+        cycles = 10_000_000
+        self._events(lambda: torch.cuda._sleep(cycles))
+        self._cycles_per_second = cycles / self._events(lambda: torch.cuda._sleep(cycles))
+
+    def __call__(self, call: Call) -> float:
+        if call not in self._host_seconds:
+            self._host_seconds[call] = self._launching(call)
+        backlog = min(4 * self._host_seconds[call], LONGEST_BACKLOG)  # two calls, and as much to be safe
+        torch.cuda._sleep(int(backlog * self._cycles_per_second))
+        if self._flush is None:
+            call()
+        else:
+            self._flush.zero_()
+        return self._events(call)
+
+    def _events(self, call: Call) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(self._device)
+        return 1e-3 * start.elapsed_time(end)
+
+    def _launching(self, call: Call) -> float:
+        """Seconds that the host takes to launch it; the first call, which compiles, does not count."""
+        call()
+        torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        call()
+        elapsed = time.perf_counter() - began
+        torch.cuda.synchronize(self._device)
+        return elapsed
+
+
+def interleaved(providers: Providers, watch: Callable[[Call], float], runs: int) -> dict[str, list[float]]:
     """Seconds of `runs` calls of each provider, in turn, the order turned around every time; two calls warm up."""
     names = list(providers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(runs + WARMUP):
         for name in names if turn % 2 else reversed(names):
-            elapsed = timed(providers[name], device)
+            elapsed = watch(providers[name])
             if turn >= WARMUP:
                 seconds[name].append(elapsed)
     return seconds
@@ -59,18 +164,76 @@ def compare(
 
     The ratio is of times, or of speeds where `counted` says what each call does equally much of.
     """
-    seconds = interleaved(providers, device, runs)
+    seconds = interleaved(providers, lambda call: timed(call, device), runs)
     baseline, *_ = seconds
     metric = f"{counted} per second over '{baseline}'" if counted else f"time over '{baseline}'"
     rows: list[Row] = []
     for provider, values in seconds.items():
         pairs = zip(values, seconds[baseline], strict=True)
-        ratios = [b / a if counted else a / b for a, b in pairs]
         common: Row = {"name": name, "shape": shape, "provider": provider, "runs": runs}
+        ratios = [b / a if counted else a / b for a, b in pairs]
         rows.append({**common, "metric": metric, "unit": "ratio", **quantiles(ratios)})
         if device.type == "cuda":
-            rows.append({**common, "metric": "time", "unit": "us", **quantiles([1e6 * v for v in values])})
+            rows.append({**common, "metric": TIME, "unit": "us", **quantiles([1e6 * v for v in values])})
     return rows
+
+
+def measure(entry: Entry, device: torch.device, runs: int, roofs: Roofs) -> list[Row]:
+    """All rows of an entry: on a GPU by events against `roofs`; elsewhere ratios, and what is modelled, with 0 runs."""
+    if device.type != "cuda":
+        measured = [] if entry.gpu_only else compare(entry.name, entry.shape, entry.make(device), device, runs)
+        return [*measured, *modelled(entry)]
+    providers = entry.make(device)
+    rows: list[Row] = []
+    for state, cold in ((COLD, True), (HOT, False)):
+        seconds = interleaved(providers, Stopwatch(device, cold), runs)
+        baseline, *_ = seconds
+        for provider, values in seconds.items():
+            common: Row = {"name": entry.name, "shape": entry.shape, "provider": provider, "runs": runs}
+            ratios = [a / b for a, b in zip(values, seconds[baseline], strict=True)]
+            figures = [
+                (f"time over '{baseline}'", "ratio", ratios),
+                ("speed of the baseline", "%", [100 / ratio for ratio in ratios]),
+                (TIME, "us", [1e6 * v for v in values]),
+            ]
+            if entry.floor is not None:
+                ideal = entry.floor.seconds(roofs)
+                figures += [
+                    ("speed at the roof", "%", [100 * ideal / v for v in values]),
+                    ("useful work", entry.floor.unit, [entry.floor.rate(v) for v in values]),
+                ]
+            rows += [{**common, "metric": m + state, "unit": unit, **quantiles(v)} for m, unit, v in figures]
+    return rows
+
+
+def modelled(entry: Entry) -> list[Row]:
+    """Times on an H200 by the model of bytes and FLOPs, never measured: 0 runs."""
+    works = {**({} if entry.floor is None else {FLOOR: entry.floor}), **entry.work}
+    common: Row = {"name": entry.name, "shape": entry.shape, "metric": MODELLED, "unit": "us", "runs": 0}
+    return [
+        {**common, "provider": provider, **dict.fromkeys(("q20", "q50", "q80"), 1e6 * work.seconds(H200))}
+        for provider, work in works.items()
+    ]
+
+
+def measure_roofs(device: torch.device) -> tuple[Roofs, list[Row]]:
+    """The roofs of this GPU and their rows; those of an H200 and no rows on a CPU."""
+    if device.type != "cuda":
+        return H200, []
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(GEMM_SIDE, GEMM_SIDE, device=device).bfloat16() for _ in range(2))
+    calls: Providers = {"copy": lambda: target.copy_(source), "bf16 GEMM": lambda: left @ right}
+    works = {"copy": Work(bytes=2 * COPY_BYTES), "bf16 GEMM": Work(flops=2 * GEMM_SIDE**3)}
+    seconds = interleaved(calls, Stopwatch(device, cold=True), ROOF_RUNS)
+    rows: list[Row] = []
+    for name, shape in (("copy", f"{COPY_BYTES} bytes"), ("bf16 GEMM", f"{GEMM_SIDE} cubed")):
+        work = works[name]
+        common: Row = {"name": "roof", "shape": shape, "provider": name, "metric": "useful work" + COLD}
+        rates = [work.rate(v) for v in seconds[name]]
+        rows.append({**common, "unit": work.unit, "runs": ROOF_RUNS, **quantiles(rates)})
+    copy, gemm = (statistics.median(seconds[name]) for name in calls)
+    return Roofs(works["copy"].bytes / copy, works["bf16 GEMM"].flops / gemm), rows
 
 
 def where(device: torch.device) -> dict[str, str]:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cladapt_kernels import gemm, shrink, skinny
+from cladapt_kernels import adamw, gemm, shrink, skinny
 from cladapt_kernels.aot import Variant
 
 TOKENS, K, N, RANK = 8192, 1024, 4096, 16
@@ -68,4 +68,5 @@ VARIANTS = (
     Variant("factors, fp32", partial(_skinny, RANK, FP32)),
     Variant("factors, dropout", partial(_skinny, RANK, p=0.1)),
     Variant("factors, all hooks", partial(_skinny, RANK, hooks=True)),
+    *adamw.variants(),
 )

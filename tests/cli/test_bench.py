@@ -1,13 +1,22 @@
 """`cladapt bench`: what it offers, and what it refuses before it measures."""
 
-import pytest
+import csv
+import json
+from pathlib import Path
 
+import pytest
+import torch
+
+from cladapt.pipeline import kernels
 from cladapt_cli.app import run
+from cladapt_kernels.timing import Entry, Work
 
 
 def test_the_group_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--help"]) == 0
-    assert "methods" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "methods" in text
+    assert "kernels" in text
 
 
 def test_too_few_runs_are_a_usage_error_of_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,3 +24,72 @@ def test_too_few_runs_are_a_usage_error_of_two_lines(capsys: pytest.CaptureFixtu
     streams = capsys.readouterr()
     assert streams.out == ""
     assert streams.err == "error: --runs 1 is too few for quantiles\nhint: use 3 or more\n"
+
+
+@pytest.fixture
+def two_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of one op that does nothing and one for GPUs alone, their tests green."""
+    quick = Entry("quick", "s", "tests/quick.py", lambda _: {"a": lambda: None, "b": lambda: None})
+    model = {"x": Work(flops=790e6)}
+    only = Entry("wide", "s", "tests/wide.py", lambda _: {}, floor=Work(bytes=4.3e6), work=model, gpu_only=True)
+    monkeypatch.setattr(kernels, "ROUTES", ())
+    monkeypatch.setattr(kernels, "REGISTRY", (quick, only))
+    monkeypatch.setattr(kernels, "compute_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(kernels, "red", lambda *_: None)
+
+
+@pytest.mark.usefixtures("two_entries")
+def test_kernels_are_measured_and_what_is_modelled_is_told_apart(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.csv"
+    assert run(["bench", "kernels", "--runs", "3", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["runs"], result["tests"], result["out"]) == (3, "green", str(out))
+    lines = {(line["op"], line["provider"]): line for line in result["measured"]}
+    assert list(lines) == [("quick", "a"), ("quick", "b"), ("wide", "floor"), ("wide", "x")]
+    assert (lines["quick", "a"]["over baseline"], lines["quick", "a"]["H200 model us"]) == (1.0, None)
+    assert (lines["wide", "x"]["over baseline"], lines["wide", "x"]["H200 model us"]) == (None, pytest.approx(1.0))
+    with out.open(newline="") as handle:
+        assert [row["runs"] for row in csv.DictReader(handle)] == ["3", "3", "0", "0"]
+
+
+@pytest.mark.usefixtures("two_entries")
+def test_kernels_with_red_tests_are_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "red", lambda entries, _: entries[1].tests)
+    monkeypatch.setattr(kernels, "checkout", lambda: tmp_path)
+    assert run(["bench", "kernels", "--out", str(tmp_path / "rows.csv"), "--quiet"]) == 5
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    expected = "error: tests/wide.py is red: no time is recorded\nhint: run python -m pytest tests/wide.py in "
+    assert streams.err == f"{expected}{tmp_path}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("two_entries")
+def test_kernels_of_an_installation_without_tests_say_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "red", lambda *_: pytest.fail("there is nothing to run"))
+    monkeypatch.setattr(kernels, "checkout", lambda: None)
+    assert run(["bench", "kernels", "--runs", "3"]) == 0
+    streams = capsys.readouterr()
+    assert "not run: this installation has no tests beside it" in streams.out
+    assert "quick" in streams.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "2"], "error: --runs 2 is too few for quantiles\nhint: use 3 or more\n"),
+        (["--runs", "10000000"], "error: --runs 10000000 would take days\nhint: use 10000 or fewer\n"),
+        (["--out", "x.txt"], "error: --out x.txt: unknown kind of file '.txt'\nhint: use a name that ends in .csv\n"),
+    ],
+)
+def test_kernels_refuse_what_cannot_be_measured(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "kernels", *arguments]) == 2
+    assert capsys.readouterr().err == message

@@ -22,6 +22,7 @@ Hostile = Callable[..., str]
 
 SMALL = "-o users=40 -o items=40 -o topics=4 -o blocks=3"
 CALLS = {  # one call of each command that works in the folder of `hostile`
+    "bench kernels": "--runs 5 --out new.csv",
     "bench methods": "--runs 5 --out new.csv",
     "base init": "--from base --data stream --out new --form packed -o epochs=0",
     "base pretrain": "--data stream --out new -o epochs=0",
@@ -43,7 +44,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "tokens inspect": "stream",
     "train": "--data stream --base base --epochs 1 --out new",
 }
-SLOW = {"bench methods", "demo"}
+SLOW = {"bench kernels", "bench methods", "demo"}
 NUMBER = ["abc", "1.5x", "", "-1", "9" * 30]
 VALUES = {
     int: NUMBER,

@@ -63,6 +63,8 @@ def problems(found: dict[tuple[str, ...], dict[str, str]], budget: dict[tuple[st
                     told.append(f"{key}: {figure} {row[figure]}, budget {allowed[figure]}")
                 if int(row[figure]) < int(allowed[figure]):
                     told.append(f"{key}: {figure} {row[figure]} is less than the budget, keep it: {UPDATE}")
+        faults = {*row["instructions"].split()} & {"serialized", "atom"}
+        told += [f"{key}: {fault}" for fault in sorted(faults)]
         if row["sm"] == "90":
             missing = {*row["expects"].split()} - {*row["instructions"].split()}
             told += [f"{key}: no {family} among its instructions" for family in sorted(missing)]

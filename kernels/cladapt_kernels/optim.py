@@ -1,0 +1,397 @@
+"""AdamW with a proximal term inside: torch's own fused step on a CPU, one launch of `adamw` on a GPU.
+
+    g = clip (grad + strength dR/dv)      R: KL of softmax groups, L2 or diagonal Fisher, see `reference.proximal`
+
+The term's gradient is a closed form, so no graph is built, and on a CPU a group is read once, while it is in the cache.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cladapt_kernels.adamw import FusedStep
+
+KINDS = ("kl", "l2", "fisher")
+CACHED = 65536  # entries that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Term:
+    """strength R, which pulls parameters towards `anchors`; the anchors must stay as they are."""
+
+    kind: str
+    """`kl`, `l2` or `fisher`."""
+    strength: float | Tensor
+    """A 0-d tensor where a CUDA graph is to change it."""
+    anchors: Sequence[Tensor]
+    """One of each parameter's shape and dtype."""
+    inverse_tau: Tensor | None = None
+    """[G], of `kl`; 1 without."""
+    fisher: Sequence[Tensor] | None = None
+    """Like the anchors."""
+    groups: Sequence[int] | None = None
+    """The group of each parameter, 0 to G - 1; each parameter its own without."""
+
+    def group_of_each(self, count: int) -> list[int]:
+        """The group of each of `count` parameters."""
+        return [*range(count)] if self.groups is None else [*self.groups]
+
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """`ValueError` where this term does not fit the parameters."""
+        if self.kind not in KINDS:
+            raise ValueError(f"term {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.kind == "fisher" and self.fisher is None:
+            raise ValueError("term 'fisher' without its diagonal")
+        for name, tensors in (("anchors", self.anchors), ("fisher", self.fisher)):
+            if tensors is None:
+                continue
+            if len(tensors) != len(parameters):
+                raise ValueError(f"{len(tensors)} {name} for {len(parameters)} parameters")
+            for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
+                found, wanted = ((t.device, t.dtype, tuple(t.shape)) for t in (tensor, parameter))
+                if found != wanted or not tensor.is_contiguous():
+                    told, expected = (" ".join(map(str, facts)) for facts in (found, wanted))
+                    raise ValueError(f"{name}[{index}] is {told}, expected {expected}, contiguous")
+        for index, parameter in enumerate(parameters):
+            if not parameter.is_contiguous() or not parameter.numel():
+                raise ValueError(f"parameter {index} is empty or not contiguous")
+        groups = self.group_of_each(len(parameters))
+        if len(groups) != len(parameters) or {*groups} != {*range(max(groups, default=0) + 1)}:
+            raise ValueError(f"groups {groups[:8]}…, expected numbers from 0 without a gap, {len(parameters)} of them")
+        if self.inverse_tau is not None and self.inverse_tau.shape != (max(groups) + 1,):
+            raise ValueError(f"inverse_tau is {tuple(self.inverse_tau.shape)}, expected {(max(groups) + 1,)}")
+
+
+class Figures(NamedTuple):
+    """Of a step before it is done, each a [] on the device; `clip` is what the step multiplies by."""
+
+    norm: Tensor
+    """||g + t||, the norm that is clipped, t the term's gradient."""
+    task_norm: Tensor
+    """||g||"""
+    term_norm: Tensor
+    """||t||"""
+    inner: Tensor
+    """<g, t>"""
+    distance: Tensor
+    """||v - a||"""
+    term: Tensor
+    """strength R"""
+    clip: Tensor
+
+    def numbers(self) -> dict[str, float]:
+        """By name, waiting for the device once."""
+        return dict(zip(self._fields, torch.stack([f.double() for f in self]).tolist(), strict=True))
+
+
+class ProxAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW(fused=True)` and a term: `set_term`, each step `measure` if its figures are wanted, `step`.
+
+    Without a term a step is torch's, bit for bit. `p.grad` stays the task's gradient. State and groups have AdamW's
+    keys, so either reads the other's checkpoints; a term is not part of the state: set it again after a load. `route`
+    says which implementation the last step took, and why.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        for name, value, good in (
+            ("lr", lr, lr >= 0),
+            ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+        ):
+            if not good:
+                raise ValueError(f"{name}={value} is out of range")
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+        defaults |= {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
+        super().__init__(params, {**defaults, "decoupled_weight_decay": True})
+        self.term: Term | None = None
+        self.route = ""
+        self._blocks: list[_Block] = []
+        self._total: list[Tensor] = []
+        self._fused: FusedStep | None = None
+        self._clip: Tensor | None = None
+        self._ready: tuple[int, ...] | None = None  # versions at which _total was filled
+        self._obstacle = ""
+
+    def set_term(self, term: Term | None) -> None:
+        """Pull towards the term's anchors from the next step on, or with None no longer; one anchor per parameter."""
+        parameters = self._parameters()
+        self.term, self._fused, self._blocks, self._total = None, None, [], []
+        self._clip, self._ready = None, None
+        if term is None:
+            return
+        term.check(parameters)
+        kinds = {(p.dtype, p.device) for p in parameters}
+        if len(kinds) > 1 or parameters[0].dtype not in (torch.float32, torch.float64):
+            told = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise ValueError(f"parameters are {told}; a term needs float32 or float64, of one kind on one device")
+        self.term = term
+
+    @torch.no_grad()
+    def measure(self, max_norm: float = math.inf) -> Figures:
+        """Figures of the step to come, nothing waited for; that step scales g to `max_norm` where it is longer."""
+        parameters, zero = self._parameters(), torch.zeros(())
+        if self.term is None:
+            found = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm, task, own, inner, distance, value = found, found, *[zero.to(found)] * 4
+        elif (fused := self._launcher(parameters)) is not None:
+            step = self.state[parameters[0]]["step"]
+            squares = fused.measure(_gradients(parameters), step)
+            (norm, task, own), inner, distance = squares[:3].sqrt(), squares[3], squares[4].sqrt()
+            value = self.term.strength * fused.value(step).sum()
+        else:
+            sums = self._fill(parameters, figures=True)
+            norm = torch.nn.utils.get_total_norm(self._total)
+            (task, own), inner, distance = sums[:2].sqrt(), sums[2], sums[3].sqrt()
+            value = self.term.strength * sums[4]
+        # torch's clip_grad_norm_, its 1e-6 included
+        self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm < math.inf else None
+        self._ready = self._versions(parameters)
+        return Figures(norm, task, own, inner, distance, value, norm.new_ones(()) if self._clip is None else self._clip)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; `RuntimeError` where parameters or gradients changed between `measure` and this."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = self._parameters()
+        ready, self._ready = self._ready, None
+        clip, self._clip = self._clip, None
+        if ready is not None and ready != self._versions(parameters):
+            raise RuntimeError("a parameter or a gradient changed since measure: measure again before the step")
+        if self.term is not None and (fused := self._launcher(parameters)) is not None:
+            self._launch(fused, parameters, clip)
+            return loss
+        if self.term is None:
+            self.route = "torch: no term"
+            stepped = [p for p in parameters if p.grad is not None]
+            total: list[Tensor] = [p.grad for p in stepped if p.grad is not None]
+        else:
+            self.route = f"torch: {self._obstacle}"
+            if ready is None:
+                self._fill(parameters, figures=False)
+            stepped, total = parameters, self._total
+        if clip is not None and total:
+            # what is ours may be scaled in place, the task's gradients are not
+            if self.term is None:
+                total = list(torch._foreach_mul(total, clip))
+            else:
+                torch._foreach_mul_(total, clip)
+        gradient = dict(zip(stepped, total, strict=True))
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p in gradient]
+            if own:
+                self._torch_step(group, own, [gradient[p] for p in own])
+        return loss
+
+    @property
+    def stale(self) -> bool:
+        """Whether a parameter changed other than by a step, so that the next one needs a `refresh` before it."""
+        return self._fused is not None and self._fused.changed() is not None
+
+    def refresh(self) -> None:
+        """Take the term's statistics anew: after changing a parameter other than by a step, and where a state is saved.
+
+        A launch carries them from step to step, and those of who resumes are taken: rounded otherwise.
+        """
+        self._ready, self._clip = None, None
+        if self._fused is not None:
+            self._fused.refresh(self.state[self._fused.parameters[0]]["step"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in ("amsgrad", "maximize"):
+            if any(group.get(name) for group in state_dict["param_groups"]):
+                raise ValueError(f"this state is of an AdamW with {name}, which ProxAdamW does not do")
+        super().load_state_dict(state_dict)
+        self._fused, self._ready, self._clip = None, None, None
+        for group in self.param_groups:
+            group["fused"] = True
+            for p in group["params"]:
+                if self.state[p]:  # of an AdamW that is not fused they are on the CPU
+                    self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _versions(self, parameters: Sequence[Tensor]) -> tuple[int, ...]:
+        grads = [p.grad for p in parameters]
+        of_grads = [0 if g is None else v for g in grads for v in ((0, 0) if g is None else (g.data_ptr(), g._version))]
+        return (*(p._version for p in parameters), *of_grads)
+
+    def _moments(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """First and second moments and steps, made where there are none."""
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                }
+        states = [self.state[p] for p in parameters]
+        return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
+
+    def _torch_step(self, group: Mapping[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
+        first, second, steps = self._moments(parameters)
+        torch._foreach_add_(steps, 1)
+        (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        torch._fused_adamw_(
+            parameters, grads, first, second, [], steps,
+            beta1=beta1, beta2=beta2, **options, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def _launcher(self, parameters: list[Tensor]) -> "FusedStep | None":
+        """The launch of this term, its statistics taken when it is made; None where torch does the step."""
+        if self._fused is None and self.term is not None:
+            self._obstacle = self._why_torch(parameters)
+            if not self._obstacle:
+                from cladapt_kernels.adamw import FusedStep
+
+                self._fused = FusedStep(parameters, self.term)
+                self._fused.refresh(self.state[parameters[0]]["step"])
+        return self._fused
+
+    def _why_torch(self, parameters: list[Tensor]) -> str:
+        device, dtype = parameters[0].device, parameters[0].dtype
+        if device.type != "cuda":
+            return f"no kernels on {device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if dtype != torch.float32:
+            return f"no kernel in {dtype}"
+        if len(self.param_groups) > 1:
+            return f"{len(self.param_groups)} groups of parameters"
+        if len({float(step) for step in self._moments(parameters)[2]}) > 1:
+            return "parameters have done different numbers of steps"
+        return ""
+
+    def _launch(self, fused: "FusedStep", parameters: list[Tensor], clip: Tensor | None) -> None:
+        self.route = "triton: one launch"
+        (group,) = self.param_groups
+        fused.check_fresh()  # before the steps are counted
+        first, second, steps = self._moments(parameters)
+        torch._foreach_add_(steps, 1)
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        fused.step(
+            _gradients(parameters), first, second, steps[0], **options, clip=None if clip is None else clip.float()
+        )
+
+    def _fill(self, parameters: list[Tensor], figures: bool) -> Tensor:
+        """grad + strength dR/dv into `_total`; with `figures` ||g||^2, ||t||^2, <g, t>, ||v - a||^2 and R, float64."""
+        term = self.term
+        if term is None:
+            raise RuntimeError("set_term comes before its gradient")
+        if not self._blocks:
+            self._blocks, self._total = _blocks(parameters, term)
+        grads = _gradients(parameters)
+        sums = [block.fill(parameters, grads, figures) for block in self._blocks]
+        return torch.stack([torch.stack(each) for each in sums]).double().sum(0) if figures else torch.empty(0)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """With a term every parameter moves; one without a gradient of the task moves by the term alone."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+class _Block:
+    """Groups of one length that are worked on together: rows of a matrix [groups, length]."""
+
+    def __init__(self, members: Sequence[Sequence[int]], groups: Sequence[int], term: Term, total: Tensor) -> None:
+        self._term, self._total = term, total
+        self._members = [index for row in members for index in row]
+        self._anchor = self._rows(term.anchors)
+        self._fisher = None if term.fisher is None else self._rows(term.fisher)
+        taken = None if term.inverse_tau is None else term.inverse_tau[list(groups)]
+        self._inverse_tau = None if taken is None else taken.to(total)[:, None]
+        self._scratch: list[Tensor] = []
+
+    def lend(self, scratch: Sequence[Tensor]) -> None:
+        """Work in these buffers, which all blocks share: fresh memory would cost more than the work."""
+        self._scratch = [s[: self._total.numel()].view(self._total.shape) for s in scratch]
+
+    def fill(self, parameters: Sequence[Tensor], grads: Sequence[Tensor], figures: bool) -> list[Tensor]:
+        """grad + strength dR/dv into `total`; with `figures` their sums, see `ProxAdamW._fill`."""
+        value, d, spare = self._scratch
+        self._rows(parameters, value)
+        torch.sub(value, self._anchor, out=d)
+        distance = _dot(d, d) if figures else d
+        if self._term.kind == "kl":
+            told = self._kl(value, d, spare, figures)
+        else:
+            torch.mul(d, 1.0 if self._fisher is None else self._fisher, out=value)
+            told = 0.5 * _dot(value, d) if figures else d
+            value.mul_(self._term.strength)
+        self._rows(grads, self._total)
+        products = ((self._total, self._total), (value, value), (self._total, value)) if figures else ()
+        sums = [_dot(a, b) for a, b in products]
+        self._total.add_(value)
+        return [*sums, distance, told]
+
+    def _kl(self, value: Tensor, d: Tensor, spare: Tensor, figures: bool) -> Tensor:
+        """strength dKL/dv = strength p (d - E_p[d]) / tau in the place of `value`, p = softmax(v / tau); returns KL.
+
+        KL = log E_p[exp(E_p[d] - d)] looks at p alone, and has no first-order part to lose digits by.
+        """
+        scale: float | Tensor = self._term.strength
+        if self._inverse_tau is not None:
+            value.mul_(self._inverse_tau)
+            d.mul_(self._inverse_tau)
+            scale = scale * self._inverse_tau
+        torch.softmax(value, 1, out=value)
+        d.sub_(torch.mul(value, d, out=spare).sum(1, keepdim=True))
+        told = d
+        if figures:
+            rest = torch.mul(value, d, out=spare).sum(1)
+            torch.expm1(torch.neg(d, out=spare), out=spare)
+            told = (spare.mul_(value).sum(1).log1p_() + rest).sum()
+        value.mul_(d).mul_(scale)
+        return told
+
+    def _rows(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        flat = [tensors[index].reshape(-1) for index in self._members]
+        return torch.cat(flat, out=None if out is None else out.view(-1)).view(self._total.shape)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.view(-1), b.view(-1))
+
+
+def _blocks(parameters: Sequence[Tensor], term: Term) -> tuple[list[_Block], list[Tensor]]:
+    """Groups by length, as many at a time as stay in the cache; and where each parameter's gradient will be."""
+    of_each = term.group_of_each(len(parameters))
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(of_each):
+        members.setdefault(group, []).append(index)
+    by_length: dict[int, list[int]] = {}
+    for group, own in members.items():
+        by_length.setdefault(sum(parameters[index].numel() for index in own), []).append(group)
+    blocks, total, largest = [], list(parameters), 0
+    for length, alike in by_length.items():
+        rows = max(1, CACHED // length)
+        for groups in (alike[i : i + rows] for i in range(0, len(alike), rows)):
+            sums = parameters[0].new_empty(len(groups), length)
+            rows_of = [members[group] for group in groups]
+            blocks.append(_Block(rows_of, groups, term, sums))
+            largest = max(largest, sums.numel())
+            indices = [index for row in rows_of for index in row]
+            parts = sums.view(-1).split([parameters[index].numel() for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                total[index] = part.view(parameters[index].shape)
+    scratch = [parameters[0].new_empty(largest) for _ in range(3)]
+    for block in blocks:
+        block.lend(scratch)
+    return blocks, total

@@ -1,0 +1,125 @@
+"""AdamW with the proximal KL inside, against torch's fused AdamW with the term's gradient added before it.
+
+All providers do one step on the same values and gradients, each on a copy of its own. The measured ones also give the
+norm, clip by it, and tell the term, its norm, its angle to the task's gradient and the distance to the anchor, which is
+what a training step logs. The model of bytes on a GPU has everything come from memory, in float32:
+
+    torch's fused AdamW, one launch without a term      28 a parameter: g, v, m, s read, v, m, s written
+    one launch with KL or L2, with Fisher               32, 36: the anchor, the diagonal
+    its figures before it, one more launch              12, 16: g, v, the anchor, the diagonal
+    bf16 copies                                          2
+    the penalty by autograd, beside AdamW              116: 52 forward, 52 backward, 12 to add it to the gradient
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cladapt_kernels import reference
+from cladapt_kernels.optim import ProxAdamW, Term
+from cladapt_kernels.timing import Entry, Providers, Work
+
+STRENGTH, RATE, LIMIT = 0.1, 1e-6, 1.0
+TESTS = "tests/kernels/test_optim.py"
+AUTOGRAD, CLOSED = "fused AdamW, penalty by autograd", "fused AdamW, penalty in closed form"
+INSIDE, PLAIN = "ProxAdamW", "fused AdamW, no penalty"
+
+
+class _Case:
+    """Groups of one size with anchors nearby; every provider steps parameters of its own."""
+
+    def __init__(self, groups: int, size: int, device: torch.device) -> None:
+        self.size, self.generator = size, torch.Generator().manual_seed(0)
+        self.device, self.groups = device, groups
+        self.anchors = [0.02 * part for part in self._drawn()]
+        self._moves, self._tasks = self._drawn(), self._drawn()
+        self.anchor = torch.cat(self.anchors)
+        self.lengths = torch.full((groups,), size, device=device)
+        self.ones = torch.ones(groups, device=device)
+        self.anchor_p = reference.group_softmax(self.anchor, self.lengths)
+
+    def _drawn(self) -> list[Tensor]:
+        drawn = torch.randn(self.groups, self.size, generator=self.generator)
+        return list(drawn.to(self.device).unbind())
+
+    def parameters(self) -> list[nn.Parameter]:
+        made = [nn.Parameter(a + 1e-3 * move) for a, move in zip(self.anchors, self._moves, strict=True)]
+        for parameter, task in zip(made, self._tasks, strict=True):
+            parameter.grad = 1e-3 * task
+        return made
+
+    def beside(self, gradient: Callable[[list[nn.Parameter]], list[Tensor]], measured: bool) -> Callable[[], None]:
+        """torch's fused AdamW, the term's gradient added to the task's before it."""
+        parameters = self.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+        tasks = [p.grad for p in parameters if p.grad is not None]
+
+        def step() -> None:
+            grads = gradient(parameters)
+            if measured:
+                task, own = torch.cat([t.reshape(-1) for t in tasks]), torch.cat(grads)
+                away = torch.cat([p.detach() for p in parameters]) - self.anchor
+                torch.stack([torch.dot(task, own), *(torch.linalg.vector_norm(t) for t in (task, own, away))]).tolist()
+            torch._foreach_add_(tasks, grads)  # in place: they drift, which costs nothing, where copies would
+            if measured:
+                torch.nn.utils.clip_grad_norm_(parameters, LIMIT).item()
+            optimizer.step()
+
+        return step
+
+    def autograd(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        total = torch.zeros((), device=self.device)
+        for value, anchor in zip(parameters, self.anchors, strict=True):
+            log_p, log_q = value.log_softmax(0), anchor.log_softmax(0)
+            total = total + (log_p.exp() * (log_p - log_q)).sum()
+        return list(torch.autograd.grad(STRENGTH * total, parameters))
+
+    def closed_form(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        value = torch.cat([p.detach().reshape(-1) for p in parameters])
+        _, grad = reference.proximal_kl(value, self.anchor, self.anchor_p, self.lengths, self.ones)
+        return list(grad.mul_(STRENGTH).split(self.size))
+
+    def inside(self, measured: bool) -> Callable[[], None]:
+        optimizer = ProxAdamW(self.parameters(), lr=RATE)
+        optimizer.set_term(Term("kl", STRENGTH, self.anchors))
+
+        def step() -> None:
+            if measured:
+                optimizer.measure(LIMIT).numbers()
+            optimizer.step()
+
+        return step
+
+    def no_term(self) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, fused=True)
+        return lambda: optimizer.step() and None
+
+
+def _step(groups: int, size: int, device: torch.device) -> Providers:
+    case = _Case(groups, size, device)
+    return {
+        AUTOGRAD: case.beside(case.autograd, measured=False),
+        CLOSED: case.beside(case.closed_form, measured=False),
+        INSIDE: case.inside(measured=False),
+        PLAIN: case.no_term(),
+    }
+
+
+def _measured_step(groups: int, size: int, device: torch.device) -> Providers:
+    case = _Case(groups, size, device)
+    return {CLOSED: case.beside(case.closed_form, measured=True), INSIDE: case.inside(measured=True)}
+
+
+def _entries(groups: int, size: int) -> tuple[Entry, Entry]:
+    count, shape = groups * size, f"{groups} groups of {size}"
+    inside, measured = Work(bytes=32 * count), Work(bytes=44 * count)
+    work = {AUTOGRAD: Work(bytes=144 * count), INSIDE: inside, PLAIN: Work(bytes=28 * count)}
+    return (
+        Entry("prox_adamw", shape, TESTS, partial(_step, groups, size), inside, work),
+        Entry("prox_adamw, measured", shape, TESTS, partial(_measured_step, groups, size), inside, {INSIDE: measured}),
+    )
+
+
+ENTRIES = (*_entries(28, 1024), *_entries(224, 16384))

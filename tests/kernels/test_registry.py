@@ -1,0 +1,223 @@
+"""The registry: its models against published figures, its providers against each other, what it needs and refuses."""
+
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cladapt_kernels import registry
+from cladapt_kernels.registry import REGISTRY, ROUTES, SIZES, SMALL, WAYS, checkout, layer, peft, red, summary
+from cladapt_kernels.timing import COLD, FLOOR, HOT, MODELLED, Entry, Row, modelled
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+# kernels of others and of ours, in us on an H200, from the same model worked out by hand: frozen, PEFT, Unsloth, strip
+BY_HAND = {1024: (43.5, 106, 82.5, 51), 2048: (174, 299, 252, 190), 4096: (696, 946, 852, 727)}
+FOREIGN = (
+    "hypothesis",
+    "polars",
+    "peft",
+    "transformers",
+    "numpy",
+    "pydantic",
+    "typer",
+    "rich",
+    "cladapt",
+    "cladapt_cli",
+)
+BLOCKED = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"{{name}} is absent", name=name)
+sys.meta_path.insert(0, Absent())
+{code}
+"""
+
+
+def python(code: str, names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run code where these packages are not installed."""
+    text = BLOCKED.format(names=set(names), code=code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("width", BY_HAND)
+def test_the_model_is_the_one_worked_out_by_hand(width: int) -> None:
+    (entry,) = [e for e in REGISTRY if e.name == "lora_linear" and f"{width} to {width}" in e.shape and e.gpu_only]
+    found = {str(row["provider"]): row["q50"] for row in modelled(entry)}
+    ours = ("frozen linear", "PEFT, bf16 adapter", "Unsloth, dY B and S computed twice", "strip, skinny")
+    assert [found[name] for name in ours] == pytest.approx(BY_HAND[width], rel=0.01)
+    assert found[FLOOR] == found["frozen linear"]
+
+
+def test_every_entry_has_tests_and_a_place_of_its_own() -> None:
+    entries = (*ROUTES, *REGISTRY)
+    assert len({(entry.name, entry.shape) for entry in entries}) == len(entries)
+    assert [entry.tests for entry in entries if not (ROOT / entry.tests).is_file()] == []
+    assert {(entry.name, entry.shape) for entry in ROUTES} == {
+        (f"lora_linear {p}", str(s)) for p in WAYS for s in SIZES
+    }
+
+
+def test_peft_s_arithmetic_is_peft_s() -> None:
+    own = layer(SMALL, CPU)
+    lora = pytest.importorskip("peft.tuners.lora")
+    base = torch.nn.Linear(SMALL.k, SMALL.n, bias=False)
+    base.weight.data = own.weight
+    config = pytest.importorskip("peft").LoraConfig(r=SMALL.r, lora_alpha=int(registry.SCALE * SMALL.r))
+    theirs = lora.Linear(base, "default", config=config, r=SMALL.r, lora_alpha=int(registry.SCALE * SMALL.r))
+    theirs.lora_A["default"].weight.data, theirs.lora_B["default"].weight.data = own.a.data, own.b.data
+    assert torch.equal(theirs(own.x), peft(own.x, own.weight, own.a, own.b))
+
+
+def test_providers_of_the_layer_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    backward, gradients = registry.backward_by, registry.Layer.backward
+
+    def by_hand(*arguments: Any, **more: Any) -> Any:
+        found["addmm, matmul"] = backward(*arguments, **more)
+        return found["addmm, matmul"]
+
+    def by_autograd(self: registry.Layer, y: torch.Tensor) -> Any:
+        found[name] = gradients(self, y)
+        return found[name]
+
+    monkeypatch.setattr(registry, "backward_by", by_hand)
+    monkeypatch.setattr(registry.Layer, "backward", by_autograd)
+    (entry,) = [e for e in REGISTRY if e.name == "lora_linear" and not e.gpu_only]
+    providers = entry.make(CPU)
+    assert list(providers) == ["frozen linear", "PEFT, fp32 adapter", "addmm, matmul", "cladapt, as dispatched"]
+    for name, call in providers.items():  # noqa: B007 - the wrappers read the name
+        call()
+    expected = found.pop("PEFT, fp32 adapter")
+    assert set(found) == {"addmm, matmul", "cladapt, as dispatched"}
+    for ours in found.values():
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", WAYS)
+def test_every_way_of_a_part_runs(part: str) -> None:
+    pytest.importorskip("triton", reason="the kernels are written in triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    calls = registry._part(registry.Size(64, 32, 48, 8), part, device)
+    assert tuple(calls) == WAYS[part]
+    for call in calls.values():
+        call()
+
+
+def test_the_providers_of_skinny_and_shrink_agree() -> None:
+    pytest.importorskip("triton", reason="the kernels are written in triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = registry.Size(64, 32, 48, 8)
+    matmul, shrunk = (call() for call in registry._shrink(size, device).values())
+    torch.testing.assert_close(matmul, shrunk, rtol=2e-2, atol=2e-2)
+    for call in registry._skinny(size, device).values():
+        call()
+
+
+def test_a_red_test_is_named_and_a_green_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "green.py").write_text("def test_it(): pass\n")
+    (tmp_path / "red.py").write_text("def test_it(): assert False\n")
+    green, broken = (Entry("op", "s", name, lambda _: {}) for name in ("green.py", "red.py"))
+    assert red([green, green], tmp_path) is None
+    assert red([green, broken], tmp_path) == "red.py"
+
+
+def test_an_installed_package_has_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert checkout() == ROOT
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "lib" / "cladapt_kernels" / "registry.py"))
+    assert checkout() is None
+
+
+def test_the_summary_has_a_line_per_provider_with_what_was_measured_cold() -> None:
+    common: Row = {"name": "op", "shape": "s", "provider": "x", "runs": 5}
+    figures = [("time over 'y'", "ratio", 0.5), ("time", "us", 2.0), ("speed at the roof", "%", 50.0)]
+    figures += [("useful work", "GB/s", 1500.0), ("speed of the baseline", "%", 200.0)]
+    rows = [{**common, "metric": m + COLD, "unit": unit, "q50": v} for m, unit, v in figures]
+    rows += [{**common, "metric": m + HOT, "unit": unit, "q50": -v} for m, unit, v in figures]
+    rows.append({**common, "provider": "floor", "metric": MODELLED, "unit": "us", "q50": 1.0})
+    cold, floor = summary(rows)
+    assert cold == {
+        "op": "op", "shape": "s", "provider": "x", "over baseline": 0.5, "us": 2.0, "% of roof": 50.0,
+        "rate": "1500 GB/s", "H200 model us": None,
+    }  # fmt: skip
+    assert (floor["provider"], floor["us"], floor["H200 model us"]) == ("floor", None, 1.0)
+
+
+@pytest.fixture
+def bench() -> Any:
+    """bench/run.py as a module."""
+    spec = spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_a_whole_run_and_nothing_of_a_part(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--runs", "3", "--tested", "--only", "shrink"], tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "floor" in capsys.readouterr().out
+    for arguments, message in ((["--runs", "2"], "--runs 2 is too few"), (["--only", "no such"], "no entry has")):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(arguments, tmp_path)
+        assert message in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def measure(entry: Entry, device: torch.device, runs: int, roofs: object) -> list[Row]:
+        assert (device, runs, roofs) == (torch.device("cuda", 0), 3, "roofs")
+        done.append(entry.name)
+        common: Row = {"name": entry.name, "shape": entry.shape, "metric": f"time{COLD}", "unit": "us", "runs": runs}
+        ways = WAYS.get(entry.name.removeprefix("lora_linear "), ("x",))
+        return [{**common, "provider": way, "q20": n, "q50": n, "q80": n} for n, way in enumerate(ways)]
+
+    def write_routes(rows: list[Row], gpu: str) -> Path:
+        done.append(f"table of {gpu}")
+        return registry.write_routes(rows, gpu, tmp_path / "routes")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Maker G9")
+    for name, fake in (
+        ("measure", measure),
+        ("measure_roofs", lambda _: ("roofs", [])),
+        ("write_routes", write_routes),
+    ):
+        monkeypatch.setattr(bench, name, fake)
+    assert bench.main(["--runs", "3", "--tested", "--device", "cuda"], tmp_path) == 0
+    assert done.index("table of Some Maker G9") == len(ROUTES) == done.index("lora_linear") - 1
+    table = (tmp_path / "routes" / "some-maker-g9.csv").read_text().splitlines()
+    assert table[1] == "8192,1024,1024,16,bfloat16,addmm,addmm,matmul"
+    written = (tmp_path / "some-maker-g9" / "registry.csv").read_text().splitlines()
+    assert len(written) == 1 + 8 * len(SIZES) + len(REGISTRY)
+
+
+def test_importing_the_package_s_benchmarks_needs_torch_alone() -> None:
+    done = python("import cladapt_kernels.registry", (*FOREIGN, "triton", "pytest"))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kernel_tests_and_benchmarks_need_the_checkout_torch_triton_and_pytest_alone() -> None:
+    pytest.importorskip("triton", reason="the kernels are written in triton")
+    collect = ["-q", "--collect-only", "-m", "not slow", "-p", "no:cacheprovider", "tests/kernels"]
+    code = f"import pytest; sys.exit(pytest.main({collect}))"
+    done = python(code, tuple(name for name in FOREIGN if name != "numpy"))  # the interpreter of triton needs numpy
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_every_kernel_stays_within_its_budget" not in done.stdout
+    assert "test_the_model_is_the_one_worked_out_by_hand" in done.stdout

@@ -1,0 +1,98 @@
+"""PESO's term inside the optimiser's step against the same term added before it: the same training, resumable."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cladapt.artifacts import read_tensors
+from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.pipeline import bases, runs, streams
+from cladapt.train.sinks import MemorySink
+
+FORMS = [("scaled", "factor", 0.1), ("scaled", "module", 0.1), ("literal", "factor", 50.0), ("l2", "factor", 0.5)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
+    streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4), None)
+    bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=1), MemorySink())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stream", "base"):
+        (tmp_path / name).symlink_to(world / name)
+    monkeypatch.chdir(tmp_path)
+
+
+def config(form: str, groups: str, strength: float) -> RunConfig:
+    options = {"regulariser": form, "groups": groups, "strength": strength}
+    return RunConfig(
+        data="stream",
+        base="base",
+        method=MethodConfig(name="peso", options=options),
+        adapter=AdapterConfig(rank=2, dropout=0.1),
+        train=TrainConfig(epochs=2, batch_tokens=512, clip=0.05, checkpoint_steps=2),
+    )
+
+
+def inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cladapt.ops.uses_kernel", lambda op, *_: op == "prox_adamw")
+
+
+def steps(run: str) -> list[dict[str, Any]]:
+    events = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [event for event in events if event["kind"] == "step"]
+
+
+def factors(run: str) -> dict[str, torch.Tensor]:
+    files = sorted(Path(run).glob("adapters/*/adapter_model.safetensors"))
+    return {f"{file.parent.name}/{name}": t for file in files for name, t in read_tensors(file).items()}
+
+
+@pytest.mark.parametrize(("form", "groups", "strength"), FORMS)
+def test_inside_the_step_a_term_does_what_it_does_before_it(
+    form: str, groups: str, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(form, groups, strength)
+    runs.train(settings, Path("before"), MemorySink())
+    inside(monkeypatch)
+    runs.train(settings, Path("inside"), MemorySink())
+    expected, found = factors("before"), factors("inside")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+    keys = ("loss", "grad_norm", "peso/term", "peso/distance", "peso/ratio", "peso/cosine")
+    for one, two in zip(steps("before"), steps("inside"), strict=True):
+        assert one.keys() == two.keys()
+        for key in keys:
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-6), (one["block"], one["step"], key)
+    assert max(step.get("peso/term", 0.0) for step in steps("inside")) > 0
+
+
+class Stops(MemorySink):
+    """Fails at a step of block 3, as a kill would."""
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        super().emit(event)
+        if {"kind": "step", "block": 3, "step": 3}.items() <= event.items():
+            raise KeyboardInterrupt
+
+
+def test_a_run_with_the_term_inside_resumes_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside(monkeypatch)
+    settings = config("scaled", "factor", 0.1)
+    runs.train(settings, Path("whole"), MemorySink())
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(settings, Path("part"), Stops())
+    runs.resume(Path("part"), MemorySink())
+    expected, found = factors("whole"), factors("part")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
