@@ -13,10 +13,10 @@ import torch
 
 from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
-from cladapt_kernels.lora_linear import lora_linear
+from cladapt_kernels.lora_linear import lora_linear, lora_linear_dequantised
 from cladapt_kernels.optim import Figures, ProxAdamW, Term
 
-__all__ = ["Figures", "ProxAdamW", "Term", "lora_linear"]
+__all__ = ["Figures", "ProxAdamW", "Term", "lora_linear", "lora_linear_dequantised"]
 
 Choice = Literal["auto", "triton", "reference"]
 KERNELS = ("lora_linear", "prox_adamw")

@@ -1,31 +1,45 @@
-"""PEFT's LoRA layer with the linear and its low-rank term as one op; whatever is not plain LoRA takes PEFT's own way.
+"""PEFT's LoRA layers with the linear and its low-rank term as one op; what is not plain LoRA takes PEFT's own way.
 
 Registered through `LoraConfig._register_custom_module`, so saving, loading, merging and switching stay PEFT's.
 """
 
-from typing import Any, cast
+import functools
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cladapt import ops
 
+if TYPE_CHECKING:
+    _Layer = lora.Linear
+else:
+    _Layer = object
 
-class LoraLinear(lora.Linear):
+
+class _Fused(_Layer):
     """x W^T + bias + scale dropout(x) A^T B^T for one active plain adapter on a frozen linear."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.stock_reason(x):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        base, dropout = cast(nn.Linear, self.get_base_layer()), self.lora_dropout[name]
+        dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         # drawn where x lives, without a wait for the device; a checkpoint that computes again draws it again
         seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
         down, up = (cast(nn.Linear, factors[name]).weight for factors in (self.lora_A, self.lora_B))
-        return ops.lora_linear(x, base.weight, base.bias, down, up, self.scaling[name], p, seed)
+        return self._product(self.get_base_layer(), x, down, up, self.scaling[name], p, seed)
+
+    def _product(self, base: Any, x: Tensor, *factors: Any) -> Tensor:
+        return ops.lora_linear(x, base.weight, base.bias, *factors)
+
+    def _dtype(self, base: Any) -> torch.dtype:
+        """The dtype that x must have."""
+        return cast(torch.dtype, base.weight.dtype)
 
     def stock_reason(self, x: Tensor) -> str:
         """Why PEFT's own forward runs, empty where the op does."""
@@ -42,19 +56,49 @@ class LoraLinear(lora.Linear):
             return f"dropout of type {type(dropout).__name__}"
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return "the weights themselves train"
-        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return f"x is {x.dtype}, the weight {base.weight.dtype}"
+        if x.dtype != self._dtype(base) and not torch.is_autocast_enabled(x.device.type):
+            return f"x is {x.dtype}, the weight {self._dtype(base)}"
         return ""
 
 
-def fused_linear(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> LoraLinear | None:
-    """What PEFT calls for a module to adapt; None lets PEFT choose: a quantised linear is a subclass of nn.Linear."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if type(base) is not nn.Linear or config.use_dora or config.lora_bias:
+class LoraLinear(_Fused, lora.Linear):
+    """On a plain linear."""
+
+
+@functools.cache
+def _four_bit_layer() -> type | None:
+    """The layer on bitsandbytes' 4-bit linear; None where bitsandbytes is not installed."""
+    if not is_bnb_4bit_available():
         return None
-    return LoraLinear(target, adapter_name, config=config, **kwargs)
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class Lora4bit(_Fused, Linear4bit):
+        def _product(self, base: Any, x: Tensor, *factors: Any) -> Tensor:
+            def dequantise() -> Tensor:
+                return cast(Tensor, dequantize_4bit(base.weight.data, base.weight.quant_state)).to(x.dtype)
+
+            return ops.lora_linear_dequantised(x, dequantise, base.bias, *factors)
+
+        def _dtype(self, base: Any) -> torch.dtype:
+            return cast(torch.dtype, base.compute_dtype)
+
+    return Lora4bit
+
+
+def fused_linear(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+    """What PEFT calls for a module to adapt; None lets PEFT choose: other quantised linears subclass nn.Linear too."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if config.use_dora or config.lora_bias:
+        return None
+    if type(base) is nn.Linear:
+        return LoraLinear(target, adapter_name, config=config, **kwargs)
+    layer = _four_bit_layer()
+    if layer is not None and type(base).__name__ == "Linear4bit" and hasattr(base.weight, "quant_state"):
+        return cast(nn.Module, layer(target, adapter_name, config=config, **kwargs))
+    return None
 
 
 def register(config: lora.LoraConfig) -> None:
-    """Make PEFT put `LoraLinear` on every plain linear; not saved with the adapter."""
+    """Make PEFT put the fused layers on every plain or 4-bit linear; not saved with the adapter."""
     config._register_custom_module({nn.Linear: fused_linear})  # type: ignore[dict-item]  # any callable will do

@@ -7,7 +7,8 @@ W and bias are frozen. The factors may have another dtype than X: they are cast 
 gradients come in their own dtype straight from float32 sums. LoRA (arXiv 2106.09685), section 4.1.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +39,22 @@ def lora_linear(
     rows = x.reshape(-1, x.shape[-1])
     y, _ = torch.ops.cladapt.lora_linear(rows, weight, bias, a, b, scale / (1.0 - p), p, seed)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linear_dequantised(
+    x: Tensor,
+    dequantise: Callable[[], Tensor],
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = _Dequantised.apply(rows, a, b, bias, scale / (1.0 - p), p, seed, dequantise)
+    return cast(Tensor, y).view(*x.shape[:-1], b.shape[0])
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, p: float, seed: Tensor | None) -> None:
@@ -225,16 +242,47 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        dequantise: Callable[[], Tensor],
+    ) -> Tensor:
+        weight = dequantise()
+        _check(x, weight, bias, a, b, p, seed)
+        y, s = torch.ops.cladapt.lora_linear(x, weight, bias, a, b, scale, p, seed)
+        ctx.scale, ctx.p, ctx.dequantise = scale, p, dequantise
+        ctx.save_for_backward(x, a, b, s, seed)
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, a, b, s, seed = ctx.saved_tensors
+        need_dx = ctx.needs_input_grad[0]
+        dx, da, db = torch.ops.cladapt.lora_linear_backward(
+            dy.contiguous(), x, ctx.dequantise(), a, b, s, ctx.scale, ctx.p, seed, need_dx
+        )
+        return dx if need_dx else None, da, db, None, None, None, None, None
+
+
 def _under_autocast(device: str, keys: torch._C.DispatchKeySet) -> Any:
     """X, W and bias in autocast's dtype, the factors as they are: they are cast where they are loaded."""
 
-    def cast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    def below(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             wide = (None if t is None else t.to(dtype) for t in (x, weight, bias))
             return torch.ops.cladapt.lora_linear(*wide, *rest)
 
-    return cast
+    return below
 
 
 _AUTOCAST = torch.library.Library(LIBRARY, "FRAGMENT")

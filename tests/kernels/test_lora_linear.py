@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear
+from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
 from cladapt_kernels.routes import Route
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
@@ -176,6 +176,31 @@ def test_compile_traces_through_the_op(device: torch.device) -> None:
     x, weight, bias, a, b, _ = inputs(0.0, torch.float32, device)
     traced = torch.compile(lambda x: lora_linear(x, weight, bias, a, b, SCALE), backend="aot_eager", fullgraph=True)
     assert torch.equal(traced(x), lora_linear(x, weight, bias, a, b, SCALE))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_quantised_weight_is_made_for_each_pass_and_never_saved(p: float, device: torch.device) -> None:
+    x, weight, bias, a, b, seed = inputs(p, torch.float64, device)
+    made, saved = [], []
+
+    def dequantise() -> Tensor:
+        made.append(weight.clone())
+        return made[-1]
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = lora_linear_dequantised(x.view(2, 3, 10), dequantise, bias, a, b, SCALE, p, seed)
+    assert (12, 10) not in saved
+    assert len(saved) >= 4
+    expected = lora_linear(x.view(2, 3, 10), weight, bias, a, b, SCALE, p, seed)
+    assert torch.equal(y, expected)
+    ours, truth = (torch.autograd.grad(out.square().sum(), (x, a, b)) for out in (y, expected))
+    assert len(made) == 2
+    for one, two in zip(ours, truth, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize(

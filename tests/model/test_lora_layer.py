@@ -132,3 +132,33 @@ def test_what_is_saved_is_peft_s_and_loads_without_the_layer(base: nn.Module, tm
     assert layers(stock) == []
     with torch.no_grad():
         torch.testing.assert_close(fused(input_ids=TOKENS).logits, stock(input_ids=TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_4_bit_base_goes_through_its_own_dequantised_weight() -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the quant extra")
+
+    def adapted_4_bit(fused: bool) -> Any:
+        quantised = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.float32, quant_type="nf4")
+        values = torch.linspace(-1, 1, 48 * 64).view(48, 64)
+        quantised.weight = bnb.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
+        nn.init.zeros_(quantised.bias)
+        model: Any = nn.Sequential(quantised).to("cpu")
+        model.is_loaded_in_4bit = True  # as transformers marks it
+        config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        if fused:
+            register(config)
+        torch.manual_seed(1)
+        return get_peft_model(model, config)
+
+    stock, fused = adapted_4_bit(False), adapted_4_bit(True)
+    assert type(fused.base_model.model[0]).__name__ == "Lora4bit"
+    x = torch.randn(5, 64)
+    found = {}
+    for name, model in (("stock", stock), ("fused", fused)):
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.square().mean().backward()
+        found[name] = [y, given.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert len(found["fused"]) == 4
+    for one, two in zip(found["stock"], found["fused"], strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
