@@ -19,7 +19,7 @@ from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, SimulateConf
 from cladapt.data.histories import BlockSplit, split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
-from cladapt.errors import CheckFailed, ConfigError
+from cladapt.errors import CheckFailed
 from cladapt.eval.decode import left_pad
 from cladapt.eval.evaluate import Catalogue, make_decoder
 from cladapt.methods import Context, available, build
@@ -27,18 +27,18 @@ from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensor
 from cladapt.model.load import Base, new_model
 from cladapt.model.packed import PackedLoss
 from cladapt.ops import compute_device
+from cladapt.pipeline.kernels import check_request
 from cladapt.tokens.build import build_sids
 from cladapt.tokens.prompts import Document, Form
 from cladapt.train.loop import Batch, Fit
 from cladapt.train.pretrain import pretrain
 from cladapt.train.sinks import MemorySink, Sink
 from cladapt.train.stream import catalogue_softmax, fit_settings, make_form, training_documents, validation_documents
-from cladapt_kernels.timing import FEWEST_RUNS, Row, compare, where, write_rows
+from cladapt_kernels.timing import Row, compare, where, write_rows
 
 PRESET = "tiny"
 BASELINE = "finetune"
 BEAMS = 10
-MOST_RUNS = 10_000
 EPOCHS = 3  # of the base
 USERS = 64  # to decode
 FEW = 8  # of them at once where memory traffic rules: what `generate` is fastest with on a CPU
@@ -65,12 +65,7 @@ class Case:
 
 def methods(runs: int, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Measure all three comparisons; rows go to the csv file `out` as well where one is given."""
-    if runs < FEWEST_RUNS:
-        raise ConfigError(f"--runs {runs} is too few for quantiles", f"use {FEWEST_RUNS} or more")
-    if runs > MOST_RUNS:
-        raise ConfigError(f"--runs {runs} would take days", f"use {MOST_RUNS} or fewer")
-    if out is not None and out.suffix != ".csv":
-        raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", "use a name that ends in .csv")
+    check_request(runs, out)
     sink.emit({"kind": "note", "text": "simulating a stream and training a base on its first block"})
     case = make_case(SimulateConfig(), TokensConfig())
     here = where(case.device)
