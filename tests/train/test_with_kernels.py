@@ -1,4 +1,4 @@
-"""PESO's term inside the optimiser's step against the same term added before it: the same training, resumable."""
+"""Training with the ops in place against training without: the same losses, adapters and figures, resumable."""
 
 import json
 from collections.abc import Mapping
@@ -75,6 +75,21 @@ def test_inside_the_step_a_term_does_what_it_does_before_it(
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=2e-3, abs=1e-6), (one["block"], one["step"], key)
     assert max(step.get("peso/term", 0.0) for step in steps("inside")) > 0
+
+
+def test_a_run_with_every_op_in_place_is_the_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config("scaled", "factor", 0.1)
+    # the masks of the op and of torch are others
+    settings = settings.model_copy(update={"adapter": AdapterConfig(rank=2, dropout=0.0)})
+    runs.train(settings, Path("without"), MemorySink())
+    monkeypatch.setattr("cladapt.ops.uses_kernel", lambda *_: True)
+    monkeypatch.setattr("peft.tuners.lora.Linear.forward", None)  # no layer takes PEFT's way
+    runs.train(settings, Path("with"), MemorySink())
+    expected, found = factors("without"), factors("with")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
+    for one, two in zip(steps("without"), steps("with"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 class Stops(MemorySink):
