@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cladapt_kernels.adamw import FusedStep
 
 KINDS = ("kl", "l2", "fisher")
-CACHED = 65536  # entries that are worked on at a time
+CACHED = 262144  # entries that are worked on at a time: larger falls out of the cache, smaller pays for calls
 
 
 @dataclass(frozen=True)
