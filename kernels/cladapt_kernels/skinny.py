@@ -15,7 +15,10 @@ from torch import Tensor
 from cladapt_kernels.reference import drop_threshold
 from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile
 
-BLOCK_M, BLOCK_C, BLOCK_FOLD = 64, 128, 1024
+BLOCK_M, BLOCK_FOLD = 64, 1024
+WIDE = {"BLOCK_M": 64, "BLOCK_C": 128, "num_warps": 4, "num_stages": 4}
+HIGH = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}  # ranks whose sums would fill the registers
+EXACT = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2}  # float32, which tensor cores would round
 CHUNKS = 8
 FEWEST_ROWS = 256  # of a chunk
 
@@ -141,13 +144,14 @@ def skinny(
         chunks = max(1, triton.cdiv(m, chunk_rows))
     else:
         chunk_rows, chunks = 0, offsets.numel() - 1
-    strips = triton.cdiv(k, BLOCK_C) + triton.cdiv(n, BLOCK_C)
+    tile = EXACT if x.element_size() == 4 else WIDE if r <= 32 else HIGH
+    strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
     sums = torch.empty(chunks, r, k + n, dtype=torch.float32, device=x.device)
     per_sample = torch.empty(chunks, strips, device=x.device) if squares and offsets is not None else None
     _partial[(strips, chunks)](
         ds, x, s, dy, sums, per_sample, offsets, seed, m, k, n, r, chunk_rows, *x.stride(), *dy.stride(),
-        scale, drop_threshold(p), BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, BLOCK_R=padded(r),
-        DROPOUT=p > 0, OFFSETS=offsets is not None, SQUARES=per_sample is not None, num_warps=4, num_stages=4,
+        scale, drop_threshold(p), **tile, BLOCK_R=padded(r),
+        DROPOUT=p > 0, OFFSETS=offsets is not None, SQUARES=per_sample is not None,
     )  # fmt: skip
     programs = triton.cdiv(r * max(k, n), BLOCK_FOLD)
     norms = torch.empty(2, programs, device=x.device) if squares else None
