@@ -35,7 +35,7 @@ from cladapt.data.schema import Stream
 from cladapt.errors import CladaptError, ConfigError
 from cladapt.eval.continual import summaries
 from cladapt.eval.protocol import COUNTS, matrix, model_row
-from cladapt.model.adapter import ADAPTER_FILE, adapter_provenance, without_history
+from cladapt.model.saved import ADAPTER_FILE, adapter_provenance, without_history
 from cladapt.pipeline import bases, runs, streams
 from cladapt.pipeline.compare import Comparison, Evaluated, Group
 from cladapt.pipeline.report import regulariser_log
@@ -98,7 +98,7 @@ class Study:
 
     def prepare_stream(self) -> None:
         """Import or simulate the stream and give it IDs, once."""
-        self._refuse_other_code()
+        refuse_other_code(self.work)
         if not (self.stream / "manifest.json").is_file():
             if self.recipe.source:
                 streams.import_data(
@@ -108,13 +108,6 @@ class Study:
                 streams.simulate_data(self.stream, self.recipe.simulate)
         if not (self.stream / streams.SIDS).is_file():
             streams.build_tokens(self.stream, self.recipe.tokens, None)
-
-    def _refuse_other_code(self) -> None:
-        """What other code has made would pass for the work of this one."""
-        stamp, code = self.work / "code.json", {"code": code_hash()}
-        if self.work.is_dir() and any(self.work.iterdir()) and (not stamp.is_file() or read_json(stamp) != code):
-            raise ConfigError(f"{self.work} holds the work of other code", "name an empty --work, or remove this one")
-        write_json(stamp, code)
 
     def base(self, cell: Cell) -> Path:
         """The base of a cell, trained when it is not there yet."""
@@ -153,6 +146,14 @@ def code_hash() -> str:
     """Hash of the sources that streams, bases and cells depend on."""
     sources = [path for part in ("cladapt", "kernels") for path in sorted((ROOT.parent / part).rglob("*.py"))]
     return hash_value([[str(path.relative_to(ROOT.parent)), hash_file(path)] for path in sources])
+
+
+def refuse_other_code(work: Path) -> None:
+    """What other code has made would pass for the work of this one."""
+    stamp, code = work / "code.json", {"code": code_hash()}
+    if work.is_dir() and any(work.iterdir()) and (not stamp.is_file() or read_json(stamp) != code):
+        raise ConfigError(f"{work} holds the work of other code", "name an empty --work, or remove this one")
+    write_json(stamp, code)
 
 
 def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,8 +153,8 @@ class MethodConfig(Settings):
     """Options of the method; for several methods `<method>.<field>`."""
 
 
-class TrainConfig(Settings):
-    """How one block is learned."""
+class FitConfig(Settings):
+    """How one block is learned, whatever it holds."""
 
     lr: PositiveFloat = 2e-3
     """Peak learning rate on block 1."""
@@ -170,18 +170,8 @@ class TrainConfig(Settings):
     """AdamW weight decay."""
     clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    batch_tokens: Positive = 2048
-    """Tokens per micro-batch, padding included."""
-    row_tokens: Positive = 256
-    """Tokens per packed row."""
     accumulation: Positive = 1
     """Micro-batches per optimiser step."""
-    window: Positive = 20
-    """Most recent items that form a history."""
-    form: Literal["packed", "prompt"] = "packed"
-    """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
-    softmax: Literal["trie", "vocabulary"] = "trie"
-    """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision; adapter weights and optimiser state stay fp32 in both."""
     keep: Literal["best", "last"] = "best"
@@ -189,11 +179,35 @@ class TrainConfig(Settings):
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between checkpoints inside a block; 0 writes them at block ends only."""
 
+
+class TrainConfig(FitConfig):
+    """How one block of interactions is learned."""
+
+    batch_tokens: Positive = 2048
+    """Tokens per micro-batch, padding included."""
+    row_tokens: Positive = 256
+    """Tokens per packed row."""
+    window: Positive = 20
+    """Most recent items that form a history."""
+    form: Literal["packed", "prompt"] = "packed"
+    """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
+    softmax: Literal["trie", "vocabulary"] = "trie"
+    """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
+
     @model_validator(mode="after")
     def _rows_fit(self) -> "TrainConfig":
         if self.row_tokens > self.batch_tokens:
             raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
         return self
+
+
+class ImageTrainConfig(FitConfig):
+    """How one block of classes is learned."""
+
+    epochs: Positive = 20
+    """Epochs per block."""
+    batch_images: Positive = 32
+    """Images per micro-batch."""
 
 
 class EvalConfig(Settings):
@@ -242,6 +256,94 @@ class RunConfig(Settings):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+
+class ImagesConfig(Settings):
+    """How images become a stream of blocks of classes."""
+
+    blocks: Positive = 10
+    """Blocks of classes."""
+    size: Annotated[int, Field(ge=1, le=1024)] = 28
+    """Side in pixels that images are resized to."""
+    channels: Literal[1, 3] = 1
+    """1 (grey) or 3 (colour)."""
+    invert: bool = False
+    """Dark drawings on white become light on black."""
+    seed: Seed = 0
+    """Seed of the order of the classes and of the splits."""
+
+
+class VitConfig(Settings):
+    """How a small vision transformer is made and trained, as the base of class-incremental learning."""
+
+    hidden: Positive = 64
+    """Width; its heads are 16 wide."""
+    layers: Positive = 4
+    """Transformer layers."""
+    patch: Positive = 4
+    """Side of a patch in pixels; must divide the images' side."""
+    seed: Seed = 0
+    """Seed of initialisation, order and dropout."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    epochs: Positive = 60
+    """Most epochs."""
+    patience: Positive = 10
+    """Stop after this many epochs without a better validation log-likelihood."""
+    dropout: Fraction = 0.0
+    """Dropout on hidden states while training."""
+    warp: Fraction = 0.2
+    """Each training image is turned, stretched and shifted at random, by up to this many radians and shares."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    """AdamW weight decay."""
+    batch_images: Positive = 64
+    """Images per optimiser step."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "VitConfig":
+        if self.hidden % 16:
+            raise ValueError(f"hidden={self.hidden} is not a multiple of 16, the width of a head")
+        return self
+
+
+class ClassEvalConfig(Settings):
+    """How class-incremental learning is measured."""
+
+    batch_images: Positive = 256
+    """Images at once."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples behind an interval."""
+    targets: Literal["test", "valid"] = "test"
+    """`test`: what is reported; `valid`: what hyper-parameters are chosen by."""
+
+
+class ClassifyConfig(Settings):
+    """A whole run of `cladapt train --task classify`."""
+
+    seed: Seed = 0
+    """Seed of adapter initialisation, order and dropout."""
+    data: str = ""
+    """Image stream directory; empty = scikit-learn's digits in 5 blocks."""
+    base: str = ""
+    """Vision base directory; empty = a small one trained on block 1."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
+    adapter: AdapterConfig = AdapterConfig()
+    method: MethodConfig = MethodConfig()
+    train: ImageTrainConfig = ImageTrainConfig()
+    eval: ClassEvalConfig = ClassEvalConfig()
+
+
+TASKS: Mapping[str, type[RunConfig] | type[ClassifyConfig]] = {"recommend": RunConfig, "classify": ClassifyConfig}
+
+
+def task_of(name: Any) -> type[RunConfig] | type[ClassifyConfig]:
+    """The settings of a task; None is recommending."""
+    if name is None:
+        return RunConfig
+    if name not in TASKS:
+        raise ConfigError(f"task={name!r} is not known", f"use {' or '.join(TASKS)}")
+    return TASKS[name]
 
 
 S = TypeVar("S", bound=Settings)

@@ -15,11 +15,12 @@ from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
 from cladapt_kernels.lora_linear import lora_linear, lora_linear_dequantised
 from cladapt_kernels.optim import Figures, ProxAdamW, Term
+from cladapt_kernels.retract import Stiefel
 
-__all__ = ["Figures", "ProxAdamW", "Term", "lora_linear", "lora_linear_dequantised"]
+__all__ = ["Figures", "ProxAdamW", "Stiefel", "Term", "lora_linear", "lora_linear_dequantised"]
 
 Choice = Literal["auto", "triton", "reference"]
-KERNELS = ("lora_linear", "prox_adamw")
+KERNELS = ("lora_linear", "prox_adamw", "retract")
 """Ops with a Triton kernel."""
 REFERENCES = ("proximal_kl", "proximal_l2")
 """Ops without."""

@@ -10,13 +10,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
 from cladapt import __version__, ranks
 from cladapt.artifacts import check_writable, hash_value, is_leftover, read_record, write_json
-from cladapt.config import RunConfig, resolve
+from cladapt.config import TASKS, ClassifyConfig, RunConfig, resolve
 from cladapt.errors import ConfigError, DataError
 
 RUNS = Path("runs")
@@ -25,9 +25,10 @@ SCHEMA_VERSION = 1
 
 
 class RunRecord(BaseModel):
-    """What config.json must hold; runs of older versions have no inputs."""
+    """What config.json must hold; runs of older versions have no inputs and no task."""
 
     schema_version: Literal[1]
+    task: Literal["recommend", "classify"] = "recommend"
     config: dict[str, Any]
     inputs: dict[str, str] = {}
 
@@ -44,12 +45,15 @@ class PointerRecord(BaseModel):
     run: str = Field(min_length=1)
 
 
+C = TypeVar("C", bound=RunConfig | ClassifyConfig)
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[C]):
     """An existing run directory, its resolved configuration and the fingerprints of its inputs by name."""
 
     path: Path
-    config: RunConfig
+    config: C
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -63,15 +67,21 @@ class Run:
         found = sorted((self.path / "adapters").glob("block_[0-9]*"))
         return {int(folder.name.removeprefix("block_")): folder for folder in found if folder.is_dir()}
 
+    @property
+    def task(self) -> str:
+        """What its base is adapted to do: recommend or classify."""
+        return next(name for name, kind in TASKS.items() if isinstance(self.config, kind))
+
     @classmethod
-    def create(cls, path: Path, config: RunConfig, inputs: Mapping[str, str]) -> "Run":
+    def create(cls, path: Path, config: C, inputs: Mapping[str, str]) -> "Run[C]":
         """Start a run in a new directory and make it the latest.
 
         `config.json` comes first and holds all that continuing needs, so a run is there whole or not at all.
         """
         cls.refuse_existing(path)
         run = cls(path, config, inputs)
-        record = {"schema_version": SCHEMA_VERSION, "config": config.model_dump(mode="json"), "inputs": dict(inputs)}
+        settings = config.model_dump(mode="json")
+        record = {"schema_version": SCHEMA_VERSION, "task": run.task, "config": settings, "inputs": dict(inputs)}
         write_json(path / "config.json", record)
         run.begin()
         return run
@@ -105,24 +115,36 @@ class Run:
         return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names]
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
-        """Open a run directory."""
-        if not (path / "config.json").is_file():
-            raise DataError(f"{path} is not a run directory: it has no config.json", "make one with `cladapt train`")
-        hint = f"restore this file; this version reads schema_version {SCHEMA_VERSION}"
-        record = read_record(path / "config.json", RunRecord, hint)
-        return cls(path, resolve(RunConfig, record["config"], str(path / "config.json")), record.get("inputs", {}))
+    def open(cls, path: Path) -> "Run[RunConfig]":
+        """Open the directory of a run that recommends."""
+        run = open_run(path)
+        if not isinstance(run.config, RunConfig):
+            raise ConfigError(f"{path} is a run of --task {run.task}", "this works for runs that recommend")
+        return Run(run.path, run.config, run.inputs)
 
     @classmethod
-    def latest(cls) -> "Run":
-        """The run that was started last from this directory."""
-        pointer = RUNS / "latest.json"
-        if not pointer.is_file():
-            raise DataError(
-                f"no run here: {pointer} does not exist", "run `cladapt train` first, or name a run directory"
-            )
-        hint = 'expected {"run": "<directory>"}; or name a run directory'
-        return cls.open(RUNS / read_record(pointer, PointerRecord, hint)["run"])
+    def latest(cls) -> "Run[RunConfig]":
+        """The run that was started last from this directory, which must be one that recommends."""
+        return cls.open(latest_run())
+
+
+def open_run(path: Path) -> Run[RunConfig | ClassifyConfig]:
+    """Open a run directory of any task."""
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path} is not a run directory: it has no config.json", "make one with `cladapt train`")
+    hint = f"restore this file; this version reads schema_version {SCHEMA_VERSION}"
+    record = read_record(path / "config.json", RunRecord, hint)
+    config = resolve(TASKS[record.get("task", "recommend")], record["config"], str(path / "config.json"))
+    return Run(path, config, record.get("inputs", {}))
+
+
+def latest_run() -> Path:
+    """Where the run lies that was started last from this directory."""
+    pointer = RUNS / "latest.json"
+    if not pointer.is_file():
+        raise DataError(f"no run here: {pointer} does not exist", "run `cladapt train` first, or name a run directory")
+    hint = 'expected {"run": "<directory>"}; or name a run directory'
+    return RUNS / read_record(pointer, PointerRecord, hint)["run"]
 
 
 def new_run_path(method: str, seed: int) -> Path:

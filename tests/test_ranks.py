@@ -13,6 +13,7 @@ from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt.methods import Context, Method
 from cladapt.model.packed import PackedLoss
 from cladapt.tokens.prompts import Document
+from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit, FitSettings
 from cladapt.train.sinks import MemorySink
 from cladapt_cli.app import run
@@ -181,8 +182,8 @@ class Halves(Method):
 def make_fit(sink: MemorySink) -> Fit:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     document = Document(np.array([1, 2, 3]), np.array([False, True, True]))
-    settings = FitSettings(lr=0.1, epochs=2, batch_tokens=8, row_tokens=8, seed=0, keep="last")
-    return Fit(PackedLoss(model), Halves(), Context(dict(model.named_parameters())), [document], [], settings, sink)
+    feed, settings = PackedFeed([document], [], 8, 8), FitSettings(lr=0.1, epochs=2, seed=0, keep="last")
+    return Fit(PackedLoss(model), Halves(), Context(dict(model.named_parameters())), feed, settings, sink)
 
 
 def test_logged_terms_are_sums_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:

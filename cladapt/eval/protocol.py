@@ -185,6 +185,30 @@ def effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Itera
     return found
 
 
+def backward_rows(measures: Measures, metrics: Sequence[str]) -> pl.DataFrame | None:
+    """Each user's part of backward transfer: R[T][s] - R[s][s] on every earlier block s, T the last.
+
+    None where the last model was not tested on all earlier blocks (scope=current), or a metric is missing.
+    """
+    last = int(measures.rows["model_block"].max() or 0)  # type: ignore[arg-type]
+    earlier = list(range(max(measures.base_block, 1), last))
+    rows = measures.rows.filter(pl.col("block").is_in(earlier))
+    measured = user_metrics(rows, measures.config.top_k, measures.config.beams)
+    then = measured.filter(pl.col("model_block") == pl.col("block"))
+    now = measured.filter(pl.col("model_block") == last)
+    if {*then["block"]} != {*earlier} or {*now["block"]} != {*earlier} or not earlier:
+        return None
+    pairs = now.join(then, on=["block", "user"], suffix=" then", validate="1:1")
+    if any(pairs[name].null_count() for name in metrics):
+        return None
+    return pairs.select("block", "user", *(pl.col(name) - pl.col(f"{name} then") for name in metrics))
+
+
+def backward_effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Iterable[str]) -> dict[str, Effect]:
+    """Paired difference of backward transfer, `a` minus `b`: frames of `backward_rows`, pooled over seeds."""
+    return {m: compare(block_weighted(a, m), block_weighted(b, m), m, config.bootstrap) for m in metrics}
+
+
 def matrix(measures: Measures, metric: str) -> Matrix:
     """R[t][s] of a run for one metric."""
     summary = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams)

@@ -95,11 +95,28 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Trace:
-    """What changes step by step: each of `lines` holds (x, y) in ascending x; a dotted rule marks each x of `marks`."""
+    """What changes step by step: each of `lines` holds (x, y) in ascending x; a dotted rule marks each x of `marks`.
+
+    `labels` name the lines where one points at them; `log` scales y by its logarithm, which takes y > 0 alone.
+    """
 
     name: str
     lines: Sequence[Sequence[tuple[float, float]]]
     marks: Mapping[float, str] = field(default_factory=dict)
+    labels: Sequence[str] = ()
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if self.labels and len(self.labels) != len(self.lines):
+            raise DataError(
+                f"trace {self.name!r} has {len(self.labels)} labels for {len(self.lines)} lines",
+                "give one label per line, or none",
+            )
+        low = min((y for line in self.lines for _, y in line), default=1.0)
+        if self.log and low <= 0:
+            raise DataError(
+                f"trace {self.name!r} has y={low:g} on a logarithmic scale", "leave out what is not above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -192,9 +209,12 @@ class _Plot:
     ticks: Sequence[float]
     left: int = 62
     top: int = 14
+    log: bool = False
 
     def y(self, value: float) -> float:
         low, high = self.ticks[0], self.ticks[-1]
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return self.bottom - (self.bottom - self.top) * (value - low) / (high - low)
 
     def axes(self, x_labels: Iterable[tuple[float, str]], x_name: str) -> list[str]:
@@ -263,7 +283,8 @@ def _curves(chart: Curves) -> str:
 
 def _trace(trace: Trace, x_name: str) -> str:
     xs, ys = zip(*(point for line in trace.lines for point in line), strict=True)
-    plot = _Plot(468, 150, _ticks(min(ys), max(ys)))
+    ticks = _decades(min(ys), max(ys)) if trace.log else _ticks(min(ys), max(ys))
+    plot = _Plot(468, 150, ticks, log=trace.log)
     first, span = min(xs), max(xs) - min(xs) or 1.0
 
     def x(value: float) -> float:
@@ -273,9 +294,13 @@ def _trace(trace: Trace, x_name: str) -> str:
     for at, label in trace.marks.items():
         shapes.append(f'<line class="mark" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{plot.top}" y2="{plot.bottom}"/>')
         shapes.append(f'<text x="{x(at) + 4:.1f}" y="{plot.top + 8}">{escape(label)}</text>')
-    for line in trace.lines:
-        path = "L".join(f"{x(at):.1f} {plot.y(value):.1f}" for at, value in line)
-        shapes.append(f'<path class="c0" stroke="currentColor" stroke-width="1.4" d="M{path}"/>')
+    width = 0.8 if trace.labels else 1.4  # lines with labels lie over each other
+    for line, label in zip(trace.lines, trace.labels or [""] * len(trace.lines), strict=True):
+        if not line:
+            continue
+        path = "L".join(f"{x(at):.1f} {plot.y(value):.1f}" for at, value in line) + ("Z" if len(line) == 1 else "")
+        tip = f"<title>{escape(label)}</title>" if label else ""
+        shapes.append(f'<path class="c0" stroke="currentColor" stroke-width="{width}" d="M{path}">{tip}</path>')
     drawing = plot.drawing(shapes, f"{trace.name} by {x_name}")
     return f"<figure><figcaption>{escape(trace.name)}</figcaption>{drawing}</figure>"
 
@@ -294,6 +319,14 @@ def _ticks(low: float, high: float) -> list[float]:
     first = math.floor(low / step)
     last = max(math.ceil(high / step), first + 1)
     return [i * step for i in range(first, last + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """About five powers of ten that enclose [low, high]."""
+    first = math.floor(math.log10(low))
+    last = max(math.ceil(math.log10(high)), first + 1)
+    step = math.ceil((last - first) / 5)
+    return [10.0**i for i in range(first, last + step, step)]
 
 
 def _number(value: float | None) -> str:
@@ -335,7 +368,7 @@ thead th,tbody td,tbody th{border-bottom:1px solid var(--line)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.25rem;font-size:.9rem;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;font-family:ui-monospace,monospace;font-size:.85rem}
 svg{width:100%;max-width:46rem;height:auto}svg text{fill:var(--soft);stroke:none;font-size:12px}.bar{opacity:.55}
-.mark{opacity:.35;stroke-dasharray:2 3}
+svg path{stroke-linecap:round}.mark{opacity:.35;stroke-dasharray:2 3}
 .traces{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr));gap:.6rem 1.5rem}
 figure{margin:0}figcaption{color:var(--soft);font-size:.87rem}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0;margin:.3rem 0;font-size:.88rem}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cladapt.errors import CheckFailed
-from cladapt.model.adapter import adapter_block, adapter_provenance, load_adapter
 from cladapt.model.load import Base, load_base, save_base
+from cladapt.model.saved import adapter_block, adapter_provenance, load_adapter
 
 PROBE_TOKENS = 32
 

@@ -12,14 +12,9 @@ from cladapt.export.card import CARD, Facts, adapter_card, merged_card
 from cladapt.export.merge import merge
 from cladapt.export.place import refuse_existing
 from cladapt.export.vllm import export_vllm
-from cladapt.model.adapter import (
-    CONFIG_FILE,
-    adapter_parameters,
-    adapter_provenance,
-    adapter_settings,
-    load_adapter,
-)
+from cladapt.model.adapter import adapter_parameters
 from cladapt.model.load import base_provenance, load_base
+from cladapt.model.saved import CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 
 
 def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.export.card import CARD, Facts, adapter_card
 from cladapt.export.place import refuse_existing
 from cladapt.export.preflight import MAX_LORA_RANKS, Finding, max_lora_rank, preflight, refuse, subject
-from cladapt.model.adapter import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 from cladapt.model.load import PROVENANCE, base_provenance, load_base
+from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 
 GUIDE = "SERVING.md"
 

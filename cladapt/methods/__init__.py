@@ -43,7 +43,21 @@ def build(config: MethodConfig) -> Method:
         raise ConfigError(f"method.name={config.name!r} names a method twice", "name each method once")
     options = _split_options(config.options, names)
     methods = [(n, known[n](resolve(known[n].Config, options[n], f"method.options of {n}"))) for n in names]
+    _check_together(config.name, dict(methods))
     return methods[0][1] if len(methods) == 1 else Compose(methods)
+
+
+def _check_together(name: str, methods: Mapping[str, Method]) -> None:
+    """`ConfigError` for methods that cannot share an adapter."""
+    special = {n: m.parameters for n, m in methods.items() if m.parameters != "factors"}
+    histories = [n for n, m in methods.items() if m.history]
+    if len({*special.values()}) > 1:
+        told = ", ".join(f"{n} {what}" for n, what in special.items())
+        raise ConfigError(f"method.name={name!r}: different things would learn: {told}", "use one of them")
+    if len(histories) > 1:
+        raise ConfigError(
+            f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"
+        )
 
 
 def _split_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:

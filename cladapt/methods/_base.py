@@ -1,17 +1,23 @@
 """What a continual method is: six hooks around a loop that it never owns, and state made of named tensors."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from cladapt import ops
 from cladapt.config import Settings
+from cladapt.model import adapter, history
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
-def _no_history(tensors: Mapping[str, Tensor]) -> None:
-    raise NotImplementedError("this context has no model to put a history on")
+def _no_model(*_: Any) -> Any:
+    raise NotImplementedError("this context has no model")
 
 
 @dataclass
@@ -26,8 +32,20 @@ class Context:
     """Optimiser steps done in this block."""
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     """The values of a fresh adapter, by the same names."""
-    set_history: Callable[[Mapping[str, Tensor]], None] = _no_history
-    """Puts frozen factors beside the adapter; see `cladapt.model.adapter.set_history`."""
+    beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """What trains beside the adapter and is no method's: the rows of a classifier."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """The frozen weight [out, in] of every adapted module, by `module_of` its factors."""
+    set_history: Callable[[Mapping[str, Tensor]], None] = _no_model
+    """Puts frozen factors beside the adapter; see `cladapt.model.history.set_history`."""
+    factors: Callable[[], dict[str, Tensor]] = _no_model
+    """A copy of the adapter as A and B; see `cladapt.model.adapter.adapter_tensors`."""
+    bare: Callable[[], AbstractContextManager[None]] = _no_model
+    """Inside, the model is without adapter and history."""
+    mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
+    """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.loop.Fit.mean_gradient`."""
+    kernels: ops.Choice = "auto"
+    """Which implementation of the ops runs."""
     optimizer: ops.ProxAdamW | None = None
     """The optimiser, where it takes a proximal term into its step; without, a term's gradient is added before."""
     figures: ops.Figures | None = None
@@ -35,18 +53,36 @@ class Context:
     log: dict[str, float] = field(default_factory=dict)
     """Scalars to write with this step's log line."""
 
+    @classmethod
+    def of(
+        cls, model: "PeftModel", block: int, initial: Mapping[str, Tensor], kernels: ops.Choice = "auto"
+    ) -> "Context":
+        """The context of an adapted model."""
+        return cls(
+            adapter.adapter_parameters(model),
+            block=block,
+            initial=initial,
+            weights=adapter.adapted_weights(model),
+            set_history=partial(history.set_history, model),
+            factors=partial(adapter.adapter_tensors, model),
+            bare=partial(history.bare, model),
+            kernels=kernels,
+        )
+
 
 class Method:
     """A method that changes nothing; subclasses override the hooks they need.
 
     `Config` holds its options. `trains`: whether blocks are learned at all; `past_data`: whether a block is learned on
-    the data of all blocks up to it; `full_rank`: whether the weights themselves learn. State is named tensors only.
+    the data of all blocks up to it; `parameters`: what of a module learns, see `cladapt.model.adapter.create_adapter`;
+    `history`: whether it puts frozen factors beside the adapter. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
     trains: ClassVar[bool] = True
     past_data: ClassVar[bool] = False
-    full_rank: ClassVar[bool] = False
+    parameters: ClassVar[adapter.Parameters] = "factors"
+    history: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cladapt.methods._base import Context, Method
+from cladapt.model.adapter import Parameters
 
 
 class Compose(Method):
@@ -24,8 +25,12 @@ class Compose(Method):
         return any(method.past_data for _, method in self.methods)
 
     @property
-    def full_rank(self) -> bool:  # type: ignore[override]
-        return any(method.full_rank for _, method in self.methods)
+    def parameters(self) -> Parameters:  # type: ignore[override]
+        return next((m.parameters for _, m in self.methods if m.parameters != "factors"), "factors")
+
+    @property
+    def history(self) -> bool:  # type: ignore[override]
+        return any(method.history for _, method in self.methods)
 
     def begin_block(self, ctx: Context) -> None:
         ctx.optimizer = None  # inside its step, a term would be hidden from the edits that come after

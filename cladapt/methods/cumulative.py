@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cladapt.config import Settings
 from cladapt.methods._base import Context, Method
-from cladapt.model.anchors import is_up
+from cladapt.model.anchors import is_learned, joined
 
 
 class CumulativeConfig(Settings):
@@ -33,37 +33,36 @@ class Cumulative(Method):
 
     Config = CumulativeConfig
     config: CumulativeConfig
+    history = True
 
     def __init__(self, config: CumulativeConfig | None = None) -> None:
         super().__init__(config)
-        self.history: dict[str, Tensor] = {}
+        self.frozen: dict[str, Tensor] = {}
         self._install: Callable[[Mapping[str, Tensor]], None] | None = None
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
         last = {name: p.detach().clone() for name, p in ctx.parameters.items()}
-        if any(bool(tensor.any()) for name, tensor in last.items() if is_up(name)):
-            self.history = self._with(last)
+        if is_learned(last):
+            self.frozen = self._with(last)
             if not self.config.inherit:
                 for name, parameter in ctx.parameters.items():
                     parameter.copy_(ctx.initial[name])
         self._install = ctx.set_history
-        self._install(self.history)
+        self._install(self.frozen)
 
     def _with(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The frozen factors once block t-1, whose factors are `last`, is among them."""
         unit = {name: t / torch.linalg.vector_norm(t).clamp_min(torch.finfo(t.dtype).tiny) for name, t in last.items()}
-        if self.config.keep == "latest" or not self.history:
-            return unit
-        return {name: torch.cat([self.history[name].to(t.device), t], int(is_up(name))) for name, t in unit.items()}
+        return joined({} if self.config.keep == "latest" else self.frozen, unit)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.history)
+        return dict(self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.history = dict(state)
+        self.frozen = dict(state)
         if self._install is not None:  # inside a block; between blocks begin_block does it
-            self._install(self.history)
+            self._install(self.frozen)
 
     def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        return sum(4 * tensor.numel() for tensor in self.history.values())
+        return sum(4 * tensor.numel() for tensor in self.frozen.values())

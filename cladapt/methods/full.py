@@ -14,4 +14,4 @@ from cladapt.methods._base import Method
 class Full(Method):
     """Cross-entropy on the current block over whole weight matrices."""
 
-    full_rank = True
+    parameters = "weights"

@@ -1,4 +1,4 @@
-"""Adapter tensors as one flat vector in groups, the form in which a proximal method sees them."""
+"""Adapter tensors by name: which module and side each belongs to, one flat vector in groups, a sum of adapters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -71,3 +71,20 @@ def is_up(name: str) -> bool:
 def module_of(name: str) -> str:
     """The adapted module that a PEFT parameter name belongs to."""
     return name.split(".lora_")[0]
+
+
+def scales(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The learned number s [1] of every module where B = s U, by module."""
+    return {module_of(name): p for name, p in parameters.items() if name.endswith(".scale")}
+
+
+def is_learned(factors: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter changes anything: some B is not zero."""
+    return any(bool(tensor.any()) for name, tensor in factors.items() if is_up(name))
+
+
+def joined(history: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors of the sum of two adapters: [A_h; A] and [B_h B]; the history may be empty."""
+    if not history:
+        return dict(factors)
+    return {name: torch.cat([history[name].to(t.device), t], int(is_up(name))) for name, t in factors.items()}

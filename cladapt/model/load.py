@@ -61,6 +61,21 @@ class Base:
         """Last block whose interactions the weights have seen; 0 for none."""
         return int(self.provenance["fitted_block"])
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What an adapter says of its base beside the fingerprint."""
+        return {"sids": str(self.provenance["sids"])}
+
+    @property
+    def beside(self) -> Mapping[str, nn.Parameter]:
+        """What learns beside an adapter: nothing."""
+        return {}
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of its task."""
+        return "CAUSAL_LM"
+
     def bos(self) -> int:
         """The token that opens a packed history."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):

@@ -23,17 +23,19 @@ from cladapt.errors import CheckFailed
 from cladapt.eval.decode import left_pad
 from cladapt.eval.evaluate import Catalogue, make_decoder
 from cladapt.methods import Context, available, build
-from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter, set_history
+from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
 from cladapt.model.load import Base, new_model
 from cladapt.model.packed import PackedLoss
 from cladapt.ops import compute_device
 from cladapt.pipeline.kernels import check_request
 from cladapt.tokens.build import build_sids
 from cladapt.tokens.prompts import Document, Form
-from cladapt.train.loop import Batch, Fit
+from cladapt.train.blocks import fit_settings
+from cladapt.train.feeds import Batch, PackedFeed
+from cladapt.train.loop import Fit
 from cladapt.train.pretrain import pretrain
 from cladapt.train.sinks import MemorySink, Sink
-from cladapt.train.stream import catalogue_softmax, fit_settings, make_form, training_documents, validation_documents
+from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
 from cladapt_kernels.timing import Row, compare, where, write_rows
 
 PRESET = "tiny"
@@ -101,16 +103,18 @@ def make_fit(case: Case, method_name: str, documents: Sequence[Document]) -> Fit
     """The loop of a method on its own copy of the base, at its second block, with what it keeps of the first."""
     base = Base(copy.deepcopy(case.base.model), case.base.tokenizer, case.base.sids, {})
     method = build(MethodConfig(name=method_name))
-    model = create_adapter(base, AdapterConfig(), 0, method.full_rank)
-    initial = adapter_tensors(model)
+    model = create_adapter(base, AdapterConfig(), 0, method.parameters)
+    initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    feed = PackedFeed(
+        documents, validation_documents(case.split, case.form), case.train.batch_tokens, case.train.row_tokens
+    )
 
     def at(block: int) -> Fit:
         fit = Fit(
             PackedLoss(adapted_lm(model), catalogue_softmax(base, case.stream, case.split.block, case.train.softmax)),
             method,
-            Context(adapter_parameters(model), block=block, initial=initial, set_history=partial(set_history, model)),
-            documents,
-            validation_documents(case.split, case.form),
+            Context.of(model, block, initial),
+            feed,
             fit_settings(case.train, 0, block),
             MemorySink(),
         )

@@ -19,6 +19,8 @@ from cladapt.eval.protocol import (
     COUNTS,
     FROZEN,
     Measures,
+    backward_effects,
+    backward_rows,
     ceiling_row,
     effects,
     metric_columns,
@@ -135,6 +137,21 @@ class Comparison:
                     counts.setdefault(model, {}).setdefault(seed, rows)
         return {**lines, **counts}
 
+    @cached_property
+    def backward(self) -> Lines:
+        """Per-user backward transfer of the groups for which it was measured."""
+        main = self._main
+        found = {g.name: {s: backward_rows(e.measures, main) for s, e in g.by_seed.items()} for g in self.groups}
+        return {
+            name: {seed: rows for seed, rows in by_seed.items() if rows is not None}
+            for name, by_seed in found.items()
+            if all(rows is not None for rows in by_seed.values())
+        }
+
+    @property
+    def _main(self) -> tuple[str, str]:
+        return f"HR@{max(self.config.top_k)}", "log_likelihood"
+
     @property
     def config(self) -> EvalConfig:
         return next(iter(self.groups[0].by_seed.values())).measures.config
@@ -160,6 +177,10 @@ class Comparison:
             if name == reference or self.lines[name].keys() != others.keys():
                 continue
             found = effects(pool(self.lines[name]), pool(others), self.config, metric_columns(self.config))
+            if name in self.backward and reference in self.backward:
+                one, two = pool(self.backward[name]), pool(self.backward[reference])
+                transfers = backward_effects(one, two, self.config, self._main)
+                found |= {f"backward {metric}": effect for metric, effect in transfers.items()}
             rows += [
                 {
                     "difference": f"{name} - {reference}",

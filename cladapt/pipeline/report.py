@@ -26,17 +26,25 @@ from cladapt.eval.protocol import (
 from cladapt.eval.report import Curves, HeatMap, KeyValues, Section, Series, Table, Trace, Traces, render_report
 from cladapt.eval.significance import Effect
 from cladapt.model.load import Base
+from cladapt.model.saved import adapter_provenance
+from cladapt.model.spectrum import Spectrum, saved_spectra, summary
 from cladapt.run import Run
 
 POINTS = 300
 """Points of a curve over steps, above which neighbours are averaged."""
 INTERVALS = "Intervals are 95 %, bootstrap over users."
+SPECTRUM = (
+    "Means over the modules of the singular values of delta W = scale * B A: Frobenius norm, effective rank "
+    "(exponential of the entropy of their shares in the sum), largest over mean of those above 0 (1: all are equal), "
+    "largest, smallest. own: of what the block itself has learned, without the history in its adapter."
+)
 
 
 def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tuple[str, dict[str, Any]]:
     """The HTML page and the content of metrics.json."""
     main = f"HR@{max(measures.config.top_k)}"
     headline = [main, f"NDCG@{max(measures.config.top_k)}", "log_likelihood"]
+    spectra = Spectra.read(run)
     cells = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams)
     result: dict[str, Any] = {
         "method": measures.name,
@@ -49,6 +57,7 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
         "continual": continual_summary(measures, headline),
         "slices": slice_table(measures, stream),
         "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
+        "spectrum": spectra.log(),
     }
     beside = {"frozen": measures.frozen, **measures.beside}
     if measures.current.height:
@@ -62,6 +71,7 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
         rows_table("Slices of the current blocks", result["slices"]),
         rows_table("What the method did", regulariser_log(run)),
         step_curves(run),
+        *spectra.sections(),
         KeyValues("Semantic IDs", base.sids.collisions()),
         KeyValues(
             "Provenance",
@@ -146,6 +156,48 @@ def _downsample(x: np.ndarray, y: np.ndarray, stride: int) -> list[tuple[float, 
     first = np.arange(0, len(x), stride)
     size = np.diff([*first, len(x)])
     return list(zip(*((np.add.reduceat(v, first) / size).tolist() for v in (x, y)), strict=True))
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Singular values of a run's adapters by block and module; `own`: of what a block added to its history."""
+
+    whole: Mapping[int, Mapping[str, Spectrum]]
+    own: Mapping[int, Mapping[str, Spectrum]]
+
+    @classmethod
+    def read(cls, run: Run) -> "Spectra":
+        beside = {block: path for block, path in run.adapters.items() if adapter_provenance(path).get("history_rank")}
+        return cls(
+            {block: saved_spectra(path) for block, path in run.adapters.items()},
+            {block: saved_spectra(path, own=True) for block, path in beside.items()},
+        )
+
+    def log(self) -> list[dict[str, Any]]:
+        """Per block: means over the modules, those of its own delta W under `own_` names."""
+        lines = []
+        for block, found in self.whole.items():
+            own = summary(self.own[block]) if block in self.own else {}
+            lines.append({"block": block, **summary(found), **{f"own_{name}": value for name, value in own.items()}})
+        return lines
+
+    def sections(self) -> list[Section]:
+        """The log as a table, and the last block's values as one line per module."""
+        if not self.whole:
+            return []
+        last = max(self.whole)
+        drawn = {"delta W": self.whole[last], "own delta W": self.own.get(last, {})}
+        traces = [_values(name, found) for name, found in drawn.items() if found]
+        title = f"Singular values of the adapter of block {last}"
+        return [
+            rows_table("Spectrum of the adapters", self.log(), SPECTRUM),
+            Traces(title, traces, "singular value", "One line per module; what is 0 is left out."),
+        ]
+
+
+def _values(name: str, found: Mapping[str, Spectrum]) -> Trace:
+    lines = [[(i, v) for i, v in enumerate(spectrum.values, 1) if v > 0] for spectrum in found.values()]
+    return Trace(name, lines, labels=[module.removeprefix("base_model.model.") for module in found], log=True)
 
 
 def rows_table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Table:

@@ -1,8 +1,7 @@
 """Runs: adapt block after block, then measure every adapter against every block."""
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +10,8 @@ import polars as pl
 import torch
 
 from cladapt import ops, ranks
-from cladapt.artifacts import atomic_dir, atomic_path, hash_file, recover, write_json, write_parquet
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, describe, resolve
+from cladapt.artifacts import atomic_dir, atomic_path, write_json, write_parquet
+from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, resolve
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling
@@ -21,25 +20,18 @@ from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.expect import check_expected, read_expected
 from cladapt.eval.protocol import CEILING, COUNTS, FROZEN, Measures, measure_counts, measure_run, table_columns
 from cladapt.methods import Method, build
-from cladapt.model.adapter import (
-    ADAPTER_FILE,
-    adapted_lm,
-    adapter_block,
-    adapter_parameters,
-    create_adapter,
-    load_adapter,
-    start_from,
-    unload,
-)
+from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
 from cladapt.model.anchors import module_of
-from cladapt.model.load import Base, load_base, weights_hash
+from cladapt.model.history import unload
+from cladapt.model.load import Base, load_base
+from cladapt.model.saved import adapter_block, load_adapter, start_from
 from cladapt.pipeline import bases, streams
+from cladapt.pipeline.lifecycle import Workload, begin
+from cladapt.pipeline.lifecycle import resume as continue_run
 from cladapt.pipeline.report import run_report
-from cladapt.run import RUNS, Run, new_run_path
+from cladapt.run import RUNS, Run
 from cladapt.tokens.prompts import Form, pack
-from cladapt.train.checkpoint import clear_checkpoints
-from cladapt.train.loop import FitResult
-from cladapt.train.sinks import Fan, JsonlSink, Sink
+from cladapt.train.sinks import Sink
 from cladapt.train.stream import blocks_to_learn, learned_block, make_form, train_stream, training_documents
 
 if TYPE_CHECKING:
@@ -47,7 +39,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = RUNS / "embedded"
 METRICS_SCHEMA_VERSION = 1
-FOLDERS = ("data", "base", "from_adapter")
 
 
 def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
@@ -57,17 +48,34 @@ def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
     config = with_embedded(config, sink)
     stream, base = open_inputs(config)
     prepare(config, base)
-    blocks_to_learn(stream, learned_block(config, base))
-    inputs = _fingerprints(config, stream, base)
-    run = ranks.once(lambda: Run.create(out or new_run_path(config.method.name, config.seed), config, inputs))
-    return _learn(run, stream, base, sink)
+    return begin(workload(), config, stream, base, out, sink)
+
+
+def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Continue an interrupted run; see `cladapt.pipeline.lifecycle.resume`."""
+    return continue_run(workload(), Run.open(path), sink, asked)
+
+
+def workload() -> Workload[RunConfig]:
+    """Recommending, as the life of a run sees it."""
+    return Workload(
+        open_inputs,
+        lambda config, stream, base: blocks_to_learn(stream, learned_block(config, base)),
+        train_stream,
+        lambda config: {
+            "form": config.train.form,
+            "window": config.train.window,
+            "softmax": config.train.softmax,
+            "from_adapter": config.from_adapter or None,
+        },
+    )
 
 
 def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torch.nn.Parameter]]:
     """Method, form and adapter parameters of a run: mistakes in its settings show before anything is written."""
     method = build(config.method)
     form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
-    model = create_adapter(base, config.adapter, config.seed, method.full_rank, config.kernels)
+    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
     if config.from_adapter:
         start = Path(config.from_adapter)
         adapter_block(start)
@@ -75,133 +83,6 @@ def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torc
     parameters = adapter_parameters(model)
     unload(model)
     return method, form, parameters
-
-
-def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Continue an interrupted run exactly where its last checkpoint or finished block stands.
-
-    `asked`: settings given beside the run, nested as in a recipe; they must be the run's own. `DataError` when an input
-    is not what it was when the run began. A finished run is left as it is.
-    """
-    run = Run.open(path)
-    _refuse_changes(run, asked or {})
-    stream, base = open_inputs(run.config)
-    notes = [*_verify_inputs(run, stream, base), *ranks.once(lambda: _mend(run))]
-    blocks = blocks_to_learn(stream, learned_block(run.config, base))
-    if not build(run.config.method).trains or set(blocks) <= set(run.adapters):
-        for text in (*notes, f"{path} is finished: there is nothing to continue"):
-            sink.emit({"kind": "note", "text": text})
-        return _summary(run, {})
-    if changes := run.environment_changes():
-        other = any(change.startswith("processes:") for change in changes)
-        what = "dropout masks and last bits" if other else "last bits"
-        notes.append(f"this is not the machine the run began on, its {what} may differ: {', '.join(changes)}")
-    ranks.once(run.begin)
-    return _learn(run, stream, base, sink, notes)
-
-
-def _mend(run: Run) -> list[str]:
-    """Clean up behind a killed process; returns a sentence for each thing done."""
-    done = recover(run.path)
-    for block in run.adapters:
-        clear_checkpoints(run.path / "checkpoints", block)
-    return done
-
-
-def _refuse_changes(run: Run, asked: Mapping[str, Any]) -> None:
-    """`ConfigError` that names every setting asked for with another value than the run's."""
-    config = resolve(RunConfig, _over(run.config.model_dump(mode="json"), asked), "--resume")
-    own = {row["key"]: row["value"] for row in describe(run.config)}
-    wanted = {row["key"]: row["value"] for row in describe(config)}
-    changed = [
-        f"{key}={wanted[key]!r}, the run has {value!r}"
-        for key, value in own.items()
-        if wanted[key] != value and not (key in FOLDERS and value and _same_folder(wanted[key], value))
-    ]
-    if changed:
-        raise ConfigError(
-            f"--resume continues a run as it was configured: {'; '.join(changed)}",
-            "leave these out, or start a new run; evaluation settings are for `cladapt eval RUN -o KEY=VALUE`",
-        )
-
-
-def _over(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for key, value in asked.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _over(merged[key], value) if nested else value
-    return merged
-
-
-def _same_folder(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
-def _fingerprints(config: RunConfig, stream: Stream, base: Base) -> dict[str, str]:
-    """Content of all that a run starts from, by name."""
-    found = {"data": stream.fingerprint, "base": base.fingerprint, "base weights": weights_hash(base.model)}
-    if config.from_adapter:
-        file = Path(config.from_adapter) / ADAPTER_FILE
-        if not file.is_file():
-            raise DataError(f"no such file: {file}", "restore the adapter that the run starts from")
-        found["from_adapter"] = hash_file(file)
-    return found
-
-
-def _verify_inputs(run: Run, stream: Stream, base: Base) -> list[str]:
-    """`DataError` when an input is not what the run began with; a note when that was not recorded."""
-    if not run.inputs:
-        return [f"{run.path} does not say which inputs it began with, so they are not compared"]
-    found = _fingerprints(run.config, stream, base)
-    changed = [
-        f"{name} ({getattr(run.config, name.split()[0], 'unknown')}) is {found.get(name)}, it was {then}"
-        for name, then in run.inputs.items()
-        if found.get(name) != then
-    ]
-    if changed:
-        raise DataError(
-            f"{run.path} began with other inputs: {'; '.join(changed)}", "restore them, or start a new run from these"
-        )
-    return []
-
-
-def _learn(run: Run, stream: Stream, base: Base, sink: Sink, notes: Sequence[str] = ()) -> dict[str, Any]:
-    log: Sink = JsonlSink(run.path / "log.jsonl") if ranks.is_main() else Fan([])
-    backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(run.config.kernels).items()}
-    log.emit({"kind": "kernels", "ops": backends})
-    everywhere = Fan([log, sink])
-    for text in notes:
-        everywhere.emit({"kind": "note", "text": text})
-    provenance = {
-        "stream": stream.fingerprint,
-        "config": run.config_hash,
-        "method": run.config.method.name,
-        "seed": run.config.seed,
-        "form": run.config.train.form,
-        "window": run.config.train.window,
-        "softmax": run.config.train.softmax,
-        "from_adapter": run.config.from_adapter or None,
-    }
-    return _summary(run, train_stream(run.path, run.config, stream, base, everywhere, run.config_hash, provenance))
-
-
-def _summary(run: Run, results: Mapping[int, FitResult]) -> dict[str, Any]:
-    blocks = [
-        {
-            "block": block,
-            "kept_epoch": r.epoch,
-            "valid_log_likelihood": r.score,
-            "steps": r.steps,
-            "seconds": round(r.seconds, 1),
-        }
-        for block, r in results.items()
-    ]
-    return {
-        "run": str(run.path),
-        "method": run.config.method.name,
-        "next": f"cladapt eval {run.path}",
-        "blocks": blocks,
-    }
 
 
 def plan(config: RunConfig) -> dict[str, Any]:

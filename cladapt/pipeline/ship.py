@@ -12,13 +12,15 @@ from cladapt.artifacts import atomic_path, check_writable
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
-from cladapt.export.card import facts_of
+from cladapt.export.card import Facts, facts_of
+from cladapt.export.compress import compressed
 from cladapt.export.preflight import RULES as SERVERS
 from cladapt.export.preflight import refuse
 from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
-from cladapt.model.adapter import CONFIG_FILE, adapted_lm, adapter_provenance, load_adapter
+from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, load_base
+from cladapt.model.saved import CONFIG_FILE, adapter_provenance, load_adapter
 from cladapt.ops import compute_device
 from cladapt.run import Run
 from cladapt.train.stream import make_form
@@ -66,10 +68,12 @@ def export(
     base: Path | None,
     block: int | None,
     all_blocks: bool = False,
+    rank: int | None = None,
 ) -> dict[str, Any]:
     """Export an adapter; by default the latest run's last one into `<run>/export/<target>`.
 
-    `all_blocks`: the adapter of every block of the run, for a target that holds several.
+    `all_blocks`: the adapter of every block of the run, for a target that holds several. `rank`: each cut to it, see
+    `compressed`; the result states what was lost.
     """
     if all_blocks and target != "vllm":
         raise ConfigError(f"--all-blocks with --target {target}", "only --target vllm holds several adapters")
@@ -83,8 +87,15 @@ def export(
         for source in sources:
             refuse(str(source.adapter), [f for f in check_vllm(source.adapter, source.base) if f.server == "vllm"])
     facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"))
-    results = [export_to(target, source.adapter, source.base, out, facts) for source in sources]
+    results = [_export_one(target, source, out, facts, rank) for source in sources]
     return results[0] if not all_blocks else {**results[-1], "block": [result["block"] for result in results]}
+
+
+def _export_one(target: str, source: Source, out: Path, facts: Facts, rank: int | None) -> dict[str, Any]:
+    if rank is None:
+        return export_to(target, source.adapter, source.base, out, facts)
+    with compressed(source.adapter, source.base, rank) as (adapter, lost):
+        return {**export_to(target, adapter, source.base, out, facts), "compressed": lost}
 
 
 def check(path: Path | None, base: Path | None, block: int | None, all_blocks: bool = False) -> dict[str, Any]:

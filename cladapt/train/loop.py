@@ -1,28 +1,25 @@
 """One loop for everything that learns: an adapter on a block, a base from scratch, new token rows.
 
-Rows are packed anew each epoch from (seed, epoch) alone, and the learning rate follows the progress through the
+Batches are drawn anew each epoch from (seed, epoch) alone, and the learning rate follows the progress through the
 epochs, so a position (epoch, step) and the tensors say all that an exact continuation needs.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cladapt import ops, ranks
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
-from cladapt.tokens.prompts import Document, PackedRows, pack
+from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import deferred_interrupt
 from cladapt.train.sinks import Sink
-
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,6 @@ class FitSettings:
 
     lr: float
     epochs: int
-    batch_tokens: int
-    row_tokens: int
     seed: int
     accumulation: int = 1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -66,13 +61,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit gave: the kept epoch and its score (mean validation log-likelihood per target)."""
+    """What a fit gave: the kept epoch and its score (mean validation log-likelihood per target), what it used."""
 
     epoch: int
     score: float
     start_score: float
     steps: int
-    tokens: int
+    used: int
     seconds: float
 
 
@@ -85,34 +80,35 @@ def rate(progress: float, settings: FitSettings) -> float:
 
 
 class Fit:
-    """Trains the parameters in `ctx` on documents; see `run`."""
+    """Trains the parameters in `ctx` on what `feed` gives; see `run`."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        method: Method,
-        ctx: Context,
-        documents: Sequence[Document],
-        validation: Sequence[Document],
-        settings: FitSettings,
-        sink: Sink,
+        self, module: nn.Module, method: Method, ctx: Context, feed: Feed, settings: FitSettings, sink: Sink
     ) -> None:
-        if not documents:
+        if not len(feed):
             raise DataError(f"block {ctx.block} has no training target", "lower blocks.min_events, or merge blocks")
-        if settings.keep == "best" and not validation:
+        if settings.keep == "best" and not feed.validation_targets:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
-        self.method, self.ctx, self.settings, self.sink = method, ctx, settings, sink
-        self.documents, self.validation = documents, validation
+        self.method, self.ctx, self.feed, self.settings, self.sink = method, ctx, feed, settings, sink
+        self.trained = {**ctx.parameters, **ctx.beside}
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
-        parameters, lr, decay = list(ctx.parameters.values()), settings.lr, settings.weight_decay
-        optimizer: torch.optim.Optimizer
-        if settings.fold_terms and _can_fuse(ctx):
-            optimizer = ctx.optimizer = ops.ProxAdamW(parameters, lr=lr, weight_decay=decay)
-        else:
-            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=_can_fuse(ctx))
-        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self._bare, ctx.mean_gradient = module, self.mean_gradient
+        self.module, self.optimizer = self.accelerator.prepare(module, self._make_optimizer())
         self.best: dict[str, Tensor] = {}
         self.position = Position()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        ctx, settings = self.ctx, self.settings
+        fused = all(p.dtype == torch.float32 for p in self.trained.values())
+        groups: list[dict[str, Any]] = [
+            {"params": list(ctx.parameters.values()), "weight_decay": settings.weight_decay}
+        ]
+        if ctx.beside:  # decay would pull at rows that this block does not learn
+            groups.append({"params": list(ctx.beside.values()), "weight_decay": 0.0})
+        elif settings.fold_terms and fused:
+            ctx.optimizer = ops.ProxAdamW(groups, lr=settings.lr)
+            return ctx.optimizer
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
 
     def run(
         self,
@@ -124,7 +120,7 @@ class Fit:
 
         Ctrl-C takes effect after the step it comes in, and after a checkpoint.
         """
-        began, tokens = time.perf_counter(), 0
+        began, used = time.perf_counter(), 0
         seed = self.settings.seed * 1009 + self.ctx.block
         torch.manual_seed(seed)
         self.method.begin_block(self.ctx)
@@ -139,7 +135,7 @@ class Fit:
                 steps = self.steps(epoch)
                 for index in range(self.position.step, len(steps)):
                     # the middle of the step: a first step at rate 0 would be lost, and blocks are short
-                    tokens += self.step(steps[index], epoch + (index + 0.5) / len(steps))
+                    used += self.step(steps[index], epoch + (index + 0.5) / len(steps))
                     self.position = replace(self.position, step=index + 1, total_steps=self.position.total_steps + 1)
                     due = checkpoint_steps > 0 and self.position.total_steps % checkpoint_steps == 0
                     self._pause(interrupted(), due, checkpoint)
@@ -149,13 +145,13 @@ class Fit:
                     break
         with torch.no_grad():
             for name, value in self.best.items():
-                self.ctx.parameters[name].copy_(value)
+                self.trained[name].copy_(value)
         return FitResult(
             epoch=self.position.best_epoch,
             score=self._end_block(),
             start_score=start_score,
             steps=self.position.total_steps,
-            tokens=tokens,
+            used=used,
             seconds=time.perf_counter() - began,
         )
 
@@ -188,7 +184,7 @@ class Fit:
 
     def _end_epoch(self, epoch: int) -> bool:
         score = self.score()
-        if self.validation and not math.isfinite(score):
+        if self.feed.validation_targets and not math.isfinite(score):
             raise DataError(
                 f"block {self.ctx.block}, epoch {epoch + 1}: the validation log-likelihood is {score}", "lower train.lr"
             )
@@ -197,29 +193,27 @@ class Fit:
         if self.settings.keep == "last" or score > self.position.best_score:
             self.position = replace(self.position, best_epoch=epoch + 1, best_score=score)
             if self.settings.keep == "best":
-                self.best = {name: p.detach().clone() for name, p in self.ctx.parameters.items()}
+                self.best = {name: p.detach().clone() for name, p in self.trained.items()}
         patience = self.settings.patience
         return patience > 0 and epoch + 1 - self.position.best_epoch >= patience
 
     def steps(self, epoch: int) -> list[list[Batch]]:
         """The optimiser steps of an epoch, each a list of micro-batches."""
-        rows = pack(self.documents, self.settings.row_tokens, np.random.default_rng([self.settings.seed, epoch]))
-        per_batch = max(1, self.settings.batch_tokens // self.settings.row_tokens)
-        batches = list(batches_of(rows, per_batch))
+        batches = self.feed.epoch([self.settings.seed, epoch])
         size = self.settings.accumulation
         return [batches[i : i + size] for i in range(0, len(batches), size)]
 
     def step(self, micro_batches: list[Batch], progress: float) -> int:
-        """One optimiser step on the mean loss over all its targets; returns the tokens used, padding excluded."""
+        """One optimiser step on the mean loss over all its targets; returns what it used, padding excluded."""
         began = time.perf_counter()
         ctx, processes = self.ctx, self.accelerator.num_processes
         ctx.log.clear()
-        targets = sum(int(batch[3][:, 1:].sum()) for batch in micro_batches)
+        targets = sum(map(self.feed.targets, micro_batches))
         self.module.train()
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             piece = shard(batch, self.accelerator.process_index, processes)
-            share = int(piece[3][:, 1:].sum()) / targets
+            share = self.feed.targets(piece) / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
@@ -241,7 +235,7 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         ctx.step += 1
         self.method.after_step(ctx)
-        used = sum(int((batch[1] > 0).sum()) for batch in micro_batches)
+        used, unit = sum(map(self.feed.used, micro_batches)), self.feed.unit
         loss_of_step = self.accelerator.reduce(total, "sum").item()
         self._emit(
             {
@@ -252,8 +246,8 @@ class Fit:
                 "loss": loss_of_step,
                 "grad_norm": norm,
                 "lr": self.optimizer.param_groups[0]["lr"],
-                "tokens": used,
-                "tokens_per_second": used / (time.perf_counter() - began),
+                unit: used,
+                f"{unit}_per_second": used / (time.perf_counter() - began),
                 **ctx.log,
             }
         )
@@ -268,7 +262,7 @@ class Fit:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _clip(self) -> float:
-        parameters = list(self.ctx.parameters.values())
+        parameters = list(self.trained.values())
         limit = self.settings.clip or math.inf
         optimizer = self.ctx.optimizer
         if optimizer is not None and optimizer.term is not None:
@@ -285,28 +279,51 @@ class Fit:
     @torch.no_grad()
     def score(self) -> float:
         """Mean log-likelihood of a validation target (the sum over its marked tokens); NaN without validation."""
-        if not self.validation:
+        if not self.feed.validation_targets:
             return math.nan
         self.module.eval()
-        rows = pack(self.validation, self.settings.row_tokens, None)
-        per_batch = max(1, self.settings.batch_tokens // self.settings.row_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        processes = self.accelerator.num_processes
-        for batch in batches_of(rows, per_batch):
-            local = shard(batch, self.accelerator.process_index, processes)
+        for batch in self.feed.validation():
             with self._autocast():
-                losses = self.module(*(t.to(self.accelerator.device) for t in local))
+                losses = self.module(*self._own(batch))
             total -= losses.double().sum()
-        return self.accelerator.reduce(total, "sum").item() / len(self.validation)
+        return self.accelerator.reduce(total, "sum").item() / self.feed.validation_targets
+
+    def mean_gradient(self, weights: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Gradient of the mean loss over an evenly spaced share of the examples, float32, dropout off, by name.
+
+        `weights`: frozen tensors of the model as it stands, which learn nothing by this.
+        """
+        self._bare.eval()
+        batches = self.feed.sample(share)
+        targets = sum(map(self.feed.targets, batches))
+        found = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            for batch in batches:
+                with self._autocast():
+                    loss = self._bare(*self._own(batch)).sum() / targets
+                for total, grad in zip(found.values(), torch.autograd.grad(loss, [*weights.values()]), strict=True):
+                    total += grad
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)
+        return {name: self.accelerator.reduce(total, "sum") for name, total in found.items()}
+
+    def _own(self, batch: Batch) -> Batch:
+        """This process's share of a batch, on its device."""
+        piece = shard(batch, self.accelerator.process_index, self.accelerator.num_processes)
+        return tuple(t.to(self.accelerator.device) for t in piece)
 
     def snapshot(self) -> Snapshot:
         """Everything that continues this fit bit for bit; all processes take part, each has its own generators."""
         if self.ctx.optimizer is not None:
             self.ctx.optimizer.refresh()  # as it will be for who resumes
-        tensors = {f"parameter/{name}": p.detach().clone() for name, p in self.ctx.parameters.items()}
+        tensors = {f"parameter/{name}": p.detach().clone() for name, p in self.trained.items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {f"method/{name}": value.clone() for name, value in self.method.state_dict().items()}
-        for name, parameter in self.ctx.parameters.items():
+        for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value.clone()
         states = {"cpu": torch.get_rng_state()}
@@ -321,7 +338,7 @@ class Fit:
         self.position = snapshot.position
         self.ctx.step = snapshot.position.total_steps
         with torch.no_grad():
-            for name, parameter in self.ctx.parameters.items():
+            for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
                 prefix = f"optimizer/{name}/"
                 state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
@@ -343,31 +360,6 @@ class Fit:
             torch.cuda.set_rng_state(cuda)
 
 
-def batches_of(rows: PackedRows, per_batch: int) -> Iterator[Batch]:
-    """Slices of `per_batch` rows, each cut to its longest row: (tokens, document, position, loss), all [R, S]."""
-    for first in range(0, len(rows.tokens), per_batch):
-        piece = slice(first, first + per_batch)
-        used = int((rows.document[piece] > 0).sum(axis=1).max())
-        arrays: tuple[Any, ...] = (rows.tokens, rows.document, rows.position, rows.loss)
-        tokens, document, position, loss = (torch.from_numpy(a[piece, :used]) for a in arrays)
-        yield tokens, document, position, loss
-
-
-def shard(batch: Batch, rank: int, ranks: int) -> Batch:
-    """Rows `rank, rank + ranks, …` of a batch; a rank without a row gets one that counts nothing."""
-    if ranks == 1:
-        return batch
-    tokens, document, position, loss = (t[rank::ranks] for t in batch)
-    if len(tokens):
-        return tokens, document, position, loss
-    tokens, document, position, loss = (t[:1] for t in batch)
-    return tokens, document, position, torch.zeros_like(loss)
-
-
 def _generator(kind: str, process: int) -> str:
     """Name of a generator's state in a snapshot; the first process's is that of a single one."""
     return f"rng/{kind}" + (f"/{process}" if process else "")
-
-
-def _can_fuse(ctx: Context) -> bool:
-    return all(p.dtype == torch.float32 for p in ctx.parameters.values())

@@ -13,6 +13,7 @@ from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import quiet
 from cladapt.model.packed import PackedLoss, TrieSoftmax
 from cladapt.tokens.prompts import Document
+from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit, FitResult, FitSettings
 from cladapt.train.sinks import Sink
 
@@ -68,13 +69,12 @@ def _fit(
     settings = FitSettings(
         lr=config.lr,
         epochs=config.epochs,
-        batch_tokens=config.batch_tokens,
-        row_tokens=config.row_tokens,
         seed=config.seed,
         weight_decay=config.weight_decay,
         patience=config.patience,
     )
-    result = Fit(module, Finetune(), Context(parameters, block=1), train, valid, settings, sink).run()
+    feed = PackedFeed(train, valid, config.batch_tokens, config.row_tokens)
+    result = Fit(module, Finetune(), Context(parameters, block=1), feed, settings, sink).run()
     module.eval()
     return result
 

@@ -37,6 +37,9 @@ def export(
     base: BaseDir = None,
     block: Block = None,
     all_blocks: Annotated[bool, typer.Option("--all-blocks", help="With vllm: the adapter of every block.")] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Cut the adapter to this rank; the error is stated.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="With vllm: report what servers mind, write nothing.")] = False,
 ) -> dict[str, Any]:
     """Write an adapter for serving."""
@@ -46,8 +49,10 @@ def export(
     if check:
         if target != "vllm":
             raise ConfigError(f"--check with --target {target}", "give --target vllm: the others need no server")
+        if rank is not None:
+            raise ConfigError(f"--check with --rank {rank}", "export first: it is the result that servers see")
         return ship.check(source, base, block, all_blocks)
-    return ship.export(source, target, out, base, block, all_blocks)
+    return ship.export(source, target, out, base, block, all_blocks, rank)
 
 
 def recommend(

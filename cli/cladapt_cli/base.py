@@ -31,6 +31,26 @@ def init(
 
 
 @verb(app)
+def vision(
+    data: Annotated[Path, typer.Option("--data", help="Image stream that the base is for.")],
+    out: Annotated[Path, typer.Option("--out", help="Vision base directory to write.")],
+    source: Annotated[
+        Path | None, typer.Option("--source", help="Folder or .zip of other images to train it on, all classes.")
+    ] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--from", help="Hugging Face id or directory of an image classifier, taken as it is.")
+    ] = None,
+    override: Overrides = None,
+) -> dict[str, Any]:
+    """Make the base of `train --task classify`; without --source or --from a small one trained on block 1."""
+    from cladapt.config import VitConfig, resolve
+    from cladapt.pipeline import classify
+
+    config = resolve(VitConfig, overrides_of(override), "base vision")
+    return classify.make_base(data, out, source, init_from, config, Progress())
+
+
+@verb(app)
 def pretrain(
     data: Data,
     out: Out,

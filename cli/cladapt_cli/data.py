@@ -59,6 +59,28 @@ def import_(
 
 
 @verb(app)
+def images(
+    source: Annotated[Path, typer.Argument(help="Folder or .zip of images; every inner folder is a class.")],
+    out: Annotated[Path, typer.Option("--out", help="Image stream directory to write.")],
+    blocks: Annotated[int | None, typer.Option("--blocks", help="Blocks of classes.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Side in pixels that images are resized to.")] = None,
+    channels: Annotated[int | None, typer.Option("--channels", help="1 (grey) or 3 (colour).")] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="Dark drawings on white become light on black.")] = False,
+    exclude: Annotated[
+        list[Path] | None, typer.Option("--exclude", help="Leave out the classes of this source; repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the order of classes and of the splits.")] = None,
+) -> dict[str, Any]:
+    """Write a stream for `train --task classify`: blocks of classes, images split into train, valid and test."""
+    from cladapt.config import ImagesConfig, resolve
+    from cladapt.pipeline import classify
+
+    given = {"blocks": blocks, "size": size, "channels": channels, "invert": invert, "seed": seed}
+    config = resolve(ImagesConfig, {key: value for key, value in given.items() if value is not None}, "data images")
+    return classify.import_images(source, out, config, exclude or [])
+
+
+@verb(app)
 def check(
     stream: Annotated[Path, typer.Argument(help="Stream directory, or a raw log: file, folder or glob.")],
     format: Format = "auto",

@@ -46,7 +46,9 @@ class Progress:
             self._block = event["block"]
             self._task = self._bar.add_task("", total=1.0, block=event["block"], text="")
         penalty = sum(value for key, value in event.items() if key.endswith("/term"))
-        text = f"loss {event['loss']:.3f}  penalty {penalty:.2e}  {event['tokens_per_second']:,.0f} tokens/s"
+        speed = next(key for key in event if key.endswith("_per_second"))
+        unit = speed.removesuffix("_per_second")
+        text = f"loss {event['loss']:.3f}  penalty {penalty:.2e}  {event[speed]:,.0f} {unit}/s"
         self._bar.update(self._task, completed=event["progress"], text=text)
 
     def _line(self, text: str) -> None:

@@ -196,3 +196,29 @@ def adamw(
     root = (second / (1 - betas[1] ** step)).sqrt() + eps
     value = value * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * first / root
     return value, first, second
+
+
+def tangent(x: Tensor, d: Tensor, f: Tensor | None = None, kind: str = "symmetric") -> Tensor:
+    """A direction D [n, r] as a tangent of the Stiefel manifold at X [n, r], orthogonal to F [n, k] where it is given.
+
+    D' = (I - F F^T) D;  `symmetric`  D' - X sym(X^T D'), the projection in the Euclidean metric;
+    `canonical`  D' - X D'^T X, the gradient in the canonical metric: it doubles rotations and is no projection.
+    EBLoRA (arXiv 2602.00722), whose released code has the second.
+    """
+    if f is not None:
+        d = d - f @ (f.mT @ d)
+    inner = d.mT @ x if kind == "canonical" else 0.5 * (x.mT @ d + d.mT @ x)
+    return d - x @ inner
+
+
+def retract(x: Tensor, d: Tensor, f: Tensor | None = None, kind: str = "symmetric", gauge: str = "polar") -> Tensor:
+    """The orthonormal matrix after a step D from X [n, r]: Y = X + tangent(D), then its polar factor or its Q.
+
+    `polar`  U W^T of the SVD of Y, the nearest orthonormal matrix; `qr`  Q with a positive diagonal of R.
+    """
+    y = x + tangent(x, d, f, kind)
+    if gauge == "qr":
+        q, r = torch.linalg.qr(y)
+        return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    u, _, w = torch.linalg.svd(y, full_matrices=False)
+    return u @ w

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cladapt_kernels import reference, registry_adamw, routes
+from cladapt_kernels import reference, registry_adamw, registry_retract, routes
 from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear
 from cladapt_kernels.routes import Factors, Gemm, Route
 from cladapt_kernels.timing import COLD, HOT, MODELLED, TIME, Call, Entry, Providers, Row, Work
@@ -234,6 +234,7 @@ REGISTRY = (
     _proximal_entry(28, 1024),
     _proximal_entry(224, 16384),
     *registry_adamw.ENTRIES,
+    *registry_retract.ENTRIES,
 )
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cladapt_kernels import adamw, gemm, shrink, skinny
+from cladapt_kernels import adamw, gemm, retract_triton, shrink, skinny
 from cladapt_kernels.aot import Variant
 
 TOKENS, K, N, RANK = 8192, 1024, 4096, 16
@@ -38,9 +38,10 @@ def _strip(r: int, p: float = 0.0, backward: bool = False) -> None:
         gemm.strip(_empty(TOKENS, K), w.T, a, b.T, drop_x=p, seed=_seed())
 
 
-def _skinny(r: int, dtype: torch.dtype = BF16, p: float = 0.0, hooks: bool = False) -> None:
-    x, dy, s = _empty(TOKENS, K, dtype=dtype), _empty(TOKENS, N, dtype=dtype), _empty(TOKENS, r, dtype=dtype)
-    da, db = _empty(r, K, dtype=FP32), _empty(N, r, dtype=FP32)
+def _skinny(r: int, dtype: torch.dtype = BF16, p: float = 0.0, hooks: bool = False, odd: int = 0) -> None:
+    k, n = K + odd, N + odd
+    x, dy, s = _empty(TOKENS, k, dtype=dtype), _empty(TOKENS, n, dtype=dtype), _empty(TOKENS, r, dtype=dtype)
+    da, db = _empty(r, k, dtype=FP32), _empty(n, r, dtype=FP32)
     term = skinny.Proximal("kl", da, db, da, db, _empty(2, 6, dtype=FP32)) if hooks else None
     offsets = _empty(33, dtype=torch.int32) if hooks else None
     skinny.skinny(s, x, s, dy, 2.0, da, db, p, _seed(), hooks, offsets, term, hooks)
@@ -66,7 +67,13 @@ VARIANTS = (
     Variant("factors", partial(_skinny, RANK)),
     Variant("factors, rank 128", partial(_skinny, 128)),
     Variant("factors, fp32", partial(_skinny, RANK, FP32)),
+    Variant("factors, fp32, rank 64", partial(_skinny, 64, FP32)),
+    Variant("factors, fp32, rank 128", partial(_skinny, 128, FP32)),
+    Variant("factors, fp32, dropout", partial(_skinny, RANK, FP32, 0.1)),
     Variant("factors, dropout", partial(_skinny, RANK, p=0.1)),
     Variant("factors, all hooks", partial(_skinny, RANK, hooks=True)),
+    Variant("factors, odd sizes", partial(_skinny, RANK, odd=1)),
+    Variant("factors, fp32, odd sizes", partial(_skinny, RANK, FP32, odd=1)),
     *adamw.variants(),
+    *retract_triton.variants(),
 )

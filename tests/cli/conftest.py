@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cladapt_cli.app import run
 
@@ -26,6 +27,10 @@ MAKE = (
     "eval twin -o bootstrap=100",
     "eval run -o bootstrap=100",
     "export run --target vllm --out served",
+    "data images drawings --out classes --blocks 2 --size 8",
+    "base vision --data classes --out eye -o epochs=1 -o hidden=16 -o layers=1",
+    "train --task classify --data classes --base eye --method finetune --epochs 1 --rank 2 --out sight",
+    "eval sight -o bootstrap=100",
 )
 ALLOWED = (
     "new",
@@ -38,6 +43,9 @@ ALLOWED = (
     "run/users",
     "half",
     "served",
+    "sight/metrics",
+    "sight/report",
+    "sight/images",
 )
 LOGGED = ("half/log.jsonl", "half/environment.json", "runs/latest.json")  # that a run went on is told before it fails
 TRACES = re.compile(r"\.(tmp|old|bin|pt|pkl)$")
@@ -81,6 +89,10 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "empty").mkdir()
     (folder / "loop").symlink_to("loop")
+    for c in range(4):
+        (folder / "drawings" / f"c{c}").mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (8, 8), 60 * c + i).save(folder / "drawings" / f"c{c}" / f"{i}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for line in MAKE:

@@ -26,10 +26,12 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "bench methods": "--runs 5 --out new.csv",
     "base init": "--from base --data stream --out new --form packed -o epochs=0",
     "base pretrain": "--data stream --out new -o epochs=0",
+    "base vision": "--data classes --out new -o epochs=1 -o hidden=16 -o layers=1",
     "compare": "run twin",
     "config show": "recipe.yaml",
     "data blocks": "stream",
     "data check": "stream",
+    "data images": "drawings --out new --blocks 2 --size 8",
     "data import": "log.csv --out new --fractions 0.5,0.5 --min-events 3",
     "data simulate": f"--out new {SMALL}",
     "data stats": "stream",
@@ -67,6 +69,7 @@ OVERRIDES = [
 OVERRIDES += ["seed=2024-99-99", "seed=0b_", "seed=" + "[" * 3000, "seed=&a [*a]", "seed.x=1", "sede=1", "\0=1", "ö=1"]
 FINE = {  # hostile to look at, but meaningful
     ("data import", "--timestamp", ""),
+    ("data images", "source", ""),  # this folder, which holds drawings
     *((command, "--out", "nowhere/2024") for command in CALLS),
 }
 CODES = {2, 3, 4}

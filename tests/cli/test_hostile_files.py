@@ -50,6 +50,9 @@ RUN = (
     "merge run --out new",
     "compare run twin",
 )
+SIGHT = "train --task classify --data classes --base eye --out new --dry-run"
+VISION = "base vision --data classes --out new -o epochs=1 -o hidden=16 -o layers=1"
+LOOK = "eval sight -o bootstrap=100"
 READERS = {  # file, or the pattern of alike ones that are damaged together -> the calls that read it
     "stream/manifest.json": (*STREAM, "export run --out new"),
     "stream/interactions.parquet": (*STREAM, "data stats stream", "data blocks stream"),
@@ -77,6 +80,17 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "histories.jsonl": (RECOMMEND,),
     "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt",),
     "index.json": ("tokens build bare --index index.json",),
+    "classes/manifest.json": (SIGHT, VISION, LOOK),
+    "classes/images.safetensors": (SIGHT, VISION, LOOK),
+    "classes/images.parquet": (SIGHT, VISION, LOOK),
+    "classes/classes.parquet": (SIGHT, VISION, LOOK),
+    "eye/cladapt.json": (SIGHT, LOOK),
+    "eye/config.json": (SIGHT, LOOK),
+    "eye/model.safetensors": (SIGHT, LOOK),
+    "sight/config.json": (LOOK, "train --resume sight", "compare sight"),
+    "sight/images/rows.parquet": ("compare sight",),
+    "sight/adapters/block_002/adapter_model.safetensors": (LOOK,),
+    "drawings/c1/2.png": ("data images drawings --out new --blocks 2 --size 8",),
     "recipe.yaml": ("config show recipe.yaml", "train recipe.yaml --data stream --base base --dry-run"),
 }
 TEXTS = {  # nearly any text is a table, a list or a recipe: those that happen to be one may be taken
@@ -159,6 +173,8 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
         f"stream/manifest.json: schema_version {other}: export run": "a card needs no more than the hashes"
         for other in OTHER
     },
+    "drawings/c1/2.png: missing": "one image fewer",
+    "drawings/c1/2.png: folder": "a folder without images is no class",
     "base/cladapt.json: fingerprint text": "a name; whoever has recorded another one refuses",
     "base/cladapt.json: stream missing": "compared where a stream is given",
     "base/cladapt.json: stream text": "compared where a stream is given",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from statistics import fmean
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from cladapt.eval.metrics import ROWS
 from cladapt.eval.protocol import (
     COUNTS,
     Measures,
+    backward_effects,
+    backward_rows,
     block_mean_interval,
     ceiling_row,
     continual_summary,
@@ -249,3 +252,26 @@ def test_the_current_scope_tests_each_model_on_its_own_block_and_the_base_on_the
     assert found.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 2), (1, 3), (2, 2), (3, 3)]
     with pytest.raises(ConfigError, match=r"no model is tested on \[1\] with scope=current"):
         measure_run(evaluator, models, [1], lambda _: None)
+
+
+@pytest.mark.parametrize("metric", ["HR@2", "log_likelihood"])
+def test_backward_transfer_of_users_is_that_of_the_matrix_and_its_difference_is_paired(metric: str) -> None:
+    one, two = make_measures("a", 0), make_measures("b", 3)
+    parts = [backward_rows(measures, [metric]) for measures in (one, two)]
+    means = []
+    for measures, rows in zip((one, two), parts, strict=True):
+        assert rows is not None
+        assert sorted(rows["block"].unique()) == [1, 2]
+        mean = rows.group_by("block").agg(pl.col(metric).mean())[metric].mean()
+        (line,) = continual_summary(measures, [metric])
+        assert mean == pytest.approx(line["backward transfer"])
+        means.append(mean)
+    effect = backward_effects(*(rows for rows in parts if rows is not None), CONFIG, [metric])[metric]
+    assert effect.mean == pytest.approx(means[0] - means[1])
+    assert effect.low <= effect.mean <= effect.high
+
+
+def test_there_is_no_backward_transfer_without_the_earlier_blocks() -> None:
+    whole = make_measures("a", 0)
+    rows = whole.rows.filter(pl.col("model_block") == pl.col("block"))
+    assert backward_rows(replace(whole, rows=rows), ["HR@2"]) is None

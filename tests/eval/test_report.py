@@ -104,6 +104,20 @@ def test_every_text_is_escaped(section: Section):
     assert reader.text.count("<b>&'\"") >= 5  # title twice, heading, note, and at least one more
 
 
+def test_a_logarithmic_trace_is_drawn_to_scale_and_its_lines_are_named():
+    lines = [[(1, 100.0), (2, 10.0), (3, 0.1)], [(1, 1.0)], []]
+    reader = read(Traces("t", [Trace("values", lines, labels=["q_proj", "<v>", "none"], log=True)]))
+    paths = [re.findall(r"[\d.]+", a["d"] or "") for tag, a in reader.tags if tag == "path"]
+    (_, y100, _, y10, _, y01), (_, y1) = (map(float, path) for path in paths)
+    assert y01 - y10 == pytest.approx(2 * (y10 - y100), abs=0.2)
+    assert y1 - y10 == pytest.approx(y10 - y100, abs=0.2)
+    assert {"q_proj", "<v>"} <= set(reader.text)
+    with pytest.raises(DataError, match=r"trace 'a' has y=0 on a logarithmic scale"):
+        Trace("a", [[(1, 0.0)]], log=True)
+    with pytest.raises(DataError, match="trace 'a' has 2 labels for 1 lines"):
+        Trace("a", [[(1, 1.0)]], labels=["x", "y"])
+
+
 @pytest.mark.parametrize(
     "section",
     [

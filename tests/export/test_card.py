@@ -14,8 +14,9 @@ from cladapt.artifacts import hash_value, write_json
 from cladapt.config import AdapterConfig, RunConfig
 from cladapt.export.card import UNKNOWN, Facts, facts_of
 from cladapt.export.targets import TARGETS, export
-from cladapt.model.adapter import create_adapter, save_adapter
+from cladapt.model.adapter import create_adapter
 from cladapt.model.load import load_base, new_model, save_base
+from cladapt.model.saved import save_adapter
 from cladapt.run import Run
 from cladapt.tokens.sids import SidTable
 

@@ -11,13 +11,14 @@ from cladapt.artifacts import read_json, read_tensors
 from cladapt.config import AdapterConfig
 from cladapt.export.card import Facts
 from cladapt.export.vllm import export_vllm
-from cladapt.model.adapter import create_adapter, save_adapter
+from cladapt.model.adapter import create_adapter
 from cladapt.model.load import load_base, new_model, save_base
+from cladapt.model.saved import save_adapter
 from cladapt.tokens.sids import SidTable
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDS = SidTable(tuple(f"i{n}" for n in range(12)), np.array(list(np.ndindex(4, 3))), (4, 3))
-CASES: dict[str, dict[str, Any]] = {"lora": {}, "full_rank": {"full_rank": True}}
+CASES: dict[str, dict[str, Any]] = {"lora": {}, "full_rank": {"learns": "weights"}}
 FIELDS = (
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "fan_in_fan_out",
     "target_modules", "modules_to_save", "layers_to_transform", "layer_replication", "rank_pattern", "alpha_pattern",

@@ -14,8 +14,9 @@ from cladapt.artifacts import read_tensors, write_tensors
 from cladapt.config import AdapterConfig
 from cladapt.errors import CheckFailed, DataError
 from cladapt.export.merge import logits, merge, probe_tokens
-from cladapt.model.adapter import adapter_parameters, create_adapter, load_adapter, save_adapter
+from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.load import load_base, new_model, save_base
+from cladapt.model.saved import load_adapter, save_adapter
 from cladapt.tokens.sids import SidTable
 
 SIDS = SidTable(tuple(f"i{n}" for n in range(12)), np.array(list(np.ndindex(4, 3))), (4, 3))

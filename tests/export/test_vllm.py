@@ -16,8 +16,9 @@ from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.export.card import Facts
 from cladapt.export.merge import logits, probe_tokens
 from cladapt.export.vllm import check, export_vllm, one_rank, servable
-from cladapt.model.adapter import _factors, create_adapter, load_adapter, save_adapter
+from cladapt.model.adapter import Parameters, create_adapter
 from cladapt.model.load import load_base, new_model, save_base
+from cladapt.model.saved import load_adapter, save_adapter
 from cladapt.tokens.sids import SidTable
 
 SIDS = SidTable(tuple(f"i{n}" for n in range(12)), np.array(list(np.ndindex(4, 3))), (4, 3))
@@ -29,13 +30,14 @@ def make_base(folder: Path, seed: int) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, base: Path, block: int, full_rank: bool = False, **settings: Any) -> Path:
+def make_adapter(folder: Path, base: Path, block: int, learns: Parameters = "factors", **settings: Any) -> Path:
     loaded = load_base(base)
-    model = create_adapter(loaded, AdapterConfig(**{"rank": 3, **settings}), 0, full_rank)
+    model = create_adapter(loaded, AdapterConfig(**{"rank": 3, **settings}), 0, learns)
     generator = torch.Generator().manual_seed(block)
     with torch.no_grad():
-        for parameter in _factors(model, "default").values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_adapter(folder, model, loaded, {"block": block, "stream": "s"})
     return folder
 
@@ -60,7 +62,7 @@ def as_vllm_reads(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rslora": True}, {"full_rank": True}, {"targets": "all-linear"}],
+    [{}, {"rslora": True}, {"learns": "weights"}, {"targets": "all-linear"}],
     ids=["plain", "rslora", "full rank", "without the head"],
 )
 def test_what_vllm_reads_answers_as_the_adapter_does(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_what_vllm_reads_answers_as_the_adapter_does(settings: dict[str, Any], b
 
 
 def test_an_exported_full_rank_adapter_still_loads_in_peft(base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "a", base, 3, full_rank=True)
+    adapter = make_adapter(tmp_path / "a", base, 3, learns="weights")
     export_vllm(adapter, base, tmp_path / "out", Facts())
     probe = probe_tokens(load_base(base), rows=2)
     before = logits(load_adapter(load_base(base), adapter), probe)
@@ -148,7 +150,7 @@ def test_what_vllm_refuses_is_not_written(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_check_speaks_of_what_would_be_written(base: Path, tmp_path: Path) -> None:
-    findings = check(make_adapter(tmp_path / "a", base, 2, full_rank=True), base)
+    findings = check(make_adapter(tmp_path / "a", base, 2, learns="weights"), base)
     assert not [f for f in findings if f.server == "vllm" and f.level == "error"]
     assert {f.where for f in findings} == {"target_modules", "dtype", "head_dim", "tokenizer.json"}
     config, tensors = servable(make_adapter(tmp_path / "b", base, 2), base)

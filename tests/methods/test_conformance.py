@@ -1,4 +1,4 @@
-"""What every method owes: each test runs over all that the folder holds, so a new file is covered as it is."""
+"""What every method owes, on both workloads: each test runs over all that the folder holds, a new file too."""
 
 import copy
 import os
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,21 @@ from torch import Tensor
 import cladapt
 import cladapt_kernels
 from cladapt.artifacts import read_tensors, write_tensors
-from cladapt.config import AdapterConfig, MethodConfig, describe
+from cladapt.config import AdapterConfig, MethodConfig, VitConfig, describe
+from cladapt.data.images import ImageStream
 from cladapt.methods import Compose, Context, Method, available, build
 from cladapt.methods.finetune import Finetune
-from cladapt.model.adapter import (
-    adapted_lm,
-    adapter_parameters,
-    adapter_tensors,
-    create_adapter,
-    load_adapter,
-    save_adapter,
-    set_adapter_tensors,
-    set_history,
-)
+from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter
 from cladapt.model.load import load_base, new_model, save_base, trie_softmax
 from cladapt.model.packed import PackedLoss
+from cladapt.model.saved import load_adapter, place, save_adapter
+from cladapt.model.vit import ClassLoss, load_vision_base, new_vit, save_vision_base
 from cladapt.tokens.prompts import Document
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.trie import Trie
 from cladapt.train.checkpoint import load_checkpoint, save_checkpoint
+from cladapt.train.classes import ImageFeed
+from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit, FitSettings
 from cladapt.train.sinks import JsonlSink, MemorySink, Sink
 
@@ -45,17 +40,26 @@ METHODS = available()
 LEARNING = sorted(name for name, kind in METHODS.items() if kind.trains)
 PROXIMAL = sorted(name for name in LEARNING if "strength" in METHODS[name].Config.model_fields)
 SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
-SETTINGS = FitSettings(lr=2e-3, epochs=2, batch_tokens=96, row_tokens=32, seed=0)
-PROBE = torch.tensor([[1, 4, 9, 5, 8, 6, 10, 7, 8]])
+SETTINGS = FitSettings(lr=2e-3, epochs=2, seed=0)
+PROBES = {
+    "recommend": torch.tensor([[1, 4, 9, 5, 8, 6, 10, 7, 8]]),
+    "classify": torch.linspace(-1, 1, 64).view(1, 1, 8, 8),
+}
+TARGETS = {"recommend": ("q_proj", "v_proj", "down_proj", "lm_head"), "classify": ("q_proj", "v_proj", "fc2")}
 
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
 every_learner = pytest.mark.parametrize("name", LEARNING)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
+@pytest.fixture(scope="module", params=["recommend", "classify"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, in a folder with the name of its workload."""
+    path = tmp_path_factory.mktemp("base") / request.param
+    if request.param == "recommend":
+        save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
+    else:
+        model = new_vit(VitConfig(hidden=32, layers=2, patch=2), 8, 1, 9)
+        save_vision_base(path, model, "nine", {"fitted_block": 1, "stream": ""})
     return path
 
 
@@ -70,41 +74,68 @@ def histories(block: int, count: int, seed: int) -> np.ndarray:
     return np.where(rng.random(items.shape) < 0.2, rng.integers(12, size=items.shape), items) % 12
 
 
+def image_stream() -> ImageStream:
+    """Nine classes in three blocks: a bright square at the class's place, in noise."""
+    rng = np.random.default_rng(0)
+    label = np.repeat(np.arange(9), 12)
+    images = rng.integers(0, 120, size=(len(label), 8, 8, 1))
+    for row, c in enumerate(label):
+        images[row, 2 * (c // 3) : 2 * (c // 3) + 3, 2 * (c % 3) : 2 * (c % 3) + 3] += 120
+    split = np.tile([0] * 8 + [1] * 3 + [2], 9).astype(np.int8)
+    names = tuple(f"c{c}" for c in range(9))
+    return ImageStream(images.astype(np.uint8), label, split, names, np.repeat([1, 2, 3], 3))
+
+
+def base_of(folder: Path) -> Any:
+    return load_base(folder) if folder.name == "recommend" else load_vision_base(folder)
+
+
 class Learner:
     """A base with an adapter that has left its start, and a method that adapts it to one block after the other."""
 
     def __init__(self, folder: Path, method: Method, dropout: float = 0.0) -> None:
-        self.base, self.method = load_base(folder), method
-        config = AdapterConfig(rank=2, dropout=dropout, targets=("q_proj", "v_proj", "down_proj", "lm_head"))
-        self.model = create_adapter(self.base, config, 0, method.full_rank)
+        self.workload = folder.name
+        self.base = base_of(folder)
+        self.method = method
+        config = AdapterConfig(rank=2, dropout=dropout, targets=TARGETS[self.workload])
+        self.model = create_adapter(self.base, config, 0, method.parameters)
         generator = torch.Generator().manual_seed(1)
-        self.initial = self.tensors()
+        self.initial = {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()}
         with torch.no_grad():
             for p in adapter_parameters(self.model).values():
                 p += 0.05 * torch.randn(p.shape, generator=generator)
+        for p in self.base.beside.values():
+            p.requires_grad_(True)
 
     def tensors(self) -> dict[str, Tensor]:
-        return adapter_tensors(self.model)
+        """What an adapter directory would hold."""
+        return adapter_tensors(self.model) | {name: p.detach().clone() for name, p in self.base.beside.items()}
+
+    def set(self, tensors: Mapping[str, Tensor]) -> None:
+        place(self.model, self.base, tensors)
 
     def context(self, block: int) -> Context:
-        history = partial(set_history, self.model)
-        return Context(adapter_parameters(self.model), block=block, initial=self.initial, set_history=history)
+        return replace(Context.of(self.model, block, self.initial), beside=self.base.beside)
 
-    def fit(self, block: int, sink: Sink | None = None, **changes: Any) -> Fit:
+    def fit(self, block: int, sink: Sink | None = None, batch_tokens: int = 96, **changes: Any) -> Fit:
+        make = self._interactions if self.workload == "recommend" else self._images
+        module, feed = make(block, batch_tokens)
+        settings = replace(SETTINGS, **changes)
+        return Fit(module, self.method, self.context(block), feed, settings, sink or MemorySink())
+
+    def _interactions(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
         tokens, bos = self.base.item_tokens().numpy(), self.base.bos()
         train, valid = (
             [Document(np.r_[bos, tokens[row].ravel()], np.arange(13) > 2) for row in histories(block, count, seed)]
             for count, seed in ((17, 0), (5, 1))
         )
-        return Fit(
-            PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes))),
-            self.method,
-            self.context(block),
-            train,
-            valid,
-            replace(SETTINGS, **changes),
-            sink or MemorySink(),
-        )
+        loss = PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes)))
+        return loss, PackedFeed(train, valid, batch_tokens, 32)
+
+    def _images(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
+        stream = image_stream()
+        feed = ImageFeed(stream, stream.rows(block, "train")[:-1], stream.rows(block, "valid"), batch_tokens // 13)
+        return ClassLoss(adapted_lm(self.model), stream.classes_of(block)), feed
 
 
 def learned(folder: Path, method: Method, blocks: tuple[int, ...] = (2, 3), **changes: Any) -> dict[str, Tensor]:
@@ -183,10 +214,13 @@ def test_the_state_goes_through_a_file_into_a_fresh_instance(name: str, folder: 
     # the same model and optimiser, but a method that knows only the file
     second = Learner(folder, make(name))
     other = second.fit(2)
-    set_adapter_tensors(second.model, {n: 1.1 * t for n, t in first.tensors().items()})
+    second.set({n: 1.1 * t for n, t in first.tensors().items()})
     second.method.begin_block(other.ctx)
-    set_adapter_tensors(second.model, first.tensors())
-    for p, q in zip(fit.ctx.parameters.values(), other.ctx.parameters.values(), strict=True):
+    second.set(first.tensors())
+    with torch.no_grad():
+        for name, parameter in other.trained.items():
+            parameter.copy_(fit.trained[name])
+    for p, q in zip(fit.trained.values(), other.trained.values(), strict=True):
         other.optimizer.state[q] = copy.deepcopy(fit.optimizer.state[p])
     other.ctx.step = fit.ctx.step
     second.method.load_state_dict(state)
@@ -206,7 +240,7 @@ def test_the_state_between_blocks_is_all_that_the_next_block_needs(name: str, fo
         whole.fit(block).run()
     write_tensors(tmp_path / "state.safetensors", whole.method.state_dict())
     continued = Learner(folder, make(name), dropout=0.1)
-    set_adapter_tensors(continued.model, whole.tensors())
+    continued.set(whole.tensors())
     continued.method.load_state_dict(read_tensors(tmp_path / "state.safetensors"))
     for learner in (whole, continued):
         learner.fit(3).run()
@@ -269,9 +303,18 @@ def check_terms(method: Method, folder: Path) -> bool:
     learner = Learner(folder, method)
     fit = learner.fit(2)
     (batch, *_), *_ = fit.steps(0)
-    few = {n: p.detach().double() for n, p in fit.ctx.parameters.items() if "layers.0.self_attn.q_proj" in n}
+    first = next(iter(fit.ctx.parameters)).split(".lora_")[0]
+    few = {n: p.detach().double() for n, p in fit.ctx.parameters.items() if n.startswith(f"{first}.")}
     parameters = {n: torch.nn.Parameter(t.clone()) for n, t in few.items()}
-    anchor = Context(parameters, block=2, initial=few, set_history=lambda tensors: None)
+    anchor = replace(
+        fit.ctx,
+        parameters=parameters,
+        initial=few,
+        weights={first: fit.ctx.weights[first].double()},
+        set_history=lambda tensors: None,
+        factors=lambda: {n: t for n, t in few.items() if t.dim() == 2},
+        mean_gradient=lambda weights, share: {n: torch.randn_like(w) for n, w in weights.items()},
+    )
     method.begin_block(anchor)
 
     def term(out: Tensor, *values: Tensor) -> Tensor:
@@ -348,7 +391,7 @@ def test_two_processes_equal_one(name: str, two_processes: Path, folder: Path) -
     assert equal(first, second)
     for tensor_name, tensor in alone.tensors().items():
         torch.testing.assert_close(first[tensor_name], tensor, rtol=0, atol=1e-5)
-        if tensor_name in fit.ctx.parameters:  # far more than the tolerance was learned
+        if tensor_name in fit.trained:  # far more than the tolerance was learned
             assert (tensor - start[tensor_name]).abs().max() > 1e-4
     written = (two_processes / name / "log_0.jsonl").read_text().splitlines()
     assert len(written) == len(sink.events)
@@ -361,13 +404,14 @@ import sys
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 base, out, *names = sys.argv[1:]
+kind = AutoModelForCausalLM if base.endswith("recommend") else AutoModelForImageClassification
 probe = load_file(f"{out}/probe.safetensors")["probe"]
 logits = {}
 for name in names:
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain = kind.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         logits[f"base of {name}"] = plain(probe).logits
         logits[name] = PeftModel.from_pretrained(plain, f"{out}/{name}").eval()(probe).logits
@@ -379,14 +423,14 @@ print("cladapt modules:", sum(module.startswith("cladapt") for module in sys.mod
 @pytest.fixture(scope="module")
 def stock_logits(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits of each method's adapter: as trained here, and in a process that knows PEFT and transformers alone."""
-    out, here = tmp_path_factory.mktemp("stock"), {}
+    out, here, probe = tmp_path_factory.mktemp("stock"), {}, PROBES[folder.name]
     for name in LEARNING:
         learner = Learner(folder, make(name))
         learner.fit(2).run()
         save_adapter(out / name, learner.model, learner.base, {})
         with torch.no_grad():
-            here[name] = load_adapter(load_base(folder), out / name)(PROBE).logits
-    write_tensors(out / "probe.safetensors", {"probe": PROBE})
+            here[name] = load_adapter(base_of(folder), out / name)(probe).logits
+    write_tensors(out / "probe.safetensors", {"probe": probe})
     (out / "script.py").write_text(ALONE)
     printed = subprocess_of(str(out / "script.py"), folder, out, *LEARNING, roots=False)
     assert printed.strip() == "cladapt modules: 0"

@@ -12,19 +12,10 @@ from safetensors.torch import load_file
 
 from cladapt.config import AdapterConfig
 from cladapt.errors import ConfigError, DataError
-from cladapt.model.adapter import (
-    adapted_lm,
-    adapter_parameters,
-    adapter_provenance,
-    adapter_tensors,
-    create_adapter,
-    load_adapter,
-    read_adapter,
-    save_adapter,
-    set_adapter_tensors,
-    unload,
-)
+from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter, set_adapter_tensors
+from cladapt.model.history import unload
 from cladapt.model.load import Base, load_base, new_model, save_base, weights_hash
+from cladapt.model.saved import adapter_provenance, load_adapter, read_adapter, save_adapter
 from cladapt.tokens.sids import SidTable
 
 SIDS = SidTable(tuple(f"i{k}" for k in range(6)), np.array([[k // 2, k % 2] for k in range(6)]), (3, 2))

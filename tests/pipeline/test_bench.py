@@ -16,7 +16,7 @@ from cladapt.model.packed import PackedLoss
 from cladapt.pipeline import bench
 from cladapt.pipeline.bench import Case, check_equal, decoding, generation, padded_batches, padded_documents
 from cladapt.tokens.prompts import PackedForm, pack
-from cladapt.train.loop import batches_of
+from cladapt.train.feeds import batches_of
 from cladapt.train.sinks import MemorySink
 from cladapt.train.stream import catalogue_softmax, training_documents
 from cladapt_kernels.timing import COLUMNS, WHERE

@@ -12,6 +12,7 @@ import pytest
 from cladapt.artifacts import read_json
 from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.eval.protocol import Measures, continual_summary, differences, slice_table, table
+from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.pipeline import bases, runs, streams
 from cladapt.pipeline.report import regulariser_log, run_report, step_curves
 from cladapt.run import Run
@@ -48,6 +49,8 @@ def test_metrics_are_the_tables_of_the_protocol(run: Run, measures: Measures) ->
     assert metrics["differences"] == differences([measures])
     assert metrics["continual"] == continual_summary(measures, ["HR@10", "NDCG@10", "log_likelihood"])
     assert metrics["slices"] == slice_table(measures, stream)
+    for line in metrics["spectrum"]:
+        assert line == {"block": line["block"], **summary(saved_spectra(run.adapters[line["block"]]))}
 
 
 def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: Measures) -> None:
@@ -67,6 +70,8 @@ def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: 
         "Slices of the current blocks",
         "What the method did",
         "Step by step",
+        "Spectrum of the adapters",
+        "Singular values of the adapter of block 3",
         "Semantic IDs",
         "Provenance",
     ):
@@ -134,8 +139,8 @@ def test_a_browser_opens_the_page_without_a_word(run: Run, measures: Measures, t
         check=True,
     )
     assert "CONSOLE" not in done.stderr
-    # three metrics per block; loss, term, distance, gradient ratio and cosine over the steps
-    assert done.stdout.count("<svg") == 3 + 5
+    # three metrics per block; loss, term, distance, gradient ratio and cosine over the steps; the last block's spectrum
+    assert done.stdout.count("<svg") == 3 + 5 + 1
     for name in ("loss", "peso/term", "peso/distance", "peso/ratio", "peso/cosine"):
         assert f"<figcaption>{name}</figcaption>" in done.stdout
 

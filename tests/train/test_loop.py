@@ -17,12 +17,13 @@ from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.methods.finetune import Finetune
 from cladapt.model.packed import PackedLoss
-from cladapt.tokens.prompts import Document, pack
-from cladapt.train.loop import Batch, Fit, FitResult, FitSettings, Snapshot, batches_of, rate, shard
+from cladapt.tokens.prompts import Document
+from cladapt.train.feeds import Batch, PackedFeed
+from cladapt.train.loop import Fit, FitResult, FitSettings, Snapshot, rate
 from cladapt.train.sinks import MemorySink
 
 VOCABULARY = 12
-SETTINGS = FitSettings(lr=0.01, epochs=2, batch_tokens=32, row_tokens=16, seed=0)
+SETTINGS = FitSettings(lr=0.01, epochs=2, seed=0)
 
 
 def documents(count: int, seed: int = 0, longest: int = 9) -> list[Document]:
@@ -83,15 +84,18 @@ def make_fit(
     module: PackedLoss | None = None,
     method: Method | None = None,
     sink: MemorySink | None = None,
+    batch_tokens: int = 32,
+    row_tokens: int = 16,
     **changes: Any,
 ) -> Fit:
     module = module or make_module()
+    train = documents(20) if train is None else train
+    valid = documents(5, seed=1) if valid is None else valid
     return Fit(
         module,
         method or Finetune(),
         Context(dict(module.named_parameters()), block=3),
-        documents(20) if train is None else train,
-        documents(5, seed=1) if valid is None else valid,
+        PackedFeed(train, valid, batch_tokens, row_tokens),
         replace(SETTINGS, **changes),
         sink or MemorySink(),
     )
@@ -237,7 +241,7 @@ def test_the_log_has_the_rate_of_the_progress_and_every_field() -> None:
     assert min(e["lr"] for e in events) > 0  # no step is lost to a rate of zero
     assert [e["progress"] for e in events] == pytest.approx(progress)
     assert [e["lr"] for e in events] == pytest.approx([0.01 * rate(p, fit.settings) for p in progress])
-    assert sum(e["tokens"] for e in events) == result.tokens == 3 * sum(len(d.tokens) for d in fit.documents)
+    assert sum(e["tokens"] for e in events) == result.used == 3 * sum(len(d.tokens) for d in documents(20))
     for e in events:
         assert e.keys() == {
             "kind",
@@ -458,24 +462,3 @@ def test_snapshots_are_copies() -> None:
     name = next(n for n in snapshots[0].tensors if n.startswith("optimizer/") and n.endswith("exp_avg"))
     assert not torch.equal(snapshots[0].tensors[name], snapshots[1].tensors[name])
     assert float(snapshots[0].tensors[name.replace("exp_avg", "step")]) == 1.0
-
-
-def test_batches_are_cut_to_their_longest_row() -> None:
-    rows = pack(documents(9), 32, None)
-    batches = list(batches_of(rows, 2))
-    assert sum(len(b[0]) for b in batches) == len(rows.tokens)
-    for first, (tokens, numbers, position, loss) in zip(range(0, 99, 2), batches, strict=False):
-        assert tokens.shape == numbers.shape == position.shape == loss.shape
-        assert (numbers[:, -1] > 0).any()
-        full = rows.tokens[first : first + 2]
-        np.testing.assert_array_equal(tokens.numpy(), full[:, : tokens.shape[1]])
-        assert (rows.document[first : first + 2, tokens.shape[1] :] == 0).all()
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_shards_hold_every_target_once(ranks: int) -> None:
-    for batch in batches_of(pack(documents(9), 32, None), 3):
-        pieces = [shard(batch, rank, ranks) for rank in range(ranks)]
-        assert all(len(piece[0]) for piece in pieces)
-        targets = torch.cat([piece[0][piece[3]] for piece in pieces])
-        assert sorted(targets.tolist()) == sorted(batch[0][batch[3]].tolist())

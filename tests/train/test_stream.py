@@ -21,17 +21,17 @@ from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.methods import Context, Method
-from cladapt.model.adapter import adapted_lm, adapter_provenance, load_adapter, read_adapter
+from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import Base, load_base, new_model, save_base, weights_hash
 from cladapt.model.packed import PackedLoss
+from cladapt.model.saved import adapter_provenance, load_adapter, read_adapter
 from cladapt.tokens.sids import SidTable
+from cladapt.train.blocks import adapter_folder, fit_settings
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import MemorySink, Sink
 from cladapt.train.stream import (
-    adapter_folder,
     blocks_to_learn,
     catalogue_softmax,
-    fit_settings,
     make_form,
     train_stream,
     training_documents,
@@ -195,7 +195,7 @@ def test_the_events_name_each_block(folder: Path, tmp_path: Path) -> None:
     assert [e["block"] for e in blocks] == [2, 3]
     for e in blocks:
         result = results[e["block"]]
-        assert (e["kept_epoch"], e["steps"], e["tokens"]) == (result.epoch, result.steps, result.tokens)
+        assert (e["kept_epoch"], e["steps"], e["tokens"]) == (result.epoch, result.steps, result.used)
     assert [e["block"] for e in sink.events if e["kind"] == "epoch"] == [2, 3]
 
 
@@ -289,7 +289,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     other = tmp_path / "other"
     save_base(other, *new_model("tiny", make_sids(), seed=1), make_sids(), {"fitted_block": 1})
-    given = adapter_folder(whole[0], 3)
+    given = adapter_folder(whole[0], 2)
     with pytest.raises(DataError, match="was trained on the base"):
         run(tmp_path / "run", other, from_adapter=given)
     larger = CONFIG.model_copy(update={"adapter": AdapterConfig(rank=3, targets=("q_proj", "down_proj"))})

@@ -1,5 +1,6 @@
 """The protocol's baselines over a stream: each against what its definition says, computed another way."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,30 +16,16 @@ from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
-from cladapt.model.adapter import (
-    adapted_lm,
-    adapter_parameters,
-    adapter_provenance,
-    adapter_tensors,
-    create_adapter,
-    load_adapter,
-    read_adapter,
-    read_own_factors,
-)
+from cladapt.model.adapter import adapted_lm, adapter_tensors, create_adapter
 from cladapt.model.load import Base, load_base, new_model, save_base
 from cladapt.model.packed import PackedLoss
+from cladapt.model.saved import adapter_provenance, load_adapter, read_adapter, read_own_factors
 from cladapt.tokens.sids import SidTable
+from cladapt.train.blocks import adapter_folder, fit_settings
+from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit
 from cladapt.train.sinks import MemorySink
-from cladapt.train.stream import (
-    adapter_folder,
-    catalogue_softmax,
-    fit_settings,
-    make_form,
-    train_stream,
-    training_documents,
-    validation_documents,
-)
+from cladapt.train.stream import catalogue_softmax, make_form, train_stream, training_documents, validation_documents
 
 TRAIN = TrainConfig(epochs=2, batch_tokens=256, row_tokens=64, window=8, lr=5e-3, weight_decay=0.0)
 ADAPTER = AdapterConfig(rank=2, alpha=6.0, targets=("q_proj", "down_proj", "lm_head"))
@@ -140,14 +127,15 @@ def test_finished_blocks_of_an_interrupted_run_are_taken_as_they_are(name: str, 
 
 def fit_of(base: Base, method: str, documents: list[Any], block: int, context: dict[str, Any]) -> tuple[Any, Fit]:
     built = build(MethodConfig(name=method))
-    model = create_adapter(base, ADAPTER, 0, built.full_rank)
+    model = create_adapter(base, ADAPTER, 0, built.parameters)
     form = make_form("packed", base, TRAIN.window, TRAIN.row_tokens)
     fit = Fit(
         PackedLoss(adapted_lm(model), catalogue_softmax(base, stream(), block, "trie")),
         built,
-        Context(adapter_parameters(model), block=block, **context),
-        documents,
-        validation_documents(split_block(stream(), block), form),
+        replace(Context.of(model, block, {}), **context),
+        PackedFeed(
+            documents, validation_documents(split_block(stream(), block), form), TRAIN.batch_tokens, TRAIN.row_tokens
+        ),
         fit_settings(TRAIN, 0, block),
         MemorySink(),
     )

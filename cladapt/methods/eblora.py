@@ -1,0 +1,219 @@
+"""EBLoRA: every singular value of a block's update is equal, and its input side avoids what earlier blocks use.
+
+    delta W_t = (alpha / r) s U V^T,   U^T U = V^T V = I_r,   F^T V = 0,   A = V^T, B = s U        (arXiv 2602.00722)
+    start    G = mean gradient of W on the block, (I - F F^T) G^T ~ V S U^T, s = -(start + start_slope l / (L - 1))
+    step     tangents of the gradients, the optimiser, D = step_multiplier (new - old), polar factor of old + tangent(D)
+    end      F <- [F, leading left singular vectors of (I - F F^T) G^T] until F holds `energy` of ||G||^2
+
+Earlier blocks stay in the model as frozen factors in float32; saved as one adapter of rank r t, relative to the
+unchanged base. F has at most in - r columns, so that V has room. Weight decay acts on s alone: the projection undoes
+it on U and V. The released code is tangent=canonical, step_multiplier=released, gradients=base.
+Log: `eblora/scale` = mean |s|, `eblora/protected` = mean share of the input side that F holds.
+State: F, 4 bytes per entry [in, k] of each module, and the frozen factors, 4 bytes per adapter parameter and block.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cladapt import ops
+from cladapt.config import Settings
+from cladapt.errors import ConfigError
+from cladapt.methods._base import Context, Method
+from cladapt.model.anchors import is_learned, is_up, joined, module_of, scales
+
+PROTECTED = "protected/"
+RELEASED_WIDTH = 4096.0
+NOISE = 1e-6  # relative size from which a singular value of a float32 gradient is rounding
+
+
+class EbloraConfig(Settings):
+    """Options of EBLoRA."""
+
+    energy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
+    """Share of the mean gradient's energy that the protected subspace takes in after a block; 0 protects nothing."""
+    sample: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the block's examples behind a mean gradient."""
+    gradients: Literal["adapted", "base"] = "adapted"
+    """Whether gradients are those of the model with its adapters or of the base alone."""
+    tangent: Literal["symmetric", "canonical"] = "symmetric"
+    """The metric projection, or the map of the released code, which doubles rotations."""
+    step_multiplier: Annotated[float, Field(gt=0.0)] | Literal["released"] = 1.0
+    """Factor on the steps of U and V beside the learning rate; `released` is sqrt(4096 / r)."""
+    start: float = 0.0
+    """Minus the first value of s, at the first module."""
+    start_slope: float = 0.0
+    """What is added to it towards the last module."""
+
+
+class Eblora(Method):
+    """Balanced low-rank updates on the restricted Stiefel manifold."""
+
+    Config = EbloraConfig
+    config: EbloraConfig
+    parameters = "directions"
+    history = True
+
+    def __init__(self, config: EbloraConfig | None = None) -> None:
+        super().__init__(config)
+        self.frozen: dict[str, Tensor] = {}
+        self.protected: dict[str, Tensor] = {}
+        self._ctx: Context | None = None
+        self._stiefel: ops.Stiefel | None = None
+
+    @torch.no_grad()
+    def begin_block(self, ctx: Context) -> None:
+        last = ctx.factors()
+        if is_learned(last):
+            self.frozen = joined(self.frozen, last)
+        for scale in scales(ctx.parameters).values():  # what it held is in the history now
+            scale.zero_()
+        self._ctx = ctx
+        ctx.set_history(self.frozen)
+        self._start(ctx)
+        self._make_stiefel(ctx)
+
+    def _start(self, ctx: Context) -> None:
+        """U, V and s of every module, from the gradient's leading directions that are not protected."""
+        factors, own_scales = _factors(ctx), scales(ctx.parameters)
+        last = max(len(factors) - 1, 1)
+        for number, (module, gradient) in enumerate(self._gradients(ctx).items()):
+            a, u = factors[module]
+            if len(a) > min(gradient.shape):
+                outputs, inputs = gradient.shape
+                raise ConfigError(
+                    f"adapter.rank={len(a)} exceeds {module} of {inputs} inputs and {outputs} outputs",
+                    f"eblora needs orthonormal factors: use a rank of at most {min(gradient.shape)}, or other targets",
+                )
+            right, left = leading_directions(gradient, self.protected.get(module), len(a))
+            a.copy_(right.T)
+            u.copy_(left)
+            own_scales[module].fill_(-(self.config.start + self.config.start_slope * number / last))
+
+    def _gradients(self, ctx: Context) -> dict[str, Tensor]:
+        with ctx.bare() if self.config.gradients == "base" else nullcontext(), torch.enable_grad():
+            return ctx.mean_gradient(ctx.weights, self.config.sample)
+
+    def _make_stiefel(self, ctx: Context) -> None:
+        points = _points(ctx)
+        subspaces = [None if is_up(name) else self.protected.get(module_of(name)) for name in points]
+        kernel = ops.uses_kernel("retract", ctx.kernels)
+        self._stiefel = ops.Stiefel(list(points.values()), subspaces, self.config.tangent, kernel=kernel)
+
+    @torch.no_grad()
+    def edit_grads(self, ctx: Context) -> None:
+        if self._stiefel is None:
+            raise RuntimeError("begin_block comes before edit_grads")
+        points = _points(ctx)
+        grads = {name: ctx.parameters[name].grad for name in points}
+        self._stiefel.tangent_(list(points.values()), [_tall(name, g) for name, g in grads.items() if g is not None])
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context) -> None:
+        if self._stiefel is None:
+            raise RuntimeError("begin_block comes before after_step")
+        points = _points(ctx)
+        multiplier = self.config.step_multiplier
+        if multiplier == "released":
+            multiplier = (RELEASED_WIDTH / next(iter(points.values())).shape[1]) ** 0.5
+        self._stiefel.retract_(list(points.values()), multiplier)
+        sizes = torch.cat(list(scales(ctx.parameters).values())).abs()
+        ctx.log["eblora/scale"] = sizes.mean().item()
+        ctx.log["eblora/protected"] = self._protected_share(ctx)
+
+    def _protected_share(self, ctx: Context) -> float:
+        return sum(f.shape[1] / f.shape[0] for f in self.protected.values()) / len(ctx.weights)
+
+    @torch.no_grad()
+    def end_block(self, ctx: Context) -> None:
+        rank = {module: len(a) for module, (a, _) in _factors(ctx).items()}
+        for module, gradient in self._gradients(ctx).items():
+            grown = grow_subspace(self.protected.get(module), gradient, self.config.energy, rank[module])
+            if grown is not None:
+                self.protected[module] = grown
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self.frozen, **{PROTECTED + module: f for module, f in self.protected.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.frozen = {name: t for name, t in state.items() if not name.startswith(PROTECTED)}
+        self.protected = {n.removeprefix(PROTECTED): t for n, t in state.items() if n.startswith(PROTECTED)}
+        if self._ctx is not None:  # inside a block; between blocks begin_block does it
+            self._ctx.set_history(self.frozen)
+            self._make_stiefel(self._ctx)
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return sum(4 * t.numel() for t in self.state_dict().values())
+
+
+def _factors(ctx: Context) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A = V^T [r, in] and U [out, r] of every module."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in ctx.parameters.items():
+        if parameter.dim() == 2:
+            found.setdefault(module_of(name), []).append(parameter)
+    return {module: (pair[0], pair[1]) for module, pair in found.items()}
+
+
+def _points(ctx: Context) -> dict[str, Tensor]:
+    """Every U and V as a tall matrix, by its parameter's name."""
+    return {name: _tall(name, p.detach()) for name, p in ctx.parameters.items() if p.dim() == 2}
+
+
+def _tall(name: str, tensor: Tensor) -> Tensor:
+    return tensor if is_up(name) else tensor.mT
+
+
+def leading_directions(gradient: Tensor, protected: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading left [in, r] and right [out, r] singular vectors of (I - F F^T) G^T, by a randomised SVD, in float64.
+
+    Where G has fewer directions, random ones that are orthogonal to these and to F take their place.
+    """
+    projected = _outside(protected, gradient.double().mT)
+    left, values, right = (
+        t[..., :rank] for t in torch.svd_lowrank(projected, min(rank + 8, *projected.shape), niter=4)
+    )
+    poor = values <= NOISE * values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    for vectors in (left, right):
+        noise = torch.randn(vectors.shape, dtype=vectors.dtype).to(vectors.device)
+        vectors[:, poor] = noise[:, poor] / len(vectors) ** 0.5
+    for _ in range(2):  # what the first pass leaves of F is rounding of a small remainder
+        left = torch.linalg.qr(_outside(protected, left))[0]
+    return left, torch.linalg.qr(right)[0]
+
+
+def grow_subspace(protected: Tensor | None, gradient: Tensor, energy: float, rank: int) -> Tensor | None:
+    """F [in, k] with the fewest further directions after which it holds `energy` of ||G||_F^2 (the rule of GPM).
+
+    At most in - rank columns; None while there is nothing to protect.
+    """
+    wide = gradient.double().mT
+    rest = _outside(protected, wide)
+    total, left_over = wide.square().sum(), rest.square().sum()
+    missing = energy * total - (total - left_over)
+    if missing <= 0 or total == 0:
+        return protected
+    vectors, values, _ = torch.linalg.svd(rest, full_matrices=False)
+    held = values.square().cumsum(0)
+    count = int((held < missing).sum()) + 1
+    room = len(wide) - rank - (0 if protected is None else protected.shape[1])
+    count = min(count, room, len(values))
+    if count <= 0:
+        return protected
+    new = vectors[:, :count]
+    if protected is None:
+        return new.float().contiguous()
+    new = torch.linalg.qr(_outside(protected, new))[0]
+    return torch.cat([protected, new.float()], dim=1)
+
+
+def _outside(protected: Tensor | None, directions: Tensor) -> Tensor:
+    """(I - F F^T) X"""
+    if protected is None:
+        return directions
+    f = protected.to(directions)
+    return directions - f @ (f.mT @ directions)

@@ -1,0 +1,74 @@
+"""O-LoRA: each block has factors of its own, whose A is pushed to be orthogonal to those of earlier blocks.
+
+    W_t = W_0 + scale sum_{i<=t} B_i A_i,   i < t frozen;   A_t, B_t start fresh          (arXiv 2310.14152)
+    L = CE + orthogonality sum_{i<t} sum |A_i A_t^T| + decay sum ||.||_2 over A_t and B_t
+
+The constraint is soft, and on the input side alone. The adapter of block t is saved as one of rank r t.
+Log: `olora/term` = both terms.
+State: the frozen factors, 4 bytes per adapter parameter and earlier block.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cladapt.config import Settings
+from cladapt.methods._base import Context, Method
+from cladapt.model.anchors import is_learned, is_up, joined
+
+
+class OloraConfig(Settings):
+    """Options of O-LoRA."""
+
+    orthogonality: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the overlap with earlier blocks; 0 leaves a sum of independent adapters."""
+    decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the norms of the block's own factors."""
+
+
+class Olora(Method):
+    """A sum of earlier adapters and a current one, kept apart by a penalty."""
+
+    Config = OloraConfig
+    config: OloraConfig
+    history = True
+
+    def __init__(self, config: OloraConfig | None = None) -> None:
+        super().__init__(config)
+        self.frozen: dict[str, Tensor] = {}
+        self._ctx: Context | None = None
+
+    @torch.no_grad()
+    def begin_block(self, ctx: Context) -> None:
+        last = {name: p.detach().clone() for name, p in ctx.parameters.items()}
+        if is_learned(last):
+            self.frozen = joined(self.frozen, last)
+            for name, parameter in ctx.parameters.items():
+                parameter.copy_(ctx.initial[name])
+        self._ctx = ctx
+        ctx.set_history(self.frozen)
+
+    def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
+        overlap = [
+            torch.mm(self.frozen[name].to(p.device), p.mT).abs().sum()
+            for name, p in ctx.parameters.items()
+            if name in self.frozen and not is_up(name)
+        ]
+        terms = self.config.orthogonality * sum(overlap, out.new_zeros(()))
+        if self.config.decay > 0:
+            terms = terms + self.config.decay * sum(torch.linalg.vector_norm(p) for p in ctx.parameters.values())
+        return {"olora/term": terms}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.frozen)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.frozen = dict(state)
+        if self._ctx is not None:  # inside a block; between blocks begin_block does it
+            self._ctx.set_history(self.frozen)
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return sum(4 * tensor.numel() for tensor in self.frozen.values())

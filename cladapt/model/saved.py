@@ -1,0 +1,195 @@
+"""Adapter directories: PEFT's own files and, beside them, `cladapt.json`, which says what the adapter belongs to."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from cladapt import __version__
+from cladapt.artifacts import atomic_dir, read_record, read_tensors, write_json, write_tensors
+from cladapt.errors import DataError
+from cladapt.model.adapter import (
+    CLASSIFIER,
+    NAME,
+    AdaptedBase,
+    adapter_tensors,
+    lora_config,
+    names_module,
+    quiet,
+    scale_of,
+    set_adapter_tensors,
+    use_kernel,
+)
+from cladapt.model.anchors import joined
+from cladapt.model.history import history_of
+from cladapt.model.load import PROVENANCE
+from cladapt.model.packed import Softmax
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RESTORE = "restore the adapter directory, or export it again"
+
+
+class AdapterRecord(BaseModel):
+    """What an adapter's `cladapt.json` must hold; the others where they are known, and then meaningful."""
+
+    base: str
+    block: NonNegativeInt = 0
+    history_rank: NonNegativeInt = 0
+    form: Literal["packed", "prompt"] = "packed"
+    window: PositiveInt = 1
+    softmax: Softmax = "trie"
+    stream: str = ""
+
+
+class LoraRecord(BaseModel):
+    """What PEFT's `adapter_config.json` must hold: each of these would else be made up, or fail somewhere inside."""
+
+    peft_type: Literal["LORA"]
+    r: PositiveInt
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    target_modules: str | list[str]
+    use_rslora: bool = False
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+
+
+def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance: Mapping[str, Any]) -> None:
+    """Write PEFT's own files and, beside them, `cladapt.json`; a history becomes the first ranks of the adapter.
+
+    A classifier that has learned goes with it, and PEFT puts it in the place of the base's.
+    """
+    with atomic_dir(folder) as temporary, quiet():
+        model.save_pretrained(str(temporary), selected_adapters=[NAME], save_embedding_layers=False)
+        history, config = history_of(model), lora_config(model, NAME)
+        # s (B_h A_h + B A) = s [B_h B] [A_h; A]
+        tensors = {n.replace(f".{NAME}.", "."): t for n, t in joined(history, adapter_tensors(model)).items()}
+        record = {**provenance, "base": base.fingerprint, **base.identity, "cladapt": __version__}
+        if history:
+            record["history_rank"] = next(len(t) for n, t in history.items() if ".lora_A." in n)
+            config.r += record["history_rank"]
+            config.lora_alpha, config.use_rslora = scale_of(model) * config.r, False
+        if base.beside:
+            config.modules_to_save = [CLASSIFIER]
+            tensors |= {name: parameter.detach() for name, parameter in base.beside.items()}
+        config.inference_mode = True
+        config.save_pretrained(str(temporary))
+        write_tensors(temporary / ADAPTER_FILE, tensors, {"format": "pt"})
+        write_json(temporary / PROVENANCE, record)
+
+
+def read_adapter(folder: Path, base: AdaptedBase) -> dict[str, Tensor]:
+    """Tensors of a saved adapter under parameter names, after checking that it belongs to `base`."""
+    record = adapter_provenance(folder)
+    if record.get("base") != base.fingerprint:
+        raise DataError(
+            f"{folder} was trained on the base {record.get('base')}, this base is {base.fingerprint}",
+            "give the base directory that the adapter was trained on",
+        )
+    settings, tensors = adapter_settings(folder), read_tensors(folder / ADAPTER_FILE)
+    _check_settings(folder / CONFIG_FILE, settings, tensors)
+    return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in tensors.items()}
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """`DataError` when the configuration is not that of these factors: PEFT would make others of it."""
+    downs = {name.split(".lora_A.")[0]: tensor for name, tensor in tensors.items() if ".lora_A." in name}
+    ranks = {name.removeprefix("base_model.model."): len(tensor) for name, tensor in downs.items()}
+    stated = max((settings.get("rank_pattern") or {}).values(), default=settings["r"])
+    largest = max(ranks.values(), default=0)
+    if stated > largest:
+        raise DataError(f"{file} states rank {stated}, the factors have at most {largest}", RESTORE)
+    targets = settings["target_modules"]
+    try:
+        strange = [] if targets == "all-linear" else [module for module in ranks if not names_module(targets, module)]
+    except re.error as error:
+        raise DataError(f"{file}: target_modules={targets!r} is no regular expression: {error}", RESTORE) from error
+    if strange:
+        raise DataError(f"{file}: target_modules={targets!r} does not name {strange[0]}, which has factors", RESTORE)
+
+
+def start_from(model: "PeftModel", folder: Path, base: AdaptedBase) -> None:
+    """Give the adapter the factors of a saved one; `DataError` where its scale differs: the start would be another."""
+    place(model, base, read_adapter(folder, base))
+    settings = adapter_settings(folder)
+    if not settings.get("rank_pattern"):
+        rank = settings["r"]
+        scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+        if not math.isclose(scale, scale_of(model), rel_tol=1e-6):
+            raise DataError(
+                f"{folder} was trained at the scale alpha / r = {scale:g}, this adapter has {scale_of(model):g}",
+                f"use adapter.alpha={scale * rank:g} with adapter.rank={rank}, or start from the base",
+            )
+
+
+def read_own_factors(folder: Path, base: AdaptedBase) -> dict[str, Tensor]:
+    """As `read_adapter`, without the history that was saved with it: what the next block goes on from."""
+    return without_history(read_adapter(folder, base), adapter_provenance(folder))
+
+
+def without_history(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The factors of a saved adapter that its own block has learned."""
+    rank = provenance.get("history_rank", 0)
+    own = {n: (t[:, rank:] if ".lora_B." in n else t[rank:]).contiguous() for n, t in tensors.items() if ".lora_" in n}
+    return {**tensors, **own}
+
+
+def adapter_provenance(folder: Path) -> dict[str, Any]:
+    """The `cladapt.json` of an adapter directory."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise DataError(f"{folder} is not an adapter directory: it has no {CONFIG_FILE}", "check the path")
+    if not (folder / PROVENANCE).is_file():
+        raise DataError(f"{folder} has no {PROVENANCE}", "give an adapter directory that cladapt wrote")
+    return read_record(folder / PROVENANCE, AdapterRecord, RESTORE)
+
+
+def adapter_block(folder: Path) -> int:
+    """The block that an adapter has learned; without it, learning the block again would be testing on training data."""
+    record = adapter_provenance(folder)
+    if "block" not in record:
+        raise DataError(f"{folder / PROVENANCE} lacks block: what it has learned is not known", RESTORE)
+    return int(record["block"])
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter directory."""
+    return read_record(folder / CONFIG_FILE, LoraRecord, RESTORE)
+
+
+def load_adapter(base: AdaptedBase, folder: Path) -> "PeftModel":
+    """The base with a saved adapter on it, as it was configured when saved."""
+    from peft import LoraConfig, get_peft_model
+
+    tensors = read_adapter(folder, base)
+    try:
+        with quiet():
+            config = LoraConfig.from_pretrained(str(folder))
+            config.inference_mode, config.modules_to_save = False, None
+            if not config.rank_pattern:
+                use_kernel(config, "auto")
+            model = get_peft_model(base.model, config, adapter_name=NAME)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged configuration makes PEFT fail in every way there is
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{folder / CONFIG_FILE}: PEFT cannot apply it to this base: {reason}", RESTORE) from error
+    place(model, base, tensors)
+    return model.eval()
+
+
+def place(model: "PeftModel", base: AdaptedBase, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a saved adapter into the adapter, and a classifier's into the base's own."""
+    set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.beside})
+    with torch.no_grad():
+        for name, parameter in base.beside.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise DataError(f"the adapter has no {name} of shape {tuple(parameter.shape)}", RESTORE)
+            parameter.copy_(tensors[name])

@@ -1,0 +1,152 @@
+"""A run block after block: one adapter evolves, and each block leaves an adapter directory.
+
+What a block's examples and loss are is the caller's: see `cladapt.train.stream` and `cladapt.train.classes`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cladapt import ops, ranks
+from cladapt.artifacts import hash_file, read_tensors, write_tensors
+from cladapt.config import ClassifyConfig, FitConfig, RunConfig
+from cladapt.errors import ConfigError
+from cladapt.methods import Context, Method
+from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
+from cladapt.model.saved import ADAPTER_FILE, place, read_own_factors, save_adapter, start_from
+from cladapt.model.spectrum import saved_spectra, summary
+from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
+from cladapt.train.feeds import Feed
+from cladapt.train.loop import Fit, FitResult, FitSettings
+from cladapt.train.sinks import Sink
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Task = Callable[["PeftModel", int], tuple[nn.Module, Feed]]
+"""The loss module of an adapted model and the examples of a block."""
+
+
+def adapter_folder(run: Path, block: int) -> Path:
+    """Where a run keeps the adapter of a block."""
+    return run / "adapters" / f"block_{block:03d}"
+
+
+def fit_settings(config: FitConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
+    """The loop's settings for one block: later blocks have their own learning-rate factor."""
+    return FitSettings(
+        lr=config.lr * (config.block_lr_factor if block > 1 else 1.0),
+        epochs=config.epochs,
+        seed=seed,
+        accumulation=config.accumulation,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        keep=config.keep,
+        precision=config.precision,
+        fold_terms=ops.uses_kernel("prox_adamw", kernels),
+    )
+
+
+def blocks_after(learned: int, n_blocks: int) -> Sequence[int]:
+    """The blocks after the last one that was learned."""
+    blocks = range(learned + 1, n_blocks + 1)
+    if not blocks:
+        raise ConfigError(
+            f"block {learned} is learned already, the stream ends at block {n_blocks}",
+            "give a longer stream, or start from a base or adapter that has learned fewer blocks",
+        )
+    return blocks
+
+
+def learn_blocks(
+    run: Path,
+    config: RunConfig | ClassifyConfig,
+    method: Method,
+    base: AdaptedBase,
+    blocks: Sequence[int],
+    task: Task,
+    sink: Sink,
+    config_hash: str,
+    provenance: Mapping[str, Any],
+) -> dict[int, FitResult]:
+    """Adapt to the blocks in order; finished ones of an interrupted run are taken as they are."""
+    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
+    initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    if start := provenance.get("from_adapter"):
+        start_from(model, Path(start), base)
+    results: dict[int, FitResult] = {}
+    checkpoints = run / "checkpoints"
+
+    def note(text: str) -> None:
+        sink.emit({"kind": "note", "text": text})
+
+    for block in blocks:
+        folder = adapter_folder(run, block)
+        if folder.is_dir():
+            place(model, base, read_own_factors(folder, base))
+            method.load_state_dict(read_tensors(_method_file(run, block)))
+            continue
+        for parameter in base.beside.values():
+            parameter.requires_grad_(True)
+        module, feed = task(model, block)
+        ctx = replace(Context.of(model, block, initial, config.kernels), beside=base.beside)
+        fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
+        result = results[block] = fit.run(
+            checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
+            checkpoint_steps=config.train.checkpoint_steps,
+            resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
+        )
+        ranks.once(partial(_finish_block, run, block, model, base, method.state_dict(), provenance, result))
+        if ranks.is_main():
+            spectra = saved_spectra(folder)
+            modules = {name: spectrum.values for name, spectrum in spectra.items()}
+            sink.emit({"kind": "spectrum", "block": block, **summary(spectra), "modules": modules})
+            sink.emit(
+                {
+                    "kind": "block",
+                    "block": block,
+                    "kept_epoch": result.epoch,
+                    "valid_log_likelihood": result.score,
+                    "steps": result.steps,
+                    feed.unit: result.used,
+                    "seconds": result.seconds,
+                }
+            )
+    return results
+
+
+def _finish_block(
+    run: Path,
+    block: int,
+    model: "PeftModel",
+    base: AdaptedBase,
+    state: Mapping[str, torch.Tensor],
+    provenance: Mapping[str, Any],
+    result: FitResult,
+) -> None:
+    write_tensors(_method_file(run, block), state)
+    before = adapter_folder(run, block - 1)
+    start = provenance.get("from_adapter")
+    parent = before if before.is_dir() else Path(start) if start else None
+    record = {
+        **provenance,
+        "block": block,
+        "parent": before.name if parent == before else start,
+        "parent_hash": hash_file(parent / ADAPTER_FILE) if parent else None,
+        "kept_epoch": result.epoch,
+        "valid_log_likelihood": result.score if math.isfinite(result.score) else None,
+    }
+    save_adapter(adapter_folder(run, block), model, base, record)
+    clear_checkpoints(run / "checkpoints", block)
+
+
+def _method_file(run: Path, block: int) -> Path:
+    return run / "method" / f"block_{block:03d}.safetensors"

@@ -1,0 +1,105 @@
+"""What a fit learns from: batches whose every target counts once, and the validation it is judged by.
+
+A batch is a tuple of tensors with rows first; the last is bool and marks what counts. The fitted module takes them all
+and gives a loss for each that does.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cladapt.tokens.prompts import Document, PackedRows, pack
+
+Batch = tuple[Tensor, ...]
+
+
+class Feed(Protocol):
+    """Training and validation examples of one block."""
+
+    unit: str
+    """What `used` counts, in the plural."""
+
+    def __len__(self) -> int:
+        """Training examples."""
+
+    @property
+    def validation_targets(self) -> int:
+        """Targets of a whole pass over the validation examples."""
+
+    def epoch(self, seed: Sequence[int]) -> list[Batch]:
+        """Micro-batches of one pass over the training examples, in an order that depends on `seed` alone."""
+
+    def sample(self, share: float) -> list[Batch]:
+        """Batches of an evenly spaced share of the training examples, at least one of them."""
+
+    def validation(self) -> Iterator[Batch]:
+        """Batches of all validation examples."""
+
+    def targets(self, batch: Batch) -> int:
+        """Targets that count in a batch."""
+
+    def used(self, batch: Batch) -> int:
+        """Tokens or images of a batch, padding excluded."""
+
+
+class PackedFeed:
+    """Documents packed into rows: (tokens, document, position, loss), all [R, S]."""
+
+    unit = "tokens"
+
+    def __init__(
+        self, documents: Sequence[Document], validation: Sequence[Document], batch_tokens: int, row_tokens: int
+    ) -> None:
+        self.documents, self.held_out = documents, validation
+        self.row_tokens, self.per_batch = row_tokens, max(1, batch_tokens // row_tokens)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def validation_targets(self) -> int:
+        return len(self.held_out)
+
+    def epoch(self, seed: Sequence[int]) -> list[Batch]:
+        return list(batches_of(pack(self.documents, self.row_tokens, np.random.default_rng(seed)), self.per_batch))
+
+    def sample(self, share: float) -> list[Batch]:
+        return list(batches_of(pack(evenly(self.documents, share), self.row_tokens, None), self.per_batch))
+
+    def validation(self) -> Iterator[Batch]:
+        return batches_of(pack(self.held_out, self.row_tokens, None), self.per_batch)
+
+    def targets(self, batch: Batch) -> int:
+        return int(batch[-1][:, 1:].sum())
+
+    def used(self, batch: Batch) -> int:
+        return int((batch[1] > 0).sum())
+
+
+def evenly(examples: Sequence[Any], share: float) -> Sequence[Any]:
+    """Every n-th of the examples, so that about `share` of them are taken, and never none."""
+    count = max(1, round(share * len(examples)))
+    return [examples[i] for i in np.linspace(0, len(examples) - 1, count).round().astype(int)]
+
+
+def batches_of(rows: PackedRows, per_batch: int) -> Iterator[Batch]:
+    """Slices of `per_batch` rows, each cut to its longest row: (tokens, document, position, loss), all [R, S]."""
+    for first in range(0, len(rows.tokens), per_batch):
+        piece = slice(first, first + per_batch)
+        used = int((rows.document[piece] > 0).sum(axis=1).max())
+        arrays: tuple[Any, ...] = (rows.tokens, rows.document, rows.position, rows.loss)
+        yield tuple(torch.from_numpy(a[piece, :used]) for a in arrays)
+
+
+def shard(batch: Batch, rank: int, ranks: int) -> Batch:
+    """Rows `rank, rank + ranks, …` of a batch; a rank without a row gets one that counts nothing."""
+    if ranks == 1:
+        return batch
+    piece = tuple(t[rank::ranks] for t in batch)
+    if len(piece[0]):
+        return piece
+    *rest, counted = (t[:1] for t in batch)
+    return *rest, torch.zeros_like(counted)

@@ -1,0 +1,199 @@
+"""Class-incremental learning end to end on small drawings: import, base, runs, measures, comparison, refusals."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+
+from cladapt.artifacts import read_parquet, read_tensors
+from cladapt.config import AdapterConfig, ClassifyConfig, ImagesConfig, ImageTrainConfig, MethodConfig, VitConfig
+from cladapt.data.images import ImageStream
+from cladapt.errors import ConfigError, DataError
+from cladapt.eval.classes import Outcomes
+from cladapt.eval.images import ROWS
+from cladapt.pipeline import classify, runs
+from cladapt.pipeline.classify_report import compare_class_runs
+from cladapt.run import Run, open_run
+from cladapt.train.sinks import MemorySink
+
+TINY = VitConfig(hidden=16, layers=1, patch=4, epochs=8, lr=3e-3, batch_images=16, warp=0.05)
+IMAGES = ImagesConfig(blocks=3, size=12)
+CONFIG = ClassifyConfig(
+    adapter=AdapterConfig(rank=2),
+    method=MethodConfig(name="finetune"),
+    train=ImageTrainConfig(epochs=3, lr=5e-3, batch_images=8),
+)
+
+
+def draw(folder: Path, classes: range, per_class: int = 10) -> None:
+    """Bars at an angle of the class's own."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-6:6, -6:6] + 0.5
+    for c in classes:
+        angle = np.pi * c / 8
+        bar = np.abs(x * np.sin(angle) + y * np.cos(angle)) < 1.5
+        (folder / "alphabet" / f"class{c}").mkdir(parents=True)
+        for i in range(per_class):
+            noisy = np.where(bar, 220, 20) + rng.integers(0, 30, bar.shape)
+            Image.fromarray(noisy.astype(np.uint8)).save(folder / "alphabet" / f"class{c}" / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    draw(path / "drawings", range(6))
+    draw(path / "others", range(6, 8))
+    report = classify.import_images(path / "drawings", path / "stream", IMAGES)
+    assert [line["classes"] for line in report["blocks"]] == [2, 2, 2]
+    classify.make_base(path / "stream", path / "base", None, None, TINY, MemorySink())
+    for name in ("finetune", "eblora"):
+        train(path, path / name, name)
+        evaluate(path / name)
+    return path
+
+
+def config_of(world: Path, name: str = "finetune", **changes: Any) -> ClassifyConfig:
+    folders = {"data": str(world / "stream"), "base": str(world / "base")}
+    return CONFIG.model_copy(update={**folders, "method": MethodConfig(name=name), **changes})
+
+
+def train(world: Path, out: Path, name: str = "finetune", sink: Any = None, **changes: Any) -> dict[str, Any]:
+    return classify.train(config_of(world, name, **changes), out, sink or MemorySink())
+
+
+def evaluate(path: Path) -> dict[str, Any]:
+    run = open_run(path)
+    assert isinstance(run.config, ClassifyConfig)
+    return classify.evaluate(Run(run.path, run.config, run.inputs), {"bootstrap": 100}, MemorySink())
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["finetune", "eblora"])
+def test_a_run_leaves_adapters_rows_measures_and_a_report(name: str, world: Path) -> None:
+    run = world / name
+    stream = ImageStream.load(world / "stream")
+    assert sorted(open_run(run).adapters) == [2, 3]  # the base has learned block 1
+    rows = read_parquet(run / "images" / "rows.parquet", ROWS)
+    assert rows.height == 3 * sum(len(stream.rows(b, "test")) for b in (1, 2, 3))
+    assert rows.filter(pl.col("block") > pl.col("model"))["correct"].null_count() == rows["correct"].null_count()
+    metrics = json.loads((run / "metrics.json").read_text())
+    matrix, _ = Outcomes.of(rows).matrices()
+    assert metrics["matrix"][2]["3"] == pytest.approx(matrix[2, 2])
+    assert {line["measure"] for line in metrics["table"]} >= {"ACC", "MAA", "BWT", "FWT", "forgetting"}
+    assert [line["block"] for line in metrics["spectrum"]] == [2, 3]
+    assert "Spectrum of the adapters" in (run / "report.html").read_text()
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    spectra = [e for e in events if e["kind"] == "spectrum"]
+    assert [e["block"] for e in spectra] == [2, 3]
+    assert all(len(values) >= 2 for values in spectra[0]["modules"].values())
+
+
+def test_rows_of_classes_that_are_not_learned_stay_as_they_are(world: Path) -> None:
+    stream = ImageStream.load(world / "stream")
+    heads = {
+        block: read_tensors(folder / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+        for block, folder in open_run(world / "finetune").adapters.items()
+    }
+    base = read_tensors(world / "base" / "model.safetensors")["classifier.weight"]
+    for block, before in ((2, base), (3, heads[2])):
+        own = torch.from_numpy(stream.classes_of(block))
+        others = torch.tensor([c for c in range(6) if c not in own])
+        assert torch.equal(heads[block][others], before[others])
+        assert not torch.equal(heads[block][own], before[own])
+
+
+class Stops(MemorySink):
+    def emit(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "step" and (event["block"], event["step"]) == (3, 4):
+            raise KeyboardInterrupt
+        super().emit(event)
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(world: Path, tmp_path: Path) -> None:
+    changes = {"train": CONFIG.train.model_copy(update={"checkpoint_steps": 1})}
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "run", "eblora", Stops(), **changes)
+    run = open_run(tmp_path / "run")
+    assert isinstance(run.config, ClassifyConfig)
+    with pytest.raises(ConfigError, match=r"train\.lr=0\.1, the run has 0\.005"):
+        classify.resume(Run(run.path, run.config, run.inputs), MemorySink(), {"train": {"lr": 0.1}})
+    classify.resume(Run(run.path, run.config, run.inputs), MemorySink())
+    for block in (2, 3):
+        file = Path("adapters") / f"block_{block:03d}" / "adapter_model.safetensors"
+        one, other = read_tensors(world / "eblora" / file), read_tensors(tmp_path / "run" / file)
+        assert all(torch.equal(t, other[name]) for name, t in one.items()), block
+
+
+def test_runs_are_compared_by_image(world: Path, tmp_path: Path) -> None:
+    found = compare_class_runs([world / "finetune", world / "eblora"], tmp_path / "out")
+    assert [line["model"] for line in found["summary"]] == ["finetune", "eblora"]
+    (line,) = [line for line in found["differences"] if line["measure"] == "ACC"]
+    means = {line["model"]: line["ACC"] for line in found["summary"]}
+    assert line["effect"] == pytest.approx(means["eblora"] - means["finetune"])
+    assert line["low"] <= line["effect"] <= line["high"]
+    assert pl.read_csv(tmp_path / "out" / "differences.csv").height == 6
+
+
+def test_a_plan_counts_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    plan = classify.plan(config_of(world, "eblora"))
+    assert [line["block"] for line in plan["blocks"]] == [2, 3]
+    stream = ImageStream.load(world / "stream")
+    assert plan["blocks"][0]["steps"] == 3 * -(-len(stream.rows(2, "train")) // 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_may_learn_other_images_and_then_all_blocks_are_to_come(world: Path, tmp_path: Path) -> None:
+    settings = TINY.model_copy(update={"epochs": 1})
+    report = classify.make_base(world / "stream", tmp_path / "base", world / "others", None, settings, MemorySink())
+    assert report["fitted_block"] == 0
+    config = config_of(world).model_copy(update={"base": str(tmp_path / "base")})
+    assert [line["block"] for line in classify.plan(config)["blocks"]] == [1, 2, 3]
+
+
+def test_a_given_checkpoint_must_take_the_streams_images(world: Path, tmp_path: Path) -> None:
+    report = classify.make_base(world / "stream", tmp_path / "a", None, str(world / "base"), TINY, MemorySink())
+    assert report["fitted_block"] == 0
+    classify.import_images(world / "drawings", tmp_path / "larger", ImagesConfig(blocks=3, size=16))
+    with pytest.raises(ConfigError, match="takes 1 channels of 12 pixels, the stream has 1 of 16"):
+        classify.make_base(tmp_path / "larger", tmp_path / "b", None, str(world / "base"), TINY, MemorySink())
+    with pytest.raises(ConfigError, match="--source and --init both"):
+        classify.make_base(world / "stream", tmp_path / "c", world / "others", "x", TINY, MemorySink())
+
+
+def test_classes_of_another_source_are_left_out(world: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "both", range(2, 8))
+    report = classify.import_images(
+        tmp_path / "both", tmp_path / "s", ImagesConfig(blocks=2, size=12), [world / "others"]
+    )
+    assert (report["classes"], report["excluded"]) == (4, 2)
+
+
+def test_what_does_not_belong_together_is_refused(world: Path, tmp_path: Path) -> None:
+    classify.import_images(world / "drawings", tmp_path / "again", ImagesConfig(blocks=3, size=12, seed=1))
+    config = config_of(world).model_copy(update={"data": str(tmp_path / "again")})
+    with pytest.raises(DataError, match="was made for the stream"):
+        classify.train(config, tmp_path / "run", MemorySink())
+    with pytest.raises(ConfigError, match="without base"):
+        classify.train(config.model_copy(update={"base": ""}), tmp_path / "run", MemorySink())
+    with pytest.raises(ConfigError, match="is a run of --task classify"):
+        runs.evaluate(world / "finetune", {}, None, MemorySink())
+    shutil.copytree(world / "finetune", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "adapters" / "block_003")
+    with pytest.raises(DataError, match=r"has adapters for the blocks \[2\], the stream needs \[2, 3\]"):
+        evaluate(tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "images")
+    with pytest.raises(DataError, match="is not evaluated yet"):
+        compare_class_runs([tmp_path / "half"])
+    with pytest.raises(ConfigError, match="is given twice"):
+        compare_class_runs([world / "finetune", world / "finetune"])
