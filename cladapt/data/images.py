@@ -4,13 +4,17 @@ A stream directory holds `images.safetensors`, `images.parquet` (label, split), 
 `manifest.json`. Images are small and whole in memory: uint8 [N, side, side, channels].
 """
 
+import hashlib
 import io
 import itertools
+import lzma
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +25,6 @@ from pydantic import BaseModel, NonNegativeInt
 from cladapt.artifacts import (
     atomic_dir,
     hash_file,
-    hash_value,
     read_parquet,
     read_record,
     read_tensors,
@@ -35,6 +38,8 @@ SPLITS = ("train", "valid", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 FILES = ("images.safetensors", "images.parquet", "classes.parquet")
 SCHEMA_VERSION = 1
+LARGEST = 1 << 28
+"""Bytes of one image file in an archive: a few kilobytes can unpack to gigabytes."""
 AGAIN = "write the stream again with `cladapt data images`"
 IMAGES = {"label": pl.Int64, "split": pl.Int8}
 CLASSES = {"name": pl.String, "block": pl.Int64}
@@ -48,6 +53,8 @@ class ManifestRecord(BaseModel):
     hashes: dict[str, str]
     inverted: bool
     images: NonNegativeInt
+    classes: NonNegativeInt
+    blocks: NonNegativeInt
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,14 @@ class ImageStream:
     def n_blocks(self) -> int:
         return int(self.block_of_class.max())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of images, labels, splits, classes and blocks."""
-        arrays = (self.images, self.label, self.split, self.block_of_class)
-        return hash_value([[str(a.dtype), list(a.shape), a.tobytes().hex()] for a in arrays] + [list(self.classes)])
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for array in (self.images, self.label, self.split, self.block_of_class):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
     def rows(self, block: int, split: str) -> np.ndarray:
         """Row numbers of a block's images in a split."""
@@ -141,6 +151,9 @@ class ImageStream:
             record.get("inverted", False),
         )
         _check(stream, folder)
+        counts = {"images": len(images), "classes": len(stream.classes), "blocks": stream.n_blocks}
+        if wrong := [f"{count} {name}, not {record[name]}" for name, count in counts.items() if count != record[name]]:
+            raise DataError(f"{folder} holds {', '.join(wrong)} as its manifest says", AGAIN)
         return stream
 
 
@@ -172,35 +185,34 @@ def read_image_folder(source: Path, size: int, channels: int = 1, invert: bool =
     images, names, ignored = [], [], 0
     for name, content in _files(source):
         path = PurePosixPath(name)
-        if path.suffix.lower() not in SUFFIXES:
+        if content is None:
             ignored += 1
             continue
+        if path.parent == PurePosixPath():
+            raise DataError(f"{source}: {name} is in no folder, so it has no class", "move it into a class folder")
         images.append(_pixels(content, f"{source}: {name}", size, channels))
         names.append(str(path.parent))
     if not images:
         raise DataError(
             f"{source} holds no image ({ignored} other files)", f"expected class folders of {', '.join(SUFFIXES)} files"
         )
-    classes, label = np.unique(_without_common_folders(names), return_inverse=True)
+    classes, label = np.unique(_class_names(names, source), return_inverse=True)
     stacked = np.stack(images)
     return ImageSet(255 - stacked if invert else stacked, label, tuple(classes.tolist()), invert, ignored)
 
 
-def _without_common_folders(names: list[str]) -> list[str]:
-    """Folder names without the folders that all of them begin with: archives often hold one that bears their name."""
-    parts = [PurePosixPath(name).parts for name in names]
-    shared = 0
-    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return ["/".join(p[shared:]) for p in parts]
+def _class_names(names: list[str], source: Path) -> list[str]:
+    """Folder names, without the one that an archive's content often lies in and that bears the archive's name."""
+    inside = source.is_file() and all(name.split("/")[0] == source.stem for name in names)
+    return [name.removeprefix(f"{source.stem}/") for name in names] if inside else names
 
 
-def _files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Path inside the source and content of every file, in the order of the paths."""
+def _files(source: Path) -> Iterator[tuple[str, bytes | None]]:
+    """Path inside the source and content of every file, in the order of the paths; None for what is no image."""
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if not p.is_dir()):
             try:
-                yield path.relative_to(source).as_posix(), path.read_bytes()
+                yield path.relative_to(source).as_posix(), path.read_bytes() if _is_image(path) else None
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}", "mend or remove this file") from error
         return
@@ -208,13 +220,22 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"no such folder or archive: {source}", "check the path")
     try:
         with zipfile.ZipFile(source) as archive:
-            entries = sorted(name for name in archive.namelist() if not name.endswith("/"))
-            if twice := next((a for a, b in itertools.pairwise(entries) if a == b), None):
+            found = [(PurePosixPath(entry.filename), entry) for entry in archive.infolist() if not entry.is_dir()]
+            entries = sorted(found, key=lambda pair: str(pair[0]))
+            if twice := next((a for (a, _), (b, _) in itertools.pairwise(entries) if a == b), None):
                 raise DataError(f"{source} holds {twice} twice", "make the archive again")
-            for name in entries:
-                yield name, archive.read(name)
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
+            for name, entry in entries:
+                if name.is_absolute() or ".." in name.parts:
+                    raise DataError(f"{source} holds {name}, a path that leads out of it", "make the archive again")
+                if _is_image(name) and entry.file_size > LARGEST:
+                    raise DataError(f"{source}: {name} has {entry.file_size} bytes", f"at most {LARGEST} are read")
+                yield str(name), archive.read(entry) if _is_image(name) else None
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{source}: cannot read the archive: {error}", "give a folder, or a whole .zip") from error
+
+
+def _is_image(path: PurePath) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
 def _pixels(content: bytes, where: str, size: int, channels: int) -> np.ndarray:
@@ -228,7 +249,14 @@ def _pixels(content: bytes, where: str, size: int, channels: int) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as image:
-                grey = image.convert("L" if channels == 1 else "RGB")
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"mode {image.mode}, more than 8 bits per value, would be cut off at 255")
+                if image.has_transparency_data:  # what lies under transparent pixels is often black, as the ink is
+                    rgba = image.convert("RGBA")
+                    shown = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+                else:
+                    shown = image
+                grey = shown.convert("L" if channels == 1 else "RGB")
                 # a reduced image keeps thin strokes only where areas are averaged
                 small = grey if grey.size == (size, size) else grey.resize((size, size), Image.Resampling.BOX)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -243,6 +271,8 @@ def make_stream(
 
     `test` and `valid` are shares of each class, at least one image each; a share of 0 takes none.
     """
+    if not (0.0 <= test < 1.0 and 0.0 <= valid < 1.0):
+        raise ConfigError(f"test={test}, valid={valid}", "give shares of at least 0 and below 1")
     excluded = set(exclude)
     kept = [c for c, name in enumerate(images.classes) if name not in excluded]
     if not 1 <= blocks <= len(kept):

@@ -5,10 +5,10 @@
     ACC          mean_j R[T][j]                        MAA        mean_i mean_{j<=i} R[i][j]
     learning     mean_j R[j][j]                        BWT        mean_{j<T} (R[T][j] - R[j][j])
     forgetting   mean_{j<T} (max_{j<=i<T} R[i][j] - R[T][j])
-    FWT          mean_{i>=1} mean_{j>i} (P[i][j] - P[first][j]): a head knows no class to come, features may
+    FWT          mean_{i>first, j>i} (P[i][j] - P[first][j]): a head knows no class to come, features may
 
 i and j run over the blocks that were learned as blocks; the first row is the base's. An interval resamples the images
-of each block, the same ones for every model, and the seeds.
+of each block, the same ones for every model and for every seed that was tested on them, and the seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,8 @@ class Outcomes:
             own = rows.filter(pl.col("block") == block).sort("model", "image")
             counts = own.group_by("model", maintain_order=True).len()["len"].unique().to_list()
             names = own["image"].unique().sort().to_numpy()
-            if counts != [len(names)] or own["model"].n_unique() != len(models):
+            twice = own.select("model", "image").is_duplicated().any()
+            if twice or counts != [len(names)] or own["model"].n_unique() != len(models):
                 raise DataError(f"block {block}: not every model was tested on every image once", "evaluate again")
             shape = (len(models), len(names))
             correct.append(own["correct"].cast(pl.Float64).fill_null(np.nan).to_numpy().reshape(shape))
@@ -102,6 +103,11 @@ def differences(
         raise DataError(f"seeds {sorted(one)} against {sorted(other)}", "compare runs of the same seeds")
     pairs = [[Outcomes.of(one[s]), Outcomes.of(other[s])] for s in sorted(one)]
     for s, (a, b) in zip(sorted(one), pairs, strict=True):
+        if a.models != b.models:
+            raise DataError(
+                f"seed {s}: models after the blocks {list(a.models)} against {list(b.models)}",
+                "compare runs that adapted to the same blocks",
+            )
         if a.blocks != b.blocks or any(not np.array_equal(x, y) for x, y in zip(a.images, b.images, strict=True)):
             raise DataError(f"seed {s}: the two were tested on different images", "compare runs on the same stream")
     return _effects(pairs, resamples, seed)
@@ -112,8 +118,13 @@ def _effects(sides: Sequence[Sequence[Outcomes]], resamples: int, seed: int) -> 
     rng = np.random.default_rng(seed)
     point: list[dict[str, np.ndarray]] = []
     spread: list[dict[str, np.ndarray]] = []
+    shared: dict[tuple[int, bytes], np.ndarray] = {}  # seeds tested on the same images are not independent
     for of_seed in sides:
-        drawn = [_weights(rng, resamples, len(images)) for images in of_seed[0].images]
+        keys = [(b, i.tobytes()) for b, i in zip(of_seed[0].blocks, of_seed[0].images, strict=True)]
+        for key, own in zip(keys, of_seed[0].images, strict=True):
+            if key not in shared:
+                shared[key] = _weights(rng, resamples, len(own))
+        drawn = [shared[key] for key in keys]
         point.append(_difference([measures(*o.matrices(), o.models, o.blocks) for o in of_seed]))
         spread.append(_difference([measures(*o.matrices(drawn), o.models, o.blocks) for o in of_seed]))
     which = rng.integers(len(sides), size=(resamples, len(sides)))

@@ -92,7 +92,9 @@ def compare(a: pl.DataFrame, b: pl.DataFrame, metric: str, resamples: int = 2000
 
 
 def describe(effect: Effect) -> str:
-    """`no difference shown` when the interval covers zero, else e.g. `+0.0123 [0.0040, 0.0200]`."""
+    """`no difference shown` when the interval covers zero, else e.g. `+0.0123 [0.0040, 0.0200]`; `-` for NaN."""
+    if not np.isfinite(effect.mean):
+        return "-"
     if effect.covers_zero:
         return NO_DIFFERENCE
     return f"{effect.mean:+.4f} [{effect.low:.4f}, {effect.high:.4f}]"

@@ -1,7 +1,7 @@
 """Class-incremental learning with a vision transformer: streams of classes, bases, runs and what they show."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EMBEDDED = RUNS / "embedded-digits"
 
 
-def import_images(source: Path, out: Path, config: ImagesConfig, exclude: Iterable[Path] = ()) -> dict[str, Any]:
+def import_images(source: Path, out: Path, config: ImagesConfig, exclude: Sequence[Path] = ()) -> dict[str, Any]:
     """Read a folder or zip of images, a class for each inner folder, and write it as a stream of blocks of classes.
 
     `exclude`: sources whose classes, known by name, are left out.
@@ -44,6 +44,12 @@ def import_images(source: Path, out: Path, config: ImagesConfig, exclude: Iterab
     refuse_existing(out)
     found = read_image_folder(source, config.size, config.channels, config.invert)
     known = {name for other in exclude for name in read_image_folder(other, 1).classes}
+    if exclude and not known & {*found.classes}:
+        own, theirs = found.classes[0], min(known)
+        raise ConfigError(
+            f"--exclude names no class of {source}: its classes are like {own!r}, theirs like {theirs!r}",
+            "give sources whose folders are named alike, or leave out --exclude",
+        )
     stream = make_stream(found, config.blocks, config.seed, exclude=known)
     stream.save(out, source=source.name)
     return {

@@ -26,20 +26,21 @@ def png(value: int, side: int = 4, mode: str = "L") -> bytes:
 
 
 FILES = {
-    "top/a/one/1.png": png(10),
-    "top/a/one/2.png": png(20),
-    "top/a/two/1.PNG": png(30),
-    "top/b/one/1.jpg": png(40),
-    "top/readme.txt": b"words",
+    "a/one/1.png": png(10),
+    "a/one/2.png": png(20),
+    "a/two/1.PNG": png(30),
+    "b/one/1.jpg": png(40),
+    "readme.txt": b"words",
 }
 
 
-@pytest.fixture(params=["folder", "zip"])
+@pytest.fixture(params=["folder", "zip", "zip with its own folder"])
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    if request.param == "zip":
+    if request.param != "folder":
+        above = "images/" if request.param != "zip" else ""
         with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
             for name, content in FILES.items():
-                archive.writestr(name, content)
+                archive.writestr(above + name, content)
         return tmp_path / "images.zip"
     for name, content in FILES.items():
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def images(classes: int, each: int = 10) -> ImageSet:
     return ImageSet(pixels, label, tuple(f"class {c}" for c in range(classes)))
 
 
-def test_every_inner_folder_is_a_class_named_without_what_all_share(source: Path) -> None:
+def test_every_inner_folder_is_a_class_named_by_its_path_inside(source: Path) -> None:
     found = read_image_folder(source, 4)
     assert found.classes == ("a/one", "a/two", "b/one")
     assert found.label.tolist() == [0, 0, 1, 2]
@@ -182,6 +183,65 @@ def test_a_name_that_an_archive_holds_twice_is_told(tmp_path: Path) -> None:
         read_image_folder(tmp_path / "twice.zip", 4)
 
 
+def archive_of(folder: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(folder / "some.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return folder / "some.zip"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"../c/1.png": png(1)}, r"holds \.\./c/1\.png, a path that leads out of it"),
+        ({"/c/1.png": png(1)}, r"a path that leads out of it"),
+        ({"c/1.png": png(1), "./c//1.png": png(2)}, r"holds c/1\.png twice"),
+        ({"c/1.png": png(1), "2.png": png(2)}, r"2\.png is in no folder, so it has no class"),
+    ],
+)
+def test_an_archive_with_misleading_names_is_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read_image_folder(archive_of(tmp_path, files), 4)
+
+
+def test_a_damaged_entry_of_an_archive_is_told(tmp_path: Path) -> None:
+    path = archive_of(tmp_path, {"c/1.png": bytes(range(256)) * 200})
+    content = bytearray(path.read_bytes())
+    content[60:120] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"some\.zip: cannot read the archive"):
+        read_image_folder(path, 4)
+
+
+def test_an_entry_too_large_is_refused_and_what_is_no_image_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cladapt.data.images.LARGEST", 1000)
+    path = archive_of(tmp_path, {"c/1.png": png(1), "notes.txt": b"x" * 2000})
+    assert read_image_folder(path, 4).ignored == 1
+    with pytest.raises(DataError, match=r"c/2\.png has 2000 bytes"):
+        read_image_folder(archive_of(tmp_path, {"c/2.png": b"x" * 2000}), 4)
+
+
+def test_sixteen_bits_are_refused_and_transparency_lies_on_white(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray((np.arange(16).reshape(4, 4) * 4096).astype(np.uint16)).save(buffer, "png")
+    with pytest.raises(DataError, match="more than 8 bits per value"):
+        read_image_folder(broken(tmp_path, "1.png", buffer.getvalue()), 4)
+    ink = np.zeros((4, 4, 4), dtype=np.uint8)
+    ink[0, 0, 3] = 255
+    Image.fromarray(ink).save(tmp_path / "c" / "1.png")
+    expected = np.full((4, 4), 255)
+    expected[0, 0] = 0
+    assert np.array_equal(read_image_folder(tmp_path, 4).images[0, :, :, 0], expected)
+
+
+def test_shares_that_are_none_are_told() -> None:
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"test={share}"):
+            make_stream(images(4), 2, 0, test=share)
+
+
 def test_classes_too_small_or_too_few_are_told() -> None:
     with pytest.raises(DataError, match="has 2 images, too few"):
         make_stream(images(4, each=2), 2, 0)
@@ -210,6 +270,7 @@ def other_images(folder: Path) -> None:
         (other_images, r"images\.safetensors has the hash"),
         (rewrite("manifest.json", lambda m: m.update(kind="interactions")), "kind"),
         (rewrite("manifest.json", lambda m: m.pop("hashes")), "hashes"),
+        (rewrite("manifest.json", lambda m: m.update(classes=9)), "holds 5 classes, not 9 as its manifest says"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), r"manifest\.json"),
     ],
 )

@@ -81,8 +81,19 @@ def test_the_interval_has_the_width_of_the_binomial() -> None:
     assert np.isnan(effects({0: rows}, 100)["BWT"].mean)
 
 
+def test_more_seeds_on_the_same_images_do_not_narrow_what_the_images_leave_open() -> None:
+    rows = make_rows(5, first=1, images=60)
+    one, many = effects({0: rows}, 1000)["ACC"], effects(dict.fromkeys(range(8), rows), 1000)["ACC"]
+    assert (many.low, many.high) == pytest.approx((one.low, one.high))
+
+
 def test_rows_that_do_not_fit_together_are_told() -> None:
     rows = make_rows(0)
+    again = pl.when((pl.col("model") == 1) & (pl.col("image") == 203)).then(202).otherwise("image").cast(pl.Int64)
+    with pytest.raises(DataError, match="block 2: not every model was tested on every image once"):
+        Outcomes.of(rows.with_columns(image=again))
+    with pytest.raises(DataError, match=r"models after the blocks \[0, 1, 2, 3, 4\] against \[0\]"):
+        differences({0: rows}, {0: rows.filter(pl.col("model") == 0)})
     with pytest.raises(DataError, match="block 2: not every model was tested on every image once"):
         Outcomes.of(rows.filter(~((pl.col("model") == 1) & (pl.col("image") == 203))))
     with pytest.raises(DataError, match=r"seeds \[0\] against \[1\]"):

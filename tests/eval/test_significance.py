@@ -131,6 +131,7 @@ def test_bad_input_is_refused():
         (Effect(-0.5, -0.75, -0.25, 9), "-0.5000 [-0.7500, -0.2500]"),
         (Effect(0.01, -0.001, 0.02, 9), "no difference shown"),
         (Effect(0.01, 0.0, 0.02, 9), "no difference shown"),
+        (Effect(float("nan"), float("nan"), float("nan"), 9), "-"),
     ],
 )
 def test_a_difference_is_told_only_when_it_is_shown(effect: Effect, text: str):

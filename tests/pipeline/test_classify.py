@@ -177,6 +177,8 @@ def test_classes_of_another_source_are_left_out(world: Path, tmp_path: Path) -> 
         tmp_path / "both", tmp_path / "s", ImagesConfig(blocks=2, size=12), [world / "others"]
     )
     assert (report["classes"], report["excluded"]) == (4, 2)
+    with pytest.raises(ConfigError, match=r"--exclude names no class of .*: its classes are like 'alphabet/class0'"):
+        classify.import_images(world / "drawings", tmp_path / "t", IMAGES, [world / "others"])
 
 
 def test_what_does_not_belong_together_is_refused(world: Path, tmp_path: Path) -> None:
