@@ -5,7 +5,6 @@ they are paired by image. Cells are cached like those of `bench/study.py`, whose
 Tables with intervals over images and seeds go to `bench/results/<recipe name>/`.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -14,11 +13,10 @@ from typing import Annotated, Any
 
 import polars as pl
 from pydantic import Field
-from study import DATA, ROOT, merge, refuse_other_code, say
+from study import merge, parser, refuse_other_code, say, told, write_tables
 
-from cladapt.artifacts import atomic_path, hash_value, read_json, write_json
+from cladapt.artifacts import hash_value, read_json, write_json
 from cladapt.config import ClassifyConfig, ImagesConfig, Settings, VitConfig, load_recipe, resolve
-from cladapt.errors import CladaptError
 from cladapt.model.spectrum import FIGURES
 from cladapt.pipeline import classify
 from cladapt.pipeline.classify_report import class_comparison, read_rows
@@ -108,34 +106,20 @@ def tables(done: Mapping[str, Mapping[int, Path]], references: tuple[str, ...]) 
     return {name: pl.DataFrame(each, infer_schema_length=None) for name, each in found.items()}
 
 
-def main() -> int:
-    """Run a study from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("runs/classes"), help="where streams and cells are kept")
-    parser.add_argument("--data", type=Path, default=DATA, help="where the real data lies")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    arguments = parser.parse_args()
-    try:
-        recipe = resolve(Recipe, load_recipe(arguments.recipe), str(arguments.recipe))
-        refuse_other_code(arguments.work)
-        done: dict[str, dict[int, Path]] = {}
-        for seed in recipe.seeds:
-            stream, base = prepare(recipe, seed, arguments.work, arguments.data)
-            for name, settings in recipe.cells.items():
-                values = {**merge(recipe.run, settings), "seed": seed, "data": str(stream), "base": str(base)}
-                config = resolve(ClassifyConfig, values, f"cell {name}")
-                done.setdefault(name, {})[seed] = run_cell(config, arguments.work, name)
-        for name, frame in tables(done, recipe.references).items():
-            with atomic_path(arguments.results / arguments.recipe.stem / f"{name}.csv") as path:
-                frame.write_csv(path, float_precision=6)
-            with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4):
-                print(f"{arguments.recipe.stem}: {name}\n{frame}")
-    except CladaptError as error:
-        say(f"error: {error.message}\nhint: {error.hint}")
-        return error.exit_code
-    return 0
+def main() -> None:
+    """Make the cells of a recipe and its tables."""
+    given = parser(str(__doc__), "runs/classes").parse_args()
+    recipe = resolve(Recipe, load_recipe(given.recipe), str(given.recipe))
+    refuse_other_code(given.work)
+    done: dict[str, dict[int, Path]] = {}
+    for seed in recipe.seeds:
+        stream, base = prepare(recipe, seed, given.work, given.data)
+        for name, settings in recipe.cells.items():
+            values = {**merge(recipe.run, settings), "seed": seed, "data": str(stream), "base": str(base)}
+            config = resolve(ClassifyConfig, values, f"cell {name}")
+            done.setdefault(name, {})[seed] = run_cell(config, given.work, name)
+    write_tables(given.recipe.stem, tables(done, recipe.references), given.results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

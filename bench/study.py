@@ -10,7 +10,7 @@ Tables with paired intervals over users are rebuilt from the cells and written t
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -224,16 +224,16 @@ def wide(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def write_results(study: Study, done: list[tuple[Cell, Path]], results: Path) -> None:
-    """The tables as csv, and the means on stdout."""
-    for name, frame in tables(study, done).items():
-        with atomic_path(results / study.name / f"{name}.csv") as path:
+def write_tables(name: str, frames: Mapping[str, pl.DataFrame], results: Path) -> None:
+    """The tables of a study as csv, and the means on stdout."""
+    for table, frame in frames.items():
+        with atomic_path(results / name / f"{table}.csv") as path:
             frame.write_csv(path, float_precision=6)
         brief = frame.select(c for c in frame.columns if not c.endswith((" low", " high", " 95 %")) and "NDCG" not in c)
         with pl.Config(
             tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_column_data_types=True
         ):
-            print(f"{study.name}: {name}\n{brief}")
+            print(f"{name}: {table}\n{brief}")
 
 
 def say(text: str) -> None:
@@ -241,33 +241,40 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    """Run a study from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/studies"), help="where streams, bases and cells are kept"
-    )
-    parser.add_argument("--data", type=Path, default=DATA, help="where the real data lies")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--only", nargs="*", default=None, help="run these cells alone")
-    arguments = parser.parse_args()
+def parser(doc: str, work: str) -> argparse.ArgumentParser:
+    """The arguments of every study: a recipe, and where things lie."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("recipe", type=Path)
+    made.add_argument("--work", type=Path, default=Path(work), help="where streams, bases and cells are kept")
+    made.add_argument("--data", type=Path, default=DATA, help="where the real data lies")
+    made.add_argument("--results", type=Path, default=ROOT / "results")
+    return made
+
+
+def told(study: Callable[[], None]) -> int:
+    """Run a study from the command line: its exit code, an expected failure told in two lines."""
     try:
-        recipe = resolve(Recipe, load_recipe(arguments.recipe), str(arguments.recipe))
-        if not recipe.cells:
-            raise ConfigError(f"{arguments.recipe} has no cells", "name at least one")
-        study = Study(arguments.recipe.stem, recipe, arguments.work, arguments.data)
-        study.prepare_stream()
-        done = []
-        for cell in study.cells():
-            if arguments.only is None or cell.name in arguments.only:
-                done.append((cell, study.run(cell)))
-        write_results(study, done, arguments.results)
+        study()
     except CladaptError as error:
         say(f"error: {error.message}\nhint: {error.hint}")
         return error.exit_code
     return 0
 
 
+def main() -> None:
+    """Make the cells of a recipe and its tables."""
+    arguments = parser(str(__doc__), "runs/studies")
+    arguments.add_argument("--only", nargs="*", default=None, help="run these cells alone")
+    given = arguments.parse_args()
+    recipe = resolve(Recipe, load_recipe(given.recipe), str(given.recipe))
+    if not recipe.cells:
+        raise ConfigError(f"{given.recipe} has no cells", "name at least one")
+    study = Study(given.recipe.stem, recipe, given.work, given.data)
+    study.prepare_stream()
+    chosen = [cell for cell in study.cells() if given.only is None or cell.name in given.only]
+    done = [(cell, study.run(cell)) for cell in chosen]
+    write_tables(study.name, tables(study, done), given.results)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

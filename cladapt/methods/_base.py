@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _no_model(*_: Any) -> Any:
-    raise NotImplementedError("this context has no model")
+    raise RuntimeError("this context has no model behind it: make it with Context.of(model, ...)")
 
 
 @dataclass

@@ -8,14 +8,15 @@ The adapter of block t is saved as one of rank r (1 + number of i).
 State: the frozen factors, 4 bytes per adapter parameter and kept block.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cladapt.config import Settings
-from cladapt.methods._base import Context, Method
+from cladapt.methods._base import Context
+from cladapt.methods._history import WithHistory
 from cladapt.model.anchors import is_learned, joined
 
 
@@ -28,17 +29,11 @@ class CumulativeConfig(Settings):
     """Whether a block's factors start from those of the block before."""
 
 
-class Cumulative(Method):
+class Cumulative(WithHistory):
     """A sum of normalised earlier adapters and the current one."""
 
     Config = CumulativeConfig
     config: CumulativeConfig
-    history = True
-
-    def __init__(self, config: CumulativeConfig | None = None) -> None:
-        super().__init__(config)
-        self.frozen: dict[str, Tensor] = {}
-        self._install: Callable[[Mapping[str, Tensor]], None] | None = None
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
@@ -48,21 +43,9 @@ class Cumulative(Method):
             if not self.config.inherit:
                 for name, parameter in ctx.parameters.items():
                     parameter.copy_(ctx.initial[name])
-        self._install = ctx.set_history
-        self._install(self.frozen)
+        self.install(ctx)
 
     def _with(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The frozen factors once block t-1, whose factors are `last`, is among them."""
         unit = {name: t / torch.linalg.vector_norm(t).clamp_min(torch.finfo(t.dtype).tiny) for name, t in last.items()}
         return joined({} if self.config.keep == "latest" else self.frozen, unit)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.frozen)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.frozen = dict(state)
-        if self._install is not None:  # inside a block; between blocks begin_block does it
-            self._install(self.frozen)
-
-    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        return sum(4 * tensor.numel() for tensor in self.frozen.values())

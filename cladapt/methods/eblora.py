@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from cladapt import ops
 from cladapt.config import Settings
 from cladapt.errors import ConfigError
-from cladapt.methods._base import Context, Method
+from cladapt.methods._base import Context
+from cladapt.methods._history import WithHistory
 from cladapt.model.anchors import is_learned, is_up, joined, module_of, scales
 
 PROTECTED = "protected/"
@@ -50,19 +51,16 @@ class EbloraConfig(Settings):
     """What is added to it towards the last module."""
 
 
-class Eblora(Method):
+class Eblora(WithHistory):
     """Balanced low-rank updates on the restricted Stiefel manifold."""
 
     Config = EbloraConfig
     config: EbloraConfig
     parameters = "directions"
-    history = True
 
     def __init__(self, config: EbloraConfig | None = None) -> None:
         super().__init__(config)
-        self.frozen: dict[str, Tensor] = {}
         self.protected: dict[str, Tensor] = {}
-        self._ctx: Context | None = None
         self._stiefel: ops.Stiefel | None = None
 
     @torch.no_grad()
@@ -72,8 +70,7 @@ class Eblora(Method):
             self.frozen = joined(self.frozen, last)
         for scale in scales(ctx.parameters).values():  # what it held is in the history now
             scale.zero_()
-        self._ctx = ctx
-        ctx.set_history(self.frozen)
+        self.install(ctx)
         self._start(ctx)
         self._make_stiefel(ctx)
 
@@ -137,17 +134,13 @@ class Eblora(Method):
                 self.protected[module] = grown
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**self.frozen, **{PROTECTED + module: f for module, f in self.protected.items()}}
+        return {**super().state_dict(), **{PROTECTED + module: f for module, f in self.protected.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.frozen = {name: t for name, t in state.items() if not name.startswith(PROTECTED)}
+        super().load_state_dict({name: t for name, t in state.items() if not name.startswith(PROTECTED)})
         self.protected = {n.removeprefix(PROTECTED): t for n, t in state.items() if n.startswith(PROTECTED)}
-        if self._ctx is not None:  # inside a block; between blocks begin_block does it
-            self._ctx.set_history(self.frozen)
+        if self._ctx is not None:
             self._make_stiefel(self._ctx)
-
-    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        return sum(4 * t.numel() for t in self.state_dict().values())
 
 
 def _factors(ctx: Context) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

@@ -8,15 +8,15 @@ Log: `olora/term` = both terms.
 State: the frozen factors, 4 bytes per adapter parameter and earlier block.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cladapt.config import Settings
-from cladapt.methods._base import Context, Method
+from cladapt.methods._base import Context
+from cladapt.methods._history import WithHistory
 from cladapt.model.anchors import is_learned, is_up, joined
 
 
@@ -29,17 +29,11 @@ class OloraConfig(Settings):
     """Weight of the norms of the block's own factors."""
 
 
-class Olora(Method):
+class Olora(WithHistory):
     """A sum of earlier adapters and a current one, kept apart by a penalty."""
 
     Config = OloraConfig
     config: OloraConfig
-    history = True
-
-    def __init__(self, config: OloraConfig | None = None) -> None:
-        super().__init__(config)
-        self.frozen: dict[str, Tensor] = {}
-        self._ctx: Context | None = None
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
@@ -48,8 +42,7 @@ class Olora(Method):
             self.frozen = joined(self.frozen, last)
             for name, parameter in ctx.parameters.items():
                 parameter.copy_(ctx.initial[name])
-        self._ctx = ctx
-        ctx.set_history(self.frozen)
+        self.install(ctx)
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         overlap = [
@@ -61,14 +54,3 @@ class Olora(Method):
         if self.config.decay > 0:
             terms = terms + self.config.decay * sum(torch.linalg.vector_norm(p) for p in ctx.parameters.values())
         return {"olora/term": terms}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.frozen)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.frozen = dict(state)
-        if self._ctx is not None:  # inside a block; between blocks begin_block does it
-            self._ctx.set_history(self.frozen)
-
-    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        return sum(4 * tensor.numel() for tensor in self.frozen.values())

@@ -42,24 +42,30 @@ class BaseRecord(BaseModel):
     config: dict[str, Any] = {}
 
 
+class Made:
+    """What the `cladapt.json` of a base says of it."""
+
+    provenance: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the weights and of what their outputs stand for, written when the base was saved."""
+        return str(self.provenance["fingerprint"])
+
+    @property
+    def fitted_block(self) -> int:
+        """Last block that the weights have learned; 0 for none."""
+        return int(self.provenance["fitted_block"])
+
+
 @dataclass(frozen=True)
-class Base:
+class Base(Made):
     """A base model with its tokenizer, ID table and provenance."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     sids: SidTable
     provenance: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the weights and IDs, written when the base was saved."""
-        return str(self.provenance["fingerprint"])
-
-    @property
-    def fitted_block(self) -> int:
-        """Last block whose interactions the weights have seen; 0 for none."""
-        return int(self.provenance["fitted_block"])
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
 from cladapt.config import VitConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.adapter import CLASSIFIER
-from cladapt.model.load import PROVENANCE, weights_hash
+from cladapt.model.load import PROVENANCE, Made, weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,21 +38,11 @@ class VisionRecord(BaseModel):
 
 
 @dataclass(frozen=True)
-class VisionBase:
+class VisionBase(Made):
     """An image classifier with its provenance."""
 
     model: "PreTrainedModel"
     provenance: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the weights and classes, written when the base was saved."""
-        return str(self.provenance["fingerprint"])
-
-    @property
-    def fitted_block(self) -> int:
-        """Last block whose classes the weights have learned; 0 for none."""
-        return int(self.provenance["fitted_block"])
 
     @property
     def task_type(self) -> None:

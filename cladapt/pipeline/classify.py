@@ -22,11 +22,11 @@ from cladapt.model.history import unload
 from cladapt.model.saved import load_adapter
 from cladapt.model.vit import VisionBase, load_vision_base, new_vit, pretrained_vit, save_vision_base, with_classes
 from cladapt.pipeline.classify_report import class_report
-from cladapt.pipeline.lifecycle import Workload, begin
+from cladapt.pipeline.lifecycle import Workload, begin, names_inputs, refuse_unfinished, refuse_unnamed
 from cladapt.pipeline.lifecycle import resume as continue_run
 from cladapt.run import RUNS, Run
 from cladapt.train.blocks import blocks_after
-from cladapt.train.classes import fit_base, train_classes
+from cladapt.train.classes import fit_vision, train_classes
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Sink
 
@@ -95,7 +95,7 @@ def make_base(
         known = stream if source is None else _other_images(source, stream, config.seed)
         model = new_vit(config, stream.images.shape[1], stream.images.shape[3], len(known.classes))
         cast(nn.Module, model).to(ops.compute_device())
-        result = fit_base(model, known, [1], config, sink)
+        result = fit_vision(model, known, [1], config, sink)
         if source is None:
             fitted = 1
         else:
@@ -166,8 +166,7 @@ def prepare(config: ClassifyConfig, base: VisionBase) -> dict[str, nn.Parameter]
 
 def plan(config: ClassifyConfig) -> dict[str, Any]:
     """What a run would do: everything validated, images and parameters counted, nothing written."""
-    if not config.data or not config.base:
-        raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+    refuse_unnamed(config)
     stream, base = open_inputs(config)
     parameters = prepare(config, base)
     blocks = set(blocks_after(base.fitted_block, stream.n_blocks))
@@ -200,13 +199,7 @@ def open_inputs(config: ClassifyConfig) -> tuple[ImageStream, VisionBase]:
 
 def with_embedded(config: ClassifyConfig, sink: Sink) -> ClassifyConfig:
     """Fill in the digits and their small base where the configuration names none, making them once."""
-    if bool(config.data) != bool(config.base):
-        given, missing = ("data", "base") if config.data else ("base", "data")
-        raise ConfigError(
-            f"{given}={getattr(config, given)!r} without {missing}",
-            "give both, or neither for scikit-learn's digits and their small base",
-        )
-    if config.data:
+    if names_inputs(config, "scikit-learn's digits and their small base"):
         return config
     stream, base = EMBEDDED / "stream", EMBEDDED / "base"
     if not ranks.once(stream.is_dir):
@@ -237,15 +230,10 @@ def _rows(
     run: Run[ClassifyConfig], stream: ImageStream, base: VisionBase, config: ClassEvalConfig, sink: Sink
 ) -> Iterator[pl.DataFrame]:
     """Rows of the base and of every adapter."""
-    adapters = run.adapters
-    expected = list(blocks_after(base.fitted_block, stream.n_blocks)) if build(run.config.method).trains else []
-    if sorted(adapters) != expected:
-        raise DataError(
-            f"{run.path} has adapters for the blocks {sorted(adapters)}, the stream needs {expected}",
-            f"finish it: cladapt train --resume {run.path}",
-        )
+    trains = build(run.config.method).trains
+    refuse_unfinished(run, blocks_after(base.fitted_block, stream.n_blocks) if trains else ())
     yield image_rows(base.model, stream, base.fitted_block, config.targets, config.batch_images)
-    for block, folder in adapters.items():
+    for block, folder in run.adapters.items():
         model = load_adapter(base, folder)
         yield image_rows(adapted_lm(model), stream, block, config.targets, config.batch_images)
         unload(model)

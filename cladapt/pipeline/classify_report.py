@@ -1,6 +1,5 @@
 """What class-incremental runs show: metrics.json and report.html of one, measures and differences of several."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from cladapt.eval.images import ROWS
 from cladapt.eval.report import HeatMap, KeyValues, Section, Table, render_report
 from cladapt.eval.significance import Effect
 from cladapt.export.place import refuse_existing
-from cladapt.methods import Compose, build
 from cladapt.model.vit import VisionBase
+from cladapt.pipeline.compare import method_options, open_each
 from cladapt.pipeline.report import Spectra, regulariser_log, rows_table, step_curves
 from cladapt.run import Run, open_run
 
@@ -107,7 +106,7 @@ def compare_class_runs(paths: Sequence[Path], out: Path | None = None) -> dict[s
     if out is not None:
         refuse_existing(out)
     groups: dict[str, dict[int, Run[ClassifyConfig]]] = {}
-    for run in _open(paths):
+    for run in open_each(paths, _open):
         by_seed, seed = groups.setdefault(hash_value(_settings(run.config)), {}), run.config.seed
         if seed in by_seed:
             raise ConfigError(
@@ -166,10 +165,8 @@ def _settings(config: ClassifyConfig) -> dict[str, Any]:
     """All that shapes a run but its seed, stream, base and evaluation, by dotted key; options with their defaults."""
     apart = ("seed", "data", "base", "method.options")
     found = {row["key"]: row["value"] for row in describe(config) if row["key"] not in apart}
-    method = build(config.method)
-    parts = method.methods if isinstance(method, Compose) else ((config.method.name, method),)
-    options = {f"{name}.{k}": v for name, part in parts for k, v in part.config.model_dump(mode="json").items()}
-    return {**{key: value for key, value in found.items() if not key.startswith("eval.")}, **options}
+    own = {key: value for key, value in found.items() if not key.startswith("eval.")}
+    return {**own, **method_options(config.method)}
 
 
 def _names(configs: Sequence[ClassifyConfig]) -> list[str]:
@@ -184,14 +181,9 @@ def _names(configs: Sequence[ClassifyConfig]) -> list[str]:
     return names
 
 
-def _open(paths: Sequence[Path]) -> list[Run[ClassifyConfig]]:
-    """The runs, each once; `ConfigError` where one recommends."""
-    found: dict[str, Run[ClassifyConfig]] = {}
-    for path in paths:
-        run, place = open_run(path), os.path.realpath(path)
-        if not isinstance(run.config, ClassifyConfig):
-            raise ConfigError(f"{path} is a run of --task {run.task}", "compare runs of one task")
-        if place in found:
-            raise ConfigError(f"{path} is given twice", "name each run once")
-        found[place] = Run(run.path, run.config, run.inputs)
-    return list(found.values())
+def _open(path: Path) -> Run[ClassifyConfig]:
+    """A run; `ConfigError` where it recommends."""
+    run = open_run(path)
+    if not isinstance(run.config, ClassifyConfig):
+        raise ConfigError(f"{path} is a run of --task {run.task}", "compare runs of one task")
+    return Run(run.path, run.config, run.inputs)

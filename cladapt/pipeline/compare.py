@@ -1,17 +1,17 @@
 """Runs against runs: those that differ in the seed alone are pooled, and the groups are compared user by user."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
 from cladapt.artifacts import atomic_dir, hash_value, read_parquet, read_record
-from cladapt.config import EvalConfig, describe, resolve
+from cladapt.config import EvalConfig, MethodConfig, describe, resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval import significance
 from cladapt.eval.metrics import ROWS
@@ -36,6 +36,7 @@ from cladapt.run import Run
 
 SAME_QUESTION = ("top_k", "beams", "exclude_seen", "targets", "max_users")
 """Evaluation settings that must agree; the others change the effort, not the figures."""
+R = TypeVar("R")
 Lines = Mapping[str, Mapping[int, pl.DataFrame]]
 
 
@@ -200,7 +201,7 @@ def compare_runs(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
     """Compare evaluated runs; with `out` also as summary.csv, differences.csv and report.html there."""
     if out is not None:
         refuse_existing(out)
-    groups = group_runs([Evaluated.read(run) for run in _open(paths)])
+    groups = group_runs([Evaluated.read(run) for run in open_each(paths, Run.open)])
     comparison = Comparison(groups)
     result: dict[str, Any] = {
         "stream": next(iter(groups[0].by_seed.values())).stream,
@@ -271,14 +272,22 @@ def write_comparison(out: Path, comparison: Comparison, result: Mapping[str, Any
         (folder / "report.html").write_text(render_report(title, sections), encoding="utf-8")
 
 
-def _open(paths: Iterable[Path]) -> list[Run]:
-    found: dict[str, Run] = {}
+def open_each(paths: Iterable[Path], open_one: Callable[[Path], R]) -> list[R]:
+    """What every path holds; `ConfigError` where two of them are one place."""
+    found: dict[str, R] = {}
     for path in paths:
         place = os.path.realpath(path)
         if place in found:
             raise ConfigError(f"{path} is given twice", "name each run once")
-        found[place] = Run.open(path)
+        found[place] = open_one(path)
     return list(found.values())
+
+
+def method_options(config: MethodConfig) -> dict[str, Any]:
+    """Every option of a configured method with its value, defaults too, as `<method>.<field>`."""
+    method = build(config)
+    parts = method.methods if isinstance(method, Compose) else ((config.name, method),)
+    return {f"{name}.{k}": v for name, part in parts for k, v in part.config.model_dump(mode="json").items()}
 
 
 def _check_comparable(evaluated: Sequence[Evaluated]) -> None:
@@ -328,15 +337,17 @@ def _settings(run: Run) -> dict[str, Any]:
     apart = ("seed", "data", "base", "from_adapter", "method.options")
     found = {r["key"]: r["value"] for r in describe(run.config) if r["key"] not in apart}
     found = {key: value for key, value in found.items() if not key.startswith("eval.")}
-    method = build(run.config.method)
-    parts = method.methods if isinstance(method, Compose) else ((run.config.method.name, method),)
-    options = {f"{name}.{k}": v for name, part in parts for k, v in part.config.model_dump(mode="json").items()}
     made = _made(run)
     recipe = {key: value for key, value in made.items() if key not in ("fingerprint", "cladapt", "config")}
     # each seed may have a base of its own: the base's seed is left out like the run's
     config = {key: value for key, value in made.get("config", {}).items() if key != "seed"}
     start = run.inputs.get("from_adapter", run.config.from_adapter)
-    return {**found, "base": hash_value([recipe, config]), "from_adapter": start, "options": options}
+    return {
+        **found,
+        "base": hash_value([recipe, config]),
+        "from_adapter": start,
+        "options": method_options(run.config.method),
+    }
 
 
 def _made(run: Run) -> dict[str, Any]:

@@ -36,6 +36,31 @@ class Workload(Generic[C]):
     """What an adapter's `cladapt.json` says beside stream, configuration, method and seed."""
 
 
+def names_inputs(config: RunConfig | ClassifyConfig, embedded: str) -> bool:
+    """Whether stream and base are named; `ConfigError` where only one is, without both the `embedded` ones serve."""
+    if bool(config.data) != bool(config.base):
+        given, missing = ("data", "base") if config.data else ("base", "data")
+        raise ConfigError(
+            f"{given}={getattr(config, given)!r} without {missing}", f"give both, or neither for {embedded}"
+        )
+    return bool(config.data)
+
+
+def refuse_unnamed(config: RunConfig | ClassifyConfig) -> None:
+    """A plan makes nothing, so it needs what a run would make."""
+    if not config.data or not config.base:
+        raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+
+
+def refuse_unfinished(run: Run[Any], expected: Sequence[int]) -> None:
+    """Only a run that has learned all its blocks is measured."""
+    if sorted(run.adapters) != list(expected):
+        raise DataError(
+            f"{run.path} has adapters for the blocks {sorted(run.adapters)}, the stream needs {list(expected)}",
+            f"finish it: cladapt train --resume {run.path}",
+        )
+
+
 def begin(work: Workload[C], config: C, stream: Any, base: Any, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Make a run directory and learn."""
     work.blocks(config, stream, base)

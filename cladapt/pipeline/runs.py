@@ -26,7 +26,7 @@ from cladapt.model.history import unload
 from cladapt.model.load import Base, load_base
 from cladapt.model.saved import adapter_block, load_adapter, start_from
 from cladapt.pipeline import bases, streams
-from cladapt.pipeline.lifecycle import Workload, begin
+from cladapt.pipeline.lifecycle import Workload, begin, names_inputs, refuse_unfinished, refuse_unnamed
 from cladapt.pipeline.lifecycle import resume as continue_run
 from cladapt.pipeline.report import run_report
 from cladapt.run import RUNS, Run
@@ -87,8 +87,7 @@ def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torc
 
 def plan(config: RunConfig) -> dict[str, Any]:
     """What a run would do: everything validated, tokens and parameters counted, memory estimated, nothing written."""
-    if not config.data or not config.base:
-        raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+    refuse_unnamed(config)
     stream, base = open_inputs(config)
     method, form, parameters = prepare(config, base)
     blocks = []
@@ -184,11 +183,8 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
     trains = build(run.config.method).trains
     learned = learned_block(run.config, base)
     expected = list(blocks_to_learn(stream, learned))
-    if trains and sorted(adapters) != expected:
-        raise DataError(
-            f"{run.path} has adapters for the blocks {sorted(adapters)}, the stream needs {expected}",
-            f"finish it: cladapt train --resume {run.path}",
-        )
+    if trains:
+        refuse_unfinished(run, expected)
     start = Path(run.config.from_adapter) if run.config.from_adapter else None
     for _ in _models(base, start, learned, adapters):
         pass  # a damaged adapter shows now, not when those before it are measured
@@ -235,13 +231,7 @@ def open_inputs(config: RunConfig) -> tuple[Stream, Base]:
 
 def with_embedded(config: RunConfig, sink: Sink) -> RunConfig:
     """Fill in the embedded stream and tiny base where the configuration names none, making them once."""
-    if bool(config.data) != bool(config.base):
-        given, missing = ("data", "base") if config.data else ("base", "data")
-        raise ConfigError(
-            f"{given}={getattr(config, given)!r} without {missing}",
-            "give both, or neither for the embedded stream and its tiny base",
-        )
-    if config.data:
+    if names_inputs(config, "the embedded stream and its tiny base"):
         return config
     stream, base = EMBEDDED / "stream", EMBEDDED / "base"
     make_embedded(stream, base, SimulateConfig(), BaseConfig(), sink)

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from cladapt.config import ClassifyConfig, VitConfig
 from cladapt.data.images import ImageStream
-from cladapt.methods import Context, build
-from cladapt.methods.finetune import Finetune
+from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.vit import ClassLoss, VisionBase, pixels_of
 from cladapt.train.blocks import blocks_after, learn_blocks
 from cladapt.train.feeds import Batch, evenly
-from cladapt.train.loop import Fit, FitResult, FitSettings
+from cladapt.train.loop import FitResult
+from cladapt.train.pretrain import fit_base
 from cladapt.train.sinks import Sink
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def train_classes(
     return learn_blocks(run, config, method, base, blocks, task, sink, config_hash, provenance)
 
 
-def fit_base(
+def fit_vision(
     model: "PreTrainedModel", stream: ImageStream, blocks: Sequence[int], config: VitConfig, sink: Sink
 ) -> FitResult:
     """Train all weights on the images of some blocks, stopping by the validation log-likelihood."""
@@ -115,15 +115,5 @@ def fit_base(
             stream.classes_of,
         )
     )
-    settings = FitSettings(
-        lr=config.lr,
-        epochs=config.epochs,
-        seed=config.seed,
-        weight_decay=config.weight_decay,
-        patience=config.patience,
-    )
     feed = ImageFeed(stream, train, valid, config.batch_images, config.warp)
-    ctx = Context(dict(model.named_parameters()), block=1)
-    result = Fit(ClassLoss(model, classes), Finetune(), ctx, feed, settings, sink).run()
-    model.eval()
-    return result
+    return fit_base(ClassLoss(model, classes), dict(model.named_parameters()), feed, config, sink)

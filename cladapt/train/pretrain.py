@@ -1,19 +1,19 @@
 """Base models: a small causal LM trained from scratch on block 1, or new token rows fitted in a given one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.nn import functional as F
 
-from cladapt.config import BaseConfig
+from cladapt.config import BaseConfig, VitConfig
 from cladapt.methods import Context
 from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import quiet
 from cladapt.model.packed import PackedLoss, TrieSoftmax
 from cladapt.tokens.prompts import Document
-from cladapt.train.feeds import PackedFeed
+from cladapt.train.feeds import Feed, PackedFeed
 from cladapt.train.loop import Fit, FitResult, FitSettings
 from cladapt.train.sinks import Sink
 
@@ -31,7 +31,8 @@ def pretrain(
 ) -> FitResult:
     """Train all weights of `model` on block 1, stopping by the validation log-likelihood."""
     with residual_dropout(model, config.dropout):
-        return _fit(PackedLoss(model, softmax), dict(model.named_parameters()), train, valid, config, sink)
+        feed = PackedFeed(train, valid, config.batch_tokens, config.row_tokens)
+        return fit_base(PackedLoss(model, softmax), dict(model.named_parameters()), feed, config, sink)
 
 
 def fit_token_rows(
@@ -52,20 +53,16 @@ def fit_token_rows(
     with quiet():
         wrapped = get_peft_model(model, TrainableTokensConfig(token_indices=list(new_ids), target_modules=names))
     parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    result = _fit(
-        PackedLoss(cast("PreTrainedModel", wrapped.get_base_model()), softmax), parameters, train, valid, config, sink
-    )
+    feed = PackedFeed(train, valid, config.batch_tokens, config.row_tokens)
+    loss = PackedLoss(cast("PreTrainedModel", wrapped.get_base_model()), softmax)
+    result = fit_base(loss, parameters, feed, config, sink)
     return cast("PreTrainedModel", wrapped.merge_and_unload()), result
 
 
-def _fit(
-    module: PackedLoss,
-    parameters: dict[str, nn.Parameter],
-    train: Sequence[Document],
-    valid: Sequence[Document],
-    config: BaseConfig,
-    sink: Sink,
+def fit_base(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], feed: Feed, config: BaseConfig | VitConfig, sink: Sink
 ) -> FitResult:
+    """Train what a base learns by itself, stopping by the validation log-likelihood."""
     settings = FitSettings(
         lr=config.lr,
         epochs=config.epochs,
@@ -73,7 +70,6 @@ def _fit(
         weight_decay=config.weight_decay,
         patience=config.patience,
     )
-    feed = PackedFeed(train, valid, config.batch_tokens, config.row_tokens)
     result = Fit(module, Finetune(), Context(parameters, block=1), feed, settings, sink).run()
     module.eval()
     return result

@@ -1,0 +1,34 @@
+"""Methods that keep the factors of earlier blocks frozen beside the adapter."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cladapt.methods._base import Context, Method
+
+
+class WithHistory(Method):
+    """Holds the frozen factors as its state, and puts them into the model when a block begins or is taken up."""
+
+    history = True
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__(config)
+        self.frozen: dict[str, Tensor] = {}
+        self._ctx: Context | None = None
+
+    def install(self, ctx: Context) -> None:
+        """Put the frozen factors beside the adapter of this block."""
+        self._ctx = ctx
+        ctx.set_history(self.frozen)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.frozen)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.frozen = dict(state)
+        if self._ctx is not None:  # inside a block; between blocks begin_block does it
+            self.install(self._ctx)
+
+    def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return sum(4 * tensor.numel() for tensor in self.state_dict().values())
