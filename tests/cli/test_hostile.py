@@ -69,7 +69,6 @@ OVERRIDES = [
 OVERRIDES += ["seed=2024-99-99", "seed=0b_", "seed=" + "[" * 3000, "seed=&a [*a]", "seed.x=1", "sede=1", "\0=1", "ö=1"]
 FINE = {  # hostile to look at, but meaningful
     ("data import", "--timestamp", ""),
-    ("data images", "source", ""),  # this folder, which holds drawings
     *((command, "--out", "nowhere/2024") for command in CALLS),
 }
 CODES = {2, 3, 4}
