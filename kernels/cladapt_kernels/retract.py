@@ -234,11 +234,15 @@ def inverse_root(m: Tensor, precision: float) -> Tensor:
     """M^{-1/2} of [B, r, r] with eigenvalues from 1 upwards, up to rounding, by coupled Newton-Schulz iterations.
 
     A = M / c, c the middle of the bounds [1, ||M||_inf];  Y = A, Z = I;  T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z.
+    By eigenvalues where the rounding of M, precision ||M||_inf, might leave one near 0: the iterations would diverge.
     """
     bound = m.abs().sum(-1).amax(-1).clamp_(min=1.0)  # [B], of the largest eigenvalue
     centre = (0.5 * (1.0 + bound))[:, None, None]
     y, identity = m / centre, torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     largest = bound.max().item()
+    if precision * largest > 0.01:
+        values, vectors = torch.linalg.eigh(m)
+        return (vectors * values.clamp_(min=1.0).rsqrt()[:, None, :]) @ vectors.mT
     z = t = torch.sub(1.5 * identity, y, alpha=0.5)
     for _ in range(iterations((largest - 1.0) / (largest + 1.0), precision) - 1):
         y = y @ t

@@ -1,5 +1,6 @@
 """Retraction of many factors at once, against the polar factor of an SVD in float64."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -110,6 +111,25 @@ def test_as_many_iterations_as_the_recursion_needs(error: float, count: int) -> 
     m = torch.stack([torch.diag(torch.stack([torch.ones_like(x), 1 / x]))])
     root = inverse_root(m.float(), torch.finfo(torch.float32).eps)[0].diagonal().double()
     torch.testing.assert_close(root, m[0].diagonal().rsqrt(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e3, 1e6, 1e9])
+def test_beyond_what_iterations_can_hold_eigenvalues_take_over(largest: float) -> None:
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    values = torch.logspace(0, math.log10(largest), 5, dtype=torch.float64)
+    m = (basis * values) @ basis.T
+    least = m - 1.5 * torch.outer(basis[:, 0], basis[:, 0])  # rounding took more than there was: -0.5 stands for 1
+    precision = torch.finfo(torch.float32).eps
+    expected = (basis * values.rsqrt()) @ basis.T
+    torch.testing.assert_close(inverse_root(m[None], precision)[0], expected, rtol=0, atol=1e-6)
+    if precision * largest > 0.01:
+        torch.testing.assert_close(inverse_root(least[None], precision)[0], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("step", [1e5, 1e7])
+def test_a_step_beyond_any_sane_length_stays_finite(step: float) -> None:
+    xs, ds, fs = factors(step)
+    assert all(bool(x.isfinite().all()) for x in retract(xs, ds, fs))
 
 
 @pytest.mark.parametrize(
