@@ -2,7 +2,7 @@
 
 A write goes to a temporary name beside its target, is flushed to the disk and renamed, so a killed process leaves
 either the old file or the new one. A folder that is replaced steps aside first; `recover` puts it back where the
-process died in between. Nothing is ever pickled.
+process died in between. Every file has the mode that the umask gives a new one. Nothing is ever pickled.
 """
 
 import errno
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,9 +39,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         with _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives a new file
             yield temporary
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
+            _finish(temporary, mode)
             temporary.replace(target)
     finally:
         with suppress(OSError):  # there is none after the rename, nor below a path that is no folder
@@ -61,11 +63,13 @@ def atomic_dir(target: Path) -> Iterator[Path]:
             for path in (temporary, retired):
                 shutil.rmtree(path, ignore_errors=True)
             temporary.mkdir()
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives a new folder
             yield temporary
             for path in sorted(temporary.rglob("*")):
                 if path.is_file():
-                    with path.open("rb") as handle:
-                        os.fsync(handle.fileno())
+                    _finish(path, mode & 0o666)
+                elif path.is_dir():
+                    path.chmod(mode)
             if target.exists():
                 target.rename(retired)
             temporary.rename(target)
@@ -75,6 +79,14 @@ def atomic_dir(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if os.path.isdir(target):  # else the old one is still under its other name
             shutil.rmtree(retired, ignore_errors=True)
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Flush a file to the disk and give it `mode`: libraries write private ones, which a server could not read."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+    if not path.is_symlink():
+        path.chmod(mode)
 
 
 def check_writable(target: Path) -> None:

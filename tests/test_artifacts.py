@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 from pydantic import BaseModel, PositiveInt
+from safetensors.torch import save_file
 
 from cladapt.artifacts import (
     atomic_dir,
@@ -363,3 +364,25 @@ def test_hashes_are_of_the_content(tmp_path: Path) -> None:
     assert hash_value({"b": 1, "a": [0.5]}) == hash_value({"a": [0.5], "b": 1})
     assert hash_value({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()[:16]
     assert hash_value([1, 2]) != hash_value([2, 1])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(2)})
+        write_json(tmp_path / "j.json", {})
+        with atomic_dir(tmp_path / "folder") as folder:
+            (folder / "below").mkdir(mode=0o700)
+            save_file({"a": torch.zeros(2)}, folder / "below" / "t.safetensors")  # private, as safetensors writes it
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    file, folder_mode = oct(0o666 & ~umask), oct(0o777 & ~umask)
+    assert modes == {
+        "t.safetensors": file,
+        "j.json": file,
+        "folder": folder_mode,
+        "folder/below": folder_mode,
+        "folder/below/t.safetensors": file,
+    }
