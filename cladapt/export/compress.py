@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cladapt.artifacts import read_tensors, write_json, write_tensors
 from cladapt.errors import ConfigError
 from cladapt.model.adapter import quiet
-from cladapt.model.load import PROVENANCE, load_base
-from cladapt.model.saved import ADAPTER_FILE, adapter_provenance, load_adapter
+from cladapt.model.load import load_base
+from cladapt.model.saved import adapter_provenance, load_adapter, read_factors, write_factors
 from cladapt.model.spectrum import saved_scales, saved_spectra, spectra
 
 
@@ -52,15 +51,14 @@ def compressed(adapter: Path, base_folder: Path, rank: int) -> Iterator[tuple[Pa
         out.mkdir()
         config.inference_mode = True
         config.save_pretrained(str(out))
-        write_tensors(out / ADAPTER_FILE, tensors, {"format": "pt"})
         record = {key: value for key, value in adapter_provenance(adapter).items() if key != "history_rank"}
-        write_json(out / PROVENANCE, {**record, "compressed": report})
+        write_factors(out, tensors, {**record, "compressed": report})
         yield out, report
 
 
 def _difference(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Factors of the saved delta W less the compressed one, both at scale 1."""
-    saved, scales = read_tensors(adapter / ADAPTER_FILE), saved_scales(adapter)
+    saved, scales = read_factors(adapter), saved_scales(adapter)
     found = {}
     for name, own in saved.items():
         if ".lora_A." in name:

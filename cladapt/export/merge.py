@@ -1,32 +1,42 @@
-"""Fold an adapter into its base: W + scale * B A in float32, checked before anything is written."""
+"""Fold an adapter into its base: W + scale * B A in float32, checked as it was written before it takes its name."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from cladapt.errors import CheckFailed
-from cladapt.model.load import Base, load_base, save_base
+from cladapt.artifacts import atomic_dir
+from cladapt.errors import CheckFailed, DataError
+from cladapt.model.load import LEFT_OUT, Base, load_base, write_base
 from cladapt.model.saved import adapter_block, adapter_provenance, load_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Largest and mean absolute difference of the logits before and after the merge, and the bound they met."""
+    """Largest and mean absolute difference of the logits of what was written, and the bound they met.
+
+    `left_out`: settings of the base's generation config that the checkpoint was not given.
+    """
 
     max_difference: float
     mean_difference: float
     bound: float
+    left_out: Mapping[str, Any]
 
 
 def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) -> MergeReport:
-    """Write the merged checkpoint to `out` after comparing its logits with base + adapter on probe histories.
+    """Write the merged checkpoint, read it back and compare its logits with base + adapter on probe histories.
 
-    `tolerance` bounds the largest difference relative to the largest logit; above it `CheckFailed`, nothing written.
+    `tolerance` bounds the largest difference relative to the largest logit; above it `CheckFailed`, and nothing stays.
     """
     base, block = load_base(base_folder, dtype=torch.float32), adapter_block(adapter)
     model = load_adapter(base, adapter)
@@ -34,16 +44,6 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
     before = logits(model, probe)
     if not torch.isfinite(before).all():
         raise CheckFailed(f"merging {adapter}: its logits are not finite", "train it again with a lower train.lr")
-    merged = model.merge_and_unload()
-    after = logits(merged, probe)
-    difference = (before - after).abs()
-    bound = tolerance * float(before.abs().max())
-    report = MergeReport(float(difference.max()), float(difference.mean()), bound)
-    if not report.max_difference <= bound:
-        raise CheckFailed(
-            f"merging {adapter} changes the logits by {report.max_difference:.3g}, allowed {bound:.3g}",
-            "serve the adapter unmerged, or check that base and adapter belong together",
-        )
     source = adapter_provenance(adapter)
     record = {
         **base.provenance,
@@ -53,8 +53,31 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
         "merged": source,
         "parent_base": base.fingerprint,
     }
-    save_base(out, merged, base.tokenizer, base.sids, record)
+    merged = cast("PreTrainedModel", model.merge_and_unload())
+    with atomic_dir(out) as folder:
+        write_base(folder, merged, base.tokenizer, base.sids, record)
+        written = _read_back(folder, adapter, merged.dtype)
+        difference = (before - logits(written.model, probe)).abs()
+        bound = tolerance * float(before.abs().max())
+        report = MergeReport(
+            float(difference.max()), float(difference.mean()), bound, written.provenance.get(LEFT_OUT, {})
+        )
+        if not report.max_difference <= bound:
+            raise CheckFailed(
+                f"merging {adapter} changes the logits by {report.max_difference:.3g}, allowed {bound:.3g}",
+                "serve the adapter unmerged, or check that base and adapter belong together",
+            )
     return report
+
+
+def _read_back(folder: Path, adapter: Path, dtype: torch.dtype) -> Base:
+    try:
+        return load_base(folder, dtype)
+    except DataError as error:
+        raise CheckFailed(
+            f"merging {adapter}: what was written is not what was merged: {error.message}",
+            "try again, and report this as a bug if it stays",
+        ) from error
 
 
 def probe_tokens(base: Base, rows: int = 8) -> torch.Tensor:

@@ -13,7 +13,7 @@ from cladapt.export.merge import merge
 from cladapt.export.place import refuse_existing
 from cladapt.export.vllm import export_vllm
 from cladapt.model.adapter import adapter_parameters
-from cladapt.model.load import base_provenance, load_base
+from cladapt.model.load import LEFT_OUT, base_provenance, load_base
 from cladapt.model.saved import CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 
 
@@ -54,6 +54,7 @@ def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> 
         "max_logit_difference": report.max_difference,
         "mean_logit_difference": report.mean_difference,
         "allowed": report.bound,
+        LEFT_OUT: dict(report.left_out),
         "block": provenance.get("block"),
     }
 

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cladapt.artifacts import atomic_dir, atomic_path, read_json, read_tensors, write_json, write_tensors
+from cladapt.artifacts import atomic_dir, atomic_path, read_json, write_json
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.card import CARD, Facts, adapter_card
 from cladapt.export.place import refuse_existing
 from cladapt.export.preflight import MAX_LORA_RANKS, Finding, max_lora_rank, preflight, refuse, subject
 from cladapt.model.load import PROVENANCE, base_provenance, load_base
-from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
+from cladapt.model.saved import (
+    CONFIG_FILE,
+    adapter_provenance,
+    adapter_settings,
+    load_adapter,
+    read_factors,
+    write_factors,
+)
 
 GUIDE = "SERVING.md"
 
@@ -47,9 +54,8 @@ def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
     if not there:
         with atomic_dir(target) as folder:
             write_json(folder / CONFIG_FILE, config)
-            write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
             provenance = adapter_provenance(adapter)
-            write_json(folder / PROVENANCE, provenance)
+            write_factors(folder, tensors, provenance)
             card = adapter_card(f"adapters/{name}", "base", config, provenance, base, facts)
             (folder / CARD).write_text(card, encoding="utf-8")
     command = serve_command(out)
@@ -84,7 +90,7 @@ def servable(adapter: Path, base_folder: Path) -> tuple[dict[str, Any], dict[str
     from peft.tuners.lora import LoraLayer
 
     model = load_adapter(load_base(base_folder), adapter)
-    config, tensors = adapter_settings(adapter), read_tensors(adapter / ADAPTER_FILE)
+    config, tensors = adapter_settings(adapter), read_factors(adapter)
     if not (config.get("rank_pattern") or config.get("alpha_pattern")):
         return config, tensors
     scales = {name: m.scaling["default"] for name, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -148,7 +154,7 @@ def _same_base(folder: Path, fingerprint: str) -> bool:
 def _same_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     if not folder.is_dir():
         return False
-    there = read_tensors(folder / ADAPTER_FILE)
+    there = read_factors(folder)
     same = there.keys() == tensors.keys() and all(torch.equal(there[name], t) for name, t in tensors.items())
     if not same or adapter_settings(folder) != config:
         raise ConfigError(f"{folder} holds another adapter", "choose another --out, or remove it")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "default"
 CLASSIFIER = "classifier"
+_SHOWN = 3
 Parameters = Literal["factors", "weights", "directions"]
 
 
@@ -111,6 +112,8 @@ def _targets(lm: "PreTrainedModel", targets: str | tuple[str, ...]) -> str | lis
     Merging an adapter of a shared head would change the embedding as well. A classifier is no language model's head:
     it learns new rows, and is never adapted.
     """
+    if targets not in ("auto", "all-linear"):
+        _check_targets(lm, targets)
     head = lm.get_output_embeddings()
     if head is None:
         if targets in ("auto", "all-linear"):
@@ -128,6 +131,24 @@ def _targets(lm: "PreTrainedModel", targets: str | tuple[str, ...]) -> str | lis
             "leave it out, or use a base with a head of its own",
         )
     return targets if isinstance(targets, str) else list(targets)
+
+
+def _check_targets(lm: nn.Module, targets: str | tuple[str, ...]) -> None:
+    """`ConfigError` for a target that names no module, or one that is no linear layer."""
+    hint = f"linear modules of this model end in: {', '.join(_linearnames_module(lm))}"
+    modules = dict(lm.named_modules())
+    chosen: dict[str, list[str]] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        named = target if isinstance(targets, str) else (target,)
+        chosen[target] = [name for name in modules if name and names_module(named, name)]
+    if nothing := [target for target, names in chosen.items() if not names]:
+        raise ConfigError(f"adapter.targets={targets!r}: no module is named by {', '.join(map(repr, nothing))}", hint)
+    strange = {name: type(modules[name]).__name__ for names in chosen.values() for name in names}
+    strange = {name: kind for name, kind in strange.items() if not isinstance(modules[name], nn.Linear)}
+    if strange:
+        found = ", ".join(f"{name} ({kind})" for name, kind in list(strange.items())[:_SHOWN])
+        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
+        raise ConfigError(f"adapter.targets={targets!r} names what is no linear layer: {found}{more}", hint)
 
 
 def names_module(targets: str | Sequence[str], module: str) -> bool:

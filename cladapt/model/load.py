@@ -3,6 +3,7 @@
 The directory is an ordinary checkpoint (model, tokenizer) beside `sids.parquet` and `cladapt.json` (provenance).
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,9 @@ from torch import nn
 from cladapt import __version__
 from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
 from cladapt.errors import ConfigError, DataError
+from cladapt.model.generation import greedy
 from cladapt.model.packed import TrieSoftmax
+from cladapt.model.weights import check_finite, saved_weights_hash, weights_hash
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
 from cladapt.tokens.trie import Trie
@@ -30,6 +33,9 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "medium": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8},
 }
 PROVENANCE = "cladapt.json"
+LEFT_OUT = "generation_left_out"
+"""The key of a base's `cladapt.json` for generation settings that it was not given; see `greedy`."""
+RESTORE = "restore the base directory, or make the base again"
 
 
 class BaseRecord(BaseModel):
@@ -206,17 +212,6 @@ def check_supported(model: nn.Module) -> None:
             )
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Hash of every tensor of a model: names, shapes, dtypes and bytes."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def save_base(
     folder: Path,
     model: "PreTrainedModel",
@@ -224,17 +219,38 @@ def save_base(
     sids: SidTable,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write base+tokens as one directory, whole or not at all."""
+    """Write base+tokens as one directory, whole or not at all; see `write_base`."""
+    with atomic_dir(folder) as temporary:
+        write_base(temporary, model, tokenizer, sids, provenance)
+
+
+def write_base(
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sids: SidTable,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write base+tokens into an existing folder, with a greedy generation config.
+
+    `cladapt.json` names the settings of the model's own generation config that are left out.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with atomic_dir(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        sids.save(temporary / "sids.parquet")
-        fingerprint = hash_value([weights_hash(model), sids.fingerprint])
-        record = {**provenance, "sids": sids.fingerprint, "fingerprint": fingerprint, "cladapt": __version__}
-        write_json(temporary / PROVENANCE, record)
+    check_finite("the model to be saved", dict(model.state_dict()), "train it again with a lower lr")
+    model.generation_config, left_out = greedy(model.generation_config, sids.levels)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sids.save(folder / "sids.parquet")
+    record = {
+        **provenance,
+        LEFT_OUT: {**provenance.get(LEFT_OUT, {}), **left_out},
+        "sids": sids.fingerprint,
+        "fingerprint": hash_value([weights_hash(model), sids.fingerprint]),
+        "cladapt": __version__,
+    }
+    write_json(folder / PROVENANCE, record)
 
 
 def base_provenance(folder: Path) -> dict[str, Any]:
@@ -243,7 +259,10 @@ def base_provenance(folder: Path) -> dict[str, Any]:
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
-    """Read a base+tokens directory; all parameters frozen, evaluation mode."""
+    """Read a base+tokens directory; all parameters frozen, evaluation mode.
+
+    `DataError` where a weight is not finite, or the files are not those that were written; see `verify_weights`.
+    """
     if not (folder / PROVENANCE).is_file():
         raise DataError(
             f"{folder} is not a base+tokens directory: it has no {PROVENANCE}",
@@ -262,6 +281,27 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
             f"{folder / 'sids.parquet'} has the hash {sids.fingerprint}, the base was made with {provenance['sids']}",
             "restore the base directory",
         )
+    verify_weights(folder, model, sids.fingerprint, provenance["fingerprint"])
     check_supported(model)
     model.requires_grad_(False)
     return Base(model.eval(), tokenizer, sids, provenance)
+
+
+def verify_weights(folder: Path, model: nn.Module, meaning: str, recorded: str) -> None:
+    """`DataError` where the weights in `folder` are not those of the fingerprint that its `cladapt.json` has recorded.
+
+    `meaning`: the hash of what the outputs stand for, IDs or classes. See `saved_weights_hash` for the cost.
+    """
+    found = saved_weights_hash(folder, model, RESTORE)
+    if found is None:
+        warnings.warn(
+            f"{folder}: its weights are not compared with their fingerprint: transformers renames them on saving, and "
+            "they were loaded in another dtype",
+            stacklevel=2,
+        )
+    elif (fingerprint := hash_value([found, meaning])) != recorded:
+        raise DataError(
+            f"{folder}: its weights have the fingerprint {fingerprint}, {PROVENANCE} has recorded {recorded}: one of "
+            "them was changed after the base was made",
+            RESTORE,
+        )

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from cladapt import __version__
-from cladapt.artifacts import atomic_dir, read_record, read_tensors, write_json, write_tensors
+from cladapt.artifacts import atomic_dir, hash_file, read_record, read_tensors, write_json, write_tensors
 from cladapt.errors import DataError
 from cladapt.model.adapter import (
     CLASSIFIER,
@@ -29,6 +30,7 @@ from cladapt.model.anchors import joined
 from cladapt.model.history import history_of
 from cladapt.model.load import PROVENANCE
 from cladapt.model.packed import Softmax
+from cladapt.model.weights import check_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RESTORE = "restore the adapter directory, or export it again"
+LOWER = "train the adapter again with a lower train.lr"
 
 
 class AdapterRecord(BaseModel):
@@ -48,6 +51,8 @@ class AdapterRecord(BaseModel):
     window: PositiveInt = 1
     softmax: Softmax = "trie"
     stream: str = ""
+    beams: PositiveInt = 1
+    weights: str = ""
 
 
 class LoraRecord(BaseModel):
@@ -82,8 +87,34 @@ def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance
             tensors |= {name: parameter.detach() for name, parameter in base.beside.items()}
         config.inference_mode = True
         config.save_pretrained(str(temporary))
-        write_tensors(temporary / ADAPTER_FILE, tensors, {"format": "pt"})
-        write_json(temporary / PROVENANCE, record)
+        write_factors(temporary, tensors, record)
+
+
+def write_factors(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    """Write an adapter's tensors and its `cladapt.json`, which holds the hash of their file as `weights`."""
+    check_finite("the adapter to be saved", tensors, LOWER)
+    write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
+    write_json(folder / PROVENANCE, {**provenance, "weights": hash_file(folder / ADAPTER_FILE)})
+
+
+def read_factors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter under PEFT's names.
+
+    `DataError` where their file is not the one that was written, or a number is not finite; a warning where its hash
+    was not recorded, as in older adapters. Costs 0.6 s per GB.
+    """
+    file, recorded = folder / ADAPTER_FILE, adapter_provenance(folder).get("weights")
+    tensors = read_tensors(file)
+    check_finite(str(file), tensors, RESTORE)
+    if recorded is None:
+        warnings.warn(f"{folder / PROVENANCE} has no hash of {ADAPTER_FILE}: it is not compared", stacklevel=2)
+    elif (found := hash_file(file)) != recorded:
+        raise DataError(
+            f"{file} has the hash {found}, {PROVENANCE} has recorded {recorded}: one of them was changed after the "
+            "adapter was saved",
+            RESTORE,
+        )
+    return tensors
 
 
 def read_adapter(folder: Path, base: AdaptedBase) -> dict[str, Tensor]:
@@ -94,7 +125,7 @@ def read_adapter(folder: Path, base: AdaptedBase) -> dict[str, Tensor]:
             f"{folder} was trained on the base {record.get('base')}, this base is {base.fingerprint}",
             "give the base directory that the adapter was trained on",
         )
-    settings, tensors = adapter_settings(folder), read_tensors(folder / ADAPTER_FILE)
+    settings, tensors = adapter_settings(folder), read_factors(folder)
     _check_settings(folder / CONFIG_FILE, settings, tensors)
     return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in tensors.items()}
 

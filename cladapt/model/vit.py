@@ -20,7 +20,8 @@ from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
 from cladapt.config import VitConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.adapter import CLASSIFIER
-from cladapt.model.load import PROVENANCE, Made, weights_hash
+from cladapt.model.load import PROVENANCE, RESTORE, Made, verify_weights
+from cladapt.model.weights import check_finite, weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,6 +145,7 @@ def save_vision_base(folder: Path, model: "PreTrainedModel", classes: str, prove
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    check_finite("the model to be saved", dict(model.state_dict()), "train it again with a lower lr")
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         fingerprint = hash_value([weights_hash(model), classes])
@@ -155,7 +157,8 @@ def load_vision_base(folder: Path) -> VisionBase:
     """Read a vision base; all parameters frozen, evaluation mode."""
     if not (folder / PROVENANCE).is_file():
         raise DataError(f"{folder} is not a vision base: it has no {PROVENANCE}", "make one with `cladapt base vision`")
-    record = read_record(folder / PROVENANCE, VisionRecord, "restore this file, or make the base again")
+    record = read_record(folder / PROVENANCE, VisionRecord, RESTORE)
     model = pretrained_vit(str(folder))
+    verify_weights(folder, model, record["classes"], record["fingerprint"])
     model.requires_grad_(False)
     return VisionBase(model.eval(), record)

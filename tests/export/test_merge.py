@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cladapt.artifacts import read_tensors, write_tensors
+from cladapt.artifacts import hash_file, read_json, read_tensors, write_json, write_tensors
 from cladapt.config import AdapterConfig
 from cladapt.errors import CheckFailed, DataError
 from cladapt.export.merge import logits, merge, probe_tokens
@@ -131,12 +131,28 @@ def test_the_tolerance_is_what_the_check_goes_by(base: Path, adapter: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def broken_adapter(folder: Path, base: Path, value: float) -> Path:
+    """An adapter with one other value, which its record agrees with."""
+    broken = make_adapter(folder, base)
+    file = broken / "adapter_model.safetensors"
+    tensors = read_tensors(file)
+    next(iter(tensors.values()))[0, 0] = value
+    write_tensors(file, tensors, {"format": "pt"})
+    write_json(broken / "cladapt.json", {**read_json(broken / "cladapt.json"), "weights": hash_file(file)})
+    return broken
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_adapter_that_is_not_finite_is_refused(base: Path, bad: float, tmp_path: Path) -> None:
-    broken = make_adapter(tmp_path / "adapter", base)
-    tensors = read_tensors(broken / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = bad
-    write_tensors(broken / "adapter_model.safetensors", tensors, {"format": "pt"})
+    broken = broken_adapter(tmp_path / "adapter", base, bad)
+    expected = rf"adapter_model\.safetensors: 1 of \d+ values of base_model\..* are not finite, the first is {bad}"
+    with pytest.raises(DataError, match=expected):
+        merge(broken, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_whose_answers_are_not_finite_is_refused(base: Path, tmp_path: Path) -> None:
+    broken = broken_adapter(tmp_path / "adapter", base, 3e38)
     with pytest.raises(CheckFailed, match=r"merging .*adapter: its logits are not finite \(train it again"):
         merge(broken, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

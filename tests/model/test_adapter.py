@@ -114,6 +114,22 @@ def test_unknown_targets_list_the_linear_names_and_leave_the_base_usable(
     assert torch.equal(logits(create_adapter(base, AdapterConfig(), seed=0).eval()), plain)
 
 
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        (("embed_tokens", "lm_head"), r"names what is no linear layer: model\.embed_tokens \(Embedding\)"),
+        (("self_attn",), r"layers\.0\.self_attn \(LlamaAttention\), model\.layers\.1\.self_attn \(LlamaAttention\)"),
+        (r".*norm", r"\(LlamaRMSNorm\), .* and 2 more"),
+        (("q_proj", "qq_proj", "wv"), "no module is named by 'qq_proj', 'wv'"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_named(base: Base, targets: str | tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        create_adapter(base, AdapterConfig(targets=targets), seed=0)
+    assert caught.value.message.startswith(f"adapter.targets={targets!r}")
+    assert caught.value.hint == f"linear modules of this model end in: {', '.join(sorted({*LINEAR, 'lm_head'}))}"
+
+
 def test_the_scale_is_alpha_over_rank_or_its_root(base: Base, folder: Path) -> None:
     for rslora, expected in ((False, 16 / 4), (True, 16 / 2)):
         config = AdapterConfig(rank=4, alpha=16, rslora=rslora)

@@ -1,0 +1,21 @@
+"""The generation config of a base: greedy decoding, which is what its rankings mean."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def greedy(config: "GenerationConfig | None", levels: int) -> "tuple[GenerationConfig, dict[str, Any]]":
+    """A greedy config of `levels` new tokens with the special tokens of `config`, and what else `config` had set.
+
+    Sampling, penalties and the like are tuned for text: over semantic IDs they change the ranking.
+    """
+    from transformers import GenerationConfig
+
+    own: dict[str, Any] = {} if config is None else config.to_diff_dict()
+    made = GenerationConfig(do_sample=False, max_new_tokens=levels, **{key: own[key] for key in KEPT if key in own})
+    kept = made.to_diff_dict()
+    return made, {k: v for k, v in own.items() if kept.get(k) != v and k != "transformers_version" and k[0] != "_"}
