@@ -1,6 +1,8 @@
 """The model card of an export: README.md with front matter for the hub, and what is known of base, data and scores."""
 
+import html
 import importlib.metadata
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from cladapt.artifacts import hash_value, read_record
+from cladapt.model.load import LEFT_OUT
 from cladapt.run import ENVIRONMENT, Run
 
 CARD = "README.md"
@@ -78,28 +81,32 @@ def _read(path: Path, form: type[BaseModel], hint: str) -> dict[str, Any]:
 
 
 def adapter_card(
-    folder: str,
-    base_name: str,
+    base_path: str,
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
     base: Mapping[str, Any],
     facts: Facts,
 ) -> str:
-    """The card of an adapter in `folder`, for the base+tokens checkpoint `base_name` of provenance `base`."""
+    """The card of an adapter for the base+tokens checkpoint of provenance `base`.
+
+    `base_path`: where that is, relative to the card's folder.
+    """
     targets = config["target_modules"]
-    adapted = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    base_name = os.path.basename(base_path)
     loading = f"""import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{base_name}")  # the base+tokens checkpoint {base.get("fingerprint")}
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_name}"), "{folder}").eval()
+base = {json.dumps(base_path)}  # the base+tokens checkpoint
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".").eval()
 """
     about = {
-        "base+tokens": f"`{base_name}`, fingerprint {base.get('fingerprint')}",
+        "base+tokens": f"{base_name}, fingerprint {base.get('fingerprint')}",
         "made from": base.get("source", "scratch, on block 1"),
         "LoRA": f"rank {config['r']}, alpha {config['lora_alpha']:g}{', rank-stabilised' * bool(config['use_rslora'])}",
-        "adapts": adapted,
+        "adapts": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        **_left_out(base),
     }
     front = {
         "library_name": "peft",
@@ -110,24 +117,29 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_na
     return _card("LoRA adapter", front, about, provenance, loading, facts, config.get("peft_version"))
 
 
-def merged_card(
-    folder: str, provenance: Mapping[str, Any], base: Mapping[str, Any], merged: Mapping[str, Any], facts: Facts
-) -> str:
+def merged_card(provenance: Mapping[str, Any], base: Mapping[str, Any], merged: Mapping[str, Any], facts: Facts) -> str:
     """The card of a merged checkpoint of provenance `merged`, made of an adapter's and a base's."""
-    loading = f"""import torch
+    loading = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}").eval()
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".").eval()
 """
     about = {
         "fingerprint": merged.get("fingerprint"),
         "base+tokens": f"fingerprint {base.get('fingerprint')}",
         "made from": base.get("source", "scratch, on block 1"),
+        **_left_out(merged),
     }
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
     peft = importlib.metadata.version("peft")
     return _card("Merged checkpoint", front, about, provenance, loading, facts, peft)
+
+
+def _left_out(base: Mapping[str, Any]) -> dict[str, str]:
+    """The generation settings that the base was not given, where there are any."""
+    settings = ", ".join(f"{key}={json.dumps(value)}" for key, value in base.get(LEFT_OUT, {}).items())
+    return {"generation settings left out (decoding is greedy)": settings} if settings else {}
 
 
 def _card(
@@ -171,6 +183,8 @@ The licence of this model follows from those of its data and its base: state it 
 
 ## Load
 
+In the folder of this card:
+
 ```python
 {loading}
 history = [tokenizer.bos_token_id or tokenizer.eos_token_id]  # then `tokenizer.encode("<a_1><b_2>…")` of each item
@@ -192,7 +206,13 @@ with torch.no_grad():
 
 
 def _bullets(lines: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+    return "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in lines.items())
+
+
+def _plain(value: Any) -> str:
+    """A text of somebody else's as one line that Markdown and HTML show as it is."""
+    line = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*|~]|\](?=[\[(:])|\b_|_\b)", r"\\\1", line)
 
 
 def _scores(metrics: Mapping[str, Any], block: Any) -> str:
@@ -215,11 +235,15 @@ def _scores(metrics: Mapping[str, Any], block: Any) -> str:
 def _table(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    lines = [
+        [*map(_plain, columns)],
+        ["---"] * len(columns),
+        *([_cell(row.get(column)) for column in columns] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else _plain(value)

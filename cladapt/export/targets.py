@@ -1,6 +1,7 @@
 """Exports: what a team ships. `peft` is a self-contained adapter directory, `merged` one checkpoint, `vllm` a folder
 that serves adapters of several blocks over one base."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
         config = adapter_settings(folder)
         config["base_model_name_or_path"] = str(base_folder.resolve())
         write_json(folder / CONFIG_FILE, config)
-        card = adapter_card(out.name, base_folder.resolve().name, config, provenance, base.provenance, facts)
+        path = os.path.relpath(base_folder.resolve(), out.resolve())
+        card = adapter_card(path, config, provenance, base.provenance, facts)
         (folder / CARD).write_text(card, encoding="utf-8")
     return {
         "target": "peft",
@@ -47,7 +49,7 @@ def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> 
     provenance = adapter_provenance(adapter)
     base, merged = base_provenance(base_folder), base_provenance(out)
     with atomic_path(out / CARD) as temporary:
-        temporary.write_text(merged_card(out.name, provenance, base, merged, facts), encoding="utf-8")
+        temporary.write_text(merged_card(provenance, base, merged, facts), encoding="utf-8")
     return {
         "target": "merged",
         "out": str(out),

@@ -18,7 +18,8 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.export.card import CARD, Facts, adapter_card
 from cladapt.export.place import refuse_existing
 from cladapt.export.preflight import MAX_LORA_RANKS, Finding, max_lora_rank, preflight, refuse, subject
-from cladapt.model.load import PROVENANCE, base_provenance, load_base
+from cladapt.model.generation import write_greedy
+from cladapt.model.load import LEFT_OUT, PROVENANCE, base_provenance, load_base
 from cladapt.model.saved import (
     CONFIG_FILE,
     adapter_provenance,
@@ -27,6 +28,7 @@ from cladapt.model.saved import (
     read_factors,
     write_factors,
 )
+from cladapt.tokens.sids import SidTable
 
 GUIDE = "SERVING.md"
 
@@ -43,7 +45,7 @@ def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
     refuse(str(adapter), findings)
     name = served_name(adapter)
     target = out / "adapters" / name
-    base = base_provenance(base_folder)
+    base, levels = base_provenance(base_folder), SidTable.load(base_folder / "sids.parquet").levels
     kept = _same_base(out / "base", base["fingerprint"])
     config["base_model_name_or_path"] = "base"
     there = _same_adapter(target, config, tensors)
@@ -51,12 +53,16 @@ def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
     if not kept:
         with atomic_dir(out / "base") as folder:
             shutil.copytree(base_folder, folder, dirs_exist_ok=True)
+            base[LEFT_OUT] = {**base.get(LEFT_OUT, {}), **write_greedy(folder, levels)}
+            write_json(folder / PROVENANCE, base)
+    else:
+        base = base_provenance(out / "base")
     if not there:
         with atomic_dir(target) as folder:
             write_json(folder / CONFIG_FILE, config)
             provenance = adapter_provenance(adapter)
             write_factors(folder, tensors, provenance)
-            card = adapter_card(f"adapters/{name}", "base", config, provenance, base, facts)
+            card = adapter_card("../../base", config, provenance, base, facts)
             (folder / CARD).write_text(card, encoding="utf-8")
     command = serve_command(out)
     with atomic_path(out / GUIDE) as temporary:
@@ -68,6 +74,7 @@ def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
         "base": "kept" if kept else "written",
         "block": adapter_provenance(adapter).get("block"),
         "rank": config["r"],
+        LEFT_OUT: dict(base.get(LEFT_OUT, {})),
         "serve": command,
         "notes": [finding.row() for finding in findings],
     }

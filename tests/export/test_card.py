@@ -1,6 +1,7 @@
 """The card: front matter the hub reads, what is known and what is not, and code that runs with stock libraries."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from cladapt.artifacts import hash_value, write_json
+from cladapt.artifacts import hash_value, read_json, write_json
 from cladapt.config import AdapterConfig, RunConfig
 from cladapt.export.card import UNKNOWN, Facts, facts_of
 from cladapt.export.targets import TARGETS, export
@@ -27,7 +28,7 @@ METRICS: dict[str, Any] = {
     "differences": [{"difference": "peso - frozen", "HR@10 shown": "no difference shown"}],
     "matrix": [{"model_block": 2, "block": 3, "users": 4}, {"model_block": 3, "block": 3, "users": 5}],
 }
-PLACES = {"peft": ("out", "."), "merged": ("out", "."), "vllm": ("out/adapters/block_3", "out")}
+PLACES = {"peft": "out", "merged": "out", "vllm": "out/adapters/block_3"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def card(world: Path, target: str, out: Path, facts: Facts | None = None) -> str:
     export(target, world / "adapter", world / "base", out, facts)
-    return (out.parent / PLACES[target][0] / "README.md").read_text()
+    return (out.parent / PLACES[target] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -60,11 +61,11 @@ def test_the_hub_reads_the_front_matter(target: str, world: Path, tmp_path: Path
 def test_the_code_of_a_card_runs_with_stock_libraries(target: str, world: Path, tmp_path: Path) -> None:
     text = card(world, target, tmp_path / "out")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    if target == "peft":
-        (tmp_path / "base").symlink_to(world / "base")
+    assert "In the folder of this card:" in text
+    assert str(tmp_path) not in code
     code += "\nimport sys; print(tuple(next_token.shape), 'cladapt' in sys.modules)"
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path / PLACES[target][1], capture_output=True, text=True
+        [sys.executable, "-P", "-c", code], cwd=tmp_path / PLACES[target], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"({4 + 7},) False"  # specials and codes
@@ -75,7 +76,7 @@ def test_a_card_says_what_is_known(world: Path, tmp_path: Path) -> None:
     text = card(world, "peft", tmp_path / "out", facts)
     fingerprint = load_base(world / "base").fingerprint
     for line in (
-        f"- base+tokens: `base`, fingerprint {fingerprint}",
+        f"- base+tokens: base, fingerprint {fingerprint}",
         "- time block: 3",
         "- method: peso",
         "- history form: packed, at most 7 items",
@@ -107,3 +108,42 @@ def test_facts_of_a_run_hold_for_its_own_stream_alone(tmp_path: Path) -> None:
     write_json(run.path / "metrics.json", METRICS)
     assert facts_of(run, "another").metrics == METRICS
     assert facts_of(None, "another") == Facts()
+
+
+HOSTILE = "x\n---\n# <script>alert(1)</script> [a](http://b) | `c` *d* _e_ ![f](g)\n- licence: MIT"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_texts_of_others_are_shown_as_they_are(target: str, world: Path, tmp_path: Path) -> None:
+    metrics = {**METRICS, "table": [{"model": HOSTILE, HOSTILE: 0.5}]}
+    plain = card(
+        world, target, tmp_path / "plain" / "out", Facts(metrics={**METRICS, "table": [{"model": "x", "y": 0.5}]})
+    )
+    adapter = shutil.copytree(world / "adapter", tmp_path / "adapter")
+    record = read_json(adapter / "cladapt.json")
+    write_json(adapter / "cladapt.json", {**record, "method": HOSTILE, "seed": HOSTILE, "config": HOSTILE})
+    export(target, adapter, world / "base", tmp_path / "out", Facts(HOSTILE, HOSTILE, metrics, {"torch": HOSTILE}))
+    text = (tmp_path / PLACES[target] / "README.md").read_text()
+    assert "<script" not in text
+    shown = r"x --- # &lt;script&gt;alert(1)&lt;/script&gt; [a\](http://b) \| \`c\` \*d\* \_e\_ ![f\](g) - licence: MIT"
+    for line in ("method", "seed", "run configuration", "licence", "source", "torch"):
+        assert f"- {line}: {shown}" in text.splitlines()
+    assert f"| {shown} | 0.5000 |" in text.splitlines()
+    assert ModelCard(text).data.to_dict() == ModelCard(plain).data.to_dict()
+    shape = [
+        [line.split(" ")[0] for line in card.splitlines() if line.startswith(("#", "---"))] for card in (text, plain)
+    ]
+    assert shape[0] == shape[1]
+
+
+@pytest.mark.parametrize("target", ["merged", "vllm"])
+def test_generation_settings_that_were_left_out_are_said(target: str, world: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(world / "base", tmp_path / "old")  # a base of before, which still has them
+    write_json(old / "generation_config.json", {"do_sample": True, "temperature": 0.6, "eos_token_id": 2})
+    report = export(target, world / "adapter", old, tmp_path / "out")
+    assert report["generation_left_out"] == {"do_sample": True, "temperature": 0.6}
+    text = (tmp_path / PLACES[target] / "README.md").read_text()
+    assert "- generation settings left out (decoding is greedy): do_sample=true, temperature=0.6" in text.splitlines()
+    written = read_json(tmp_path / "out" / ("base" if target == "vllm" else ".") / "generation_config.json")
+    del written["transformers_version"]
+    assert written == {"do_sample": False, "eos_token_id": 2, "max_new_tokens": 2}

@@ -1,5 +1,6 @@
 """A merged checkpoint against base + adapter: weights by the formula, logits, and what is refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cladapt.artifacts import hash_file, read_json, read_tensors, write_json, write_tensors
 from cladapt.config import AdapterConfig
@@ -163,3 +164,32 @@ def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"was trained on the base .*, this base is .*give the base directory"):
         merge(adapter, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_what_is_written_wrongly_is_found_by_reading_it_back(
+    value: float, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PreTrainedModel.save_pretrained
+
+    def save_with_a_fault(self: PreTrainedModel, folder: Path, **more: Any) -> None:
+        save(self, folder, **more)
+        tensors = read_tensors(folder / "model.safetensors")
+        tensors["model.norm.weight"][0] = value
+        write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_with_a_fault)
+    with pytest.raises(CheckFailed, match=r"merging .*adapter: what was written is not what was merged: "):
+        merge(adapter, base, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_generation_settings_of_the_base_are_not_passed_on(adapter: Path, base: Path, tmp_path: Path) -> None:
+    """A base of before, which still has them, is what `merge` and `export` meet."""
+    old = shutil.copytree(base, tmp_path / "old")
+    write_json(old / "generation_config.json", {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 3]})
+    report = merge(adapter, old, tmp_path / "out")
+    assert report.left_out == {"do_sample": True, "temperature": 0.6}
+    written = read_json(tmp_path / "out" / "generation_config.json")
+    del written["transformers_version"]
+    assert written == {"do_sample": False, "eos_token_id": [2, 3], "max_new_tokens": 2}
