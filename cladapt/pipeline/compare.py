@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def next(self) -> "Comparison | None":
-        """The same groups on the first events of the block after each model's own; None unless all were tested there."""
+        """The same groups on the first events of the block after each model's own; None unless all have it."""
         groups = []
         for group in self.groups:
             after = {
