@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, NonNegativeInt
@@ -46,6 +46,8 @@ class BaseRecord(BaseModel):
     sids: str
     stream: str = ""
     config: dict[str, Any] = {}
+    form: Literal["packed", "prompt"] | None = None
+    generation_left_out: dict[str, Any] = {}
 
 
 class Made:
@@ -198,6 +200,32 @@ def _pretrained(source: str | Path, dtype: torch.dtype) -> "tuple[PreTrainedToke
     if missing := sorted(found["missing_keys"]):
         raise _Unloadable(f"it lacks {len(missing)} tensors, the first {missing[0]}")
     return tokenizer, model, sorted(found["unexpected_keys"])
+
+
+def reuse_base(folder: Path, sids: SidTable) -> Base:
+    """A base+tokens directory, a merged export among them, as the start of another base for the same IDs.
+
+    `DataError` where its ID table is another one: the same tokens would stand for other items.
+    """
+    base = load_base(folder)
+    if base.sids.fingerprint != sids.fingerprint:
+        raise DataError(
+            f"{folder} has the tokens of the ID table {base.sids.fingerprint}, the stream has {sids.fingerprint}: "
+            "the same tokens would stand for other items",
+            "use the stream that this base was made for, or a checkpoint without ID tokens",
+        )
+    return base
+
+
+def check_form(base: Base, form: str) -> None:
+    """Warn where the ID rows of the base were fitted on another form of histories than the one to be learned."""
+    fitted = base.provenance.get("form")
+    if fitted is not None and fitted != form:
+        warnings.warn(
+            f"the ID rows of the base were fitted on histories of the form {fitted!r}, train.form is {form!r}: make "
+            f"the base with --form {form}, or train with train.form={fitted}",
+            stacklevel=2,
+        )
 
 
 def check_supported(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from cladapt.methods import Method, build
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
 from cladapt.model.anchors import module_of
 from cladapt.model.history import unload
-from cladapt.model.load import Base, load_base
+from cladapt.model.load import Base, check_form, load_base
 from cladapt.model.saved import adapter_block, load_adapter, start_from
 from cladapt.pipeline import bases, streams
 from cladapt.pipeline.lifecycle import Workload, begin, names_inputs, refuse_unfinished, refuse_unnamed
@@ -236,6 +236,7 @@ def open_inputs(config: RunConfig) -> tuple[Stream, Base]:
             f"{config.data} is the stream {stream.fingerprint}",
             "use the stream that the base was made from, so that no test event is in its training data",
         )
+    check_form(base, config.train.form)
     return stream, replace(base, sids=aligned)
 
 

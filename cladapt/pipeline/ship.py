@@ -1,5 +1,7 @@
 """What leaves the tool: merged checkpoints, serving adapters, recommendations."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +11,7 @@ from torch import nn
 
 from cladapt import ranks
 from cladapt.artifacts import atomic_path, check_writable
+from cladapt.config import EvalConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
@@ -125,32 +128,75 @@ def recommend(
     base_folder: Path | None,
     block: int | None,
     top_k: int,
-    beams: int,
+    beams: int | None,
     catalogue: Path | None,
     exclude_seen: bool,
+    overwrite: bool = False,
+    user: str = "user",
+    item: str = "item",
+    timestamp: str = "timestamp",
 ) -> dict[str, Any]:
-    """Write the best items for each history to `out`; returns the counts."""
+    """Write the best items for each history to `out`; returns the counts.
+
+    `beams` None: those of the evaluation, or `top_k` where that is more. `user`, `item` and `timestamp` name the
+    columns of the histories.
+    """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder", "name a file")
-    ranks.once(lambda: check_writable(out))
-    wanted = read_histories(histories)
+    ranks.once(lambda: _check_out(out, overwrite))
+    wanted = read_histories(histories, user, item, timestamp)
     allowed = None if catalogue is None else read_catalogue(catalogue)
     source = find_source(path, base_folder, block)
+    record = adapter_provenance(source.adapter)
+    width = _width(source, record, top_k, beams)
     base = load_base(source.base)
     cast(nn.Module, base.model).to(compute_device())
-    record = adapter_provenance(source.adapter)
     lacking = {"form", "window", "softmax"} - set(record)
     if lacking:
         raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
     model = load_adapter(base, source.adapter)
     form = make_form(record["form"], base, record["window"], row_tokens=1 << 16)
     frame, counts = recommend_items(
-        adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, beams, exclude_seen
+        adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, width, exclude_seen
     )
+    if out.suffix == ".csv":
+        frame, counts["escaped_cells"] = escaped(frame)
     ranks.once(lambda: _write_table(out, frame))
-    return {"out": str(out), "adapter": str(source.adapter), **counts}
+    return {"out": str(out), "adapter": str(source.adapter), "beams": width, **counts}
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder", "name a file")
+    if os.path.lexists(out) and not overwrite:
+        raise ConfigError(f"--out {out} exists", "choose another --out, or give --overwrite")
+    check_writable(out)
+
+
+def _width(source: Source, record: Mapping[str, Any], top_k: int, asked: int | None) -> int:
+    """The beam width: never below that of the evaluation, so that what was measured is what is recommended."""
+    evaluated = record.get("beams") or (source.run.config.eval if source.run else EvalConfig()).beams
+    if asked is not None and asked < evaluated:
+        raise ConfigError(
+            f"--beams {asked} is below the {evaluated} of the evaluation: its figures would not hold",
+            f"give --beams {evaluated} or more, or leave it out",
+        )
+    return max(evaluated, top_k) if asked is None else asked
+
+
+def escaped(frame: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """The texts of a csv with `'` before those that a spreadsheet takes for a formula, and how many those are.
+
+    Such texts begin with = + - @ or a control character and are no plain number.
+    """
+    columns = [name for name, dtype in frame.schema.items() if dtype == pl.String]
+    formula = {
+        name: pl.col(name).str.contains(r"^[=+\-@\t\r\n]") & pl.col(name).cast(pl.Float64, strict=False).is_null()
+        for name in columns
+    }
+    count = sum(frame.select(**{name: test.sum() for name, test in formula.items()}).row(0))
+    shown = [pl.when(test).then("'" + pl.col(name)).otherwise(name).alias(name) for name, test in formula.items()]
+    return frame.with_columns(shown), int(count)
 
 
 def _write_table(out: Path, frame: pl.DataFrame) -> None:

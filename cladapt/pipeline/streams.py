@@ -15,7 +15,7 @@ from cladapt.data.readers import READERS, Columns, NoRows, read, reader_for
 from cladapt.data.schema import FILES, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
-from cladapt.tokens.build import build_sids
+from cladapt.tokens.build import build_sids, shared_texts
 from cladapt.tokens.sids import SidTable, read_index
 
 SIDS = "sids.parquet"
@@ -149,7 +149,7 @@ def _repeats(events: pl.DataFrame) -> int:
 
 def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
     """Write `sids.parquet` (and the codebooks) into a stream directory."""
-    stream = Stream.load(folder)
+    stream, texts = Stream.load(folder), {}
     if (folder / SIDS).exists():
         raise ConfigError(f"{folder / SIDS} exists: bases were made for it", "remove it to give the items new IDs")
     if index is not None:
@@ -157,8 +157,9 @@ def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict
     else:
         table, codebooks = build_sids(stream, config)
         codebooks.save(folder / CODEBOOKS)
+        texts = shared_texts(stream.items["text"].to_list())
     table.save(folder / SIDS)
-    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **collision_report(table)}
+    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **collision_report(table)}
 
 
 def inspect_tokens(folder: Path) -> dict[str, Any]:

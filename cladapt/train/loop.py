@@ -21,6 +21,8 @@ from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import deferred_interrupt
 from cladapt.train.sinks import Sink
 
+_START = "nothing was learned yet: the base, or the adapter it starts from, holds values too large; make it again"
+
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -129,6 +131,10 @@ class Fit:
         if resume is not None:
             self._restore(resume)
         start_score = self.score() if resume is None else math.nan
+        if resume is None and self.feed.validation_targets and not math.isfinite(start_score):
+            raise DataError(
+                f"block {self.ctx.block}, before the first step: the validation log-likelihood is {start_score}", _START
+            )
         with deferred_interrupt() as interrupted:
             while self.position.epoch < self.settings.epochs:
                 epoch = self.position.epoch
@@ -272,7 +278,8 @@ class Fit:
             norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         if not math.isfinite(norm):
             raise DataError(
-                f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}", "lower train.lr"
+                f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}",
+                "lower train.lr" if self.ctx.step else _START,
             )
         return norm
 

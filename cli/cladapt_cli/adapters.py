@@ -24,7 +24,7 @@ def merge(
     base: BaseDir = None,
     block: Block = None,
 ) -> dict[str, Any]:
-    """Fold an adapter into its base, after comparing the logits of both."""
+    """Fold an adapter into its base; what was written is read back and its logits compared with those of both."""
     from cladapt.pipeline import ship
 
     return ship.export(source, "merged", out, base, block)
@@ -57,23 +57,55 @@ def export(
 
 def recommend(
     histories: Annotated[
-        Path, typer.Argument(help="jsonl {user, history: [items]}, or csv/parquet of user,item rows.")
+        Path,
+        typer.Argument(
+            help="jsonl of {user, history: items, oldest first}, or csv/parquet rows of user, item, timestamp."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="File to write: .parquet, .csv or .jsonl.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="File to write: .parquet, .csv or .jsonl. In a csv a text that a spreadsheet would take for a formula "
+            "(it begins with = + - @ or a tab, and is no number) gets a leading ', which is counted.",
+        ),
+    ],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="Run or adapter directory; default: the latest.")
     ] = None,
     base: BaseDir = None,
     block: Block = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Items per user.")] = 10,
-    beams: Annotated[int | None, typer.Option("--beams", help="Beam width; default: twice top-k.")] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option("--beams", help="Beam width; default: the evaluation's, or top-k where that is more. Never less."),
+    ] = None,
     catalogue: Annotated[
         Path | None, typer.Option("--catalogue", help="Recommend only the items of this list.")
     ] = None,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Allow items of the user's history.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
+    user: Annotated[str, typer.Option("--user", help="Column of the users in HISTORIES.")] = "user",
+    item: Annotated[str, typer.Option("--item", help="Column of the items in csv or parquet HISTORIES.")] = "item",
+    timestamp: Annotated[
+        str, typer.Option("--timestamp", help="Column that orders the rows; without it the order of the file holds.")
+    ] = "timestamp",
 ) -> dict[str, Any]:
     """Recommend items for histories and write them to a file."""
     from cladapt.pipeline import ship
 
-    width = 2 * top_k if beams is None else beams
-    return ship.recommend(histories, out, adapter, base, block, top_k, width, catalogue, exclude_seen=not include_seen)
+    return ship.recommend(
+        histories,
+        out,
+        adapter,
+        base,
+        block,
+        top_k,
+        beams,
+        catalogue,
+        exclude_seen=not include_seen,
+        overwrite=overwrite,
+        user=user,
+        item=item,
+        timestamp=timestamp,
+    )

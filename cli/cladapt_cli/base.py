@@ -19,7 +19,10 @@ def init(
     source: Annotated[str, typer.Option("--from", help="Hugging Face id or checkpoint directory of a causal LM.")],
     data: Data,
     out: Out,
-    form: Annotated[str, typer.Option("--form", help="packed or prompt: how histories are written.")] = "prompt",
+    form: Annotated[str, typer.Option("--form", help="packed or prompt: how histories are written.")] = "packed",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Fit the ID rows of a source that has them already again, too.")
+    ] = False,
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Add the ID tokens to a pretrained causal LM, fit their rows on block 1 and bake them in."""
@@ -27,7 +30,7 @@ def init(
     from cladapt.pipeline import bases
 
     config = resolve(BaseConfig, overrides_of(override), "base init")
-    return bases.init_base(source, data, out, form, config, Progress())
+    return bases.init_base(source, data, out, form, config, Progress(), refit)
 
 
 @verb(app)

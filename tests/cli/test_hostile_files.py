@@ -260,3 +260,36 @@ def test_a_damaged_file(file: str, call: str, damage: Damage, hostile: Hostile, 
             damage(path)
 
     hostile(call.split(), codes, damage_all)
+
+
+def put(file: Path, name: str, value: float) -> None:
+    tensors = read_tensors(file)
+    key = next(n for n in tensors if name in n)
+    tensors[key][0, 0] = value
+    file.unlink()  # it may be a hard link to the original
+    write_tensors(file, tensors, {"format": "pt"})
+
+
+CHECKED = (
+    "eval run -o bootstrap=100",
+    RECOMMEND,
+    "merge run --out new",
+    "export run --out new",
+    "export run --target vllm --out new",
+)
+
+
+@pytest.mark.parametrize("line", CHECKED)
+@pytest.mark.parametrize(
+    ("place", "name", "value", "text"),
+    [
+        ("base/model.safetensors", "lm_head", float("nan"), "values of lm_head.weight are not finite"),
+        ("base/model.safetensors", "lm_head", 1e38, "its weights have the fingerprint"),
+        ("run/adapters/block_003/adapter_model.safetensors", "lora_B", float("nan"), "are not finite"),
+        ("run/adapters/block_003/adapter_model.safetensors", "lora_B", 0.5, "cladapt.json has recorded"),
+    ],
+)
+def test_weights_that_were_changed_are_refused_by_every_command(
+    place: str, name: str, value: float, text: str, line: str, hostile: Callable[..., str]
+) -> None:
+    assert text in hostile(line.split(), {3}, lambda folder: put(folder / place, name, value))

@@ -1,6 +1,7 @@
 """Base+tokens directories: a small model from scratch, and a given one with new token rows."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.artifacts import read_json, write_json
+from cladapt.config import AdapterConfig, BaseConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
-from cladapt.model.load import load_base, new_model
+from cladapt.export.merge import merge
+from cladapt.model.adapter import create_adapter
+from cladapt.model.load import check_form, load_base, new_model
+from cladapt.model.saved import save_adapter
 from cladapt.pipeline import bases, streams
 from cladapt.tokens.sids import SidTable
 from cladapt.train.sinks import MemorySink
@@ -118,3 +123,73 @@ def test_what_cannot_become_a_base_is_refused_before_anything_is_written(
     assert sink.events == []
     with pytest.raises(ConfigError, match="exists and is not empty"):
         bases.pretrain_base(stream, bare, QUICK, sink)
+
+
+def test_a_base_says_on_which_histories_its_rows_were_fitted(stream: Path, source: Path, tmp_path: Path) -> None:
+    one = BaseConfig(epochs=1, window=9, batch_tokens=2048, row_tokens=512)
+    bases.init_base(str(source), stream, tmp_path / "init", "prompt", one, MemorySink())
+    bases.pretrain_base(stream, tmp_path / "pretrained", one, MemorySink())
+    bases.pretrain_base(stream, tmp_path / "random", BaseConfig(epochs=0), MemorySink())
+    init, pretrained, random = (load_base(tmp_path / name) for name in ("init", "pretrained", "random"))
+    found = [{key: b.provenance.get(key) for key in ("form", "window", "softmax")} for b in (init, pretrained)]
+    assert found == [{"form": form, "window": 9, "softmax": "trie"} for form in ("prompt", "packed")]
+    with pytest.warns(UserWarning, match="fitted on histories of the form 'prompt', train.form is 'packed'"):
+        check_form(init, "packed")
+    for base, form in ((init, "prompt"), (pretrained, "packed"), (random, "packed"), (random, "prompt")):
+        check_form(base, form)  # no warning, which would be an error
+
+
+def test_a_base_that_has_the_ids_keeps_its_rows_and_what_it_has_learned(stream: Path, tmp_path: Path) -> None:
+    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=1), MemorySink())
+    base = load_base(tmp_path / "base")
+    report = bases.init_base(str(tmp_path / "base"), stream, tmp_path / "again", "prompt", QUICK, MemorySink())
+    again = load_base(tmp_path / "again")
+    assert (report["new_tokens"], report["fitted_tokens"]) == (0, 0)
+    assert "kept_epoch" not in report
+    assert again.fingerprint == base.fingerprint == again.provenance["parent_base"]
+    assert (again.fitted_block, again.provenance["form"]) == (1, "packed")
+    report = bases.init_base(
+        str(tmp_path / "base"), stream, tmp_path / "fit", "packed", QUICK, MemorySink(), refit=True
+    )
+    assert report["fitted_tokens"] == len(base.sids.tokens)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "fit"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_a_merged_export_is_the_next_base(stream: Path, tmp_path: Path) -> None:
+    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=1), MemorySink())
+    base = load_base(tmp_path / "base")
+    record = {"block": 3, "stream": base.provenance["stream"]}
+    save_adapter(tmp_path / "adapter", create_adapter(base, AdapterConfig(), 0), base, record)
+    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    bases.init_base(str(tmp_path / "merged"), stream, tmp_path / "next", "packed", QUICK, MemorySink())
+    found = load_base(tmp_path / "next")
+    assert found.fitted_block == 3
+    assert found.fingerprint == load_base(tmp_path / "merged").fingerprint
+
+
+def test_a_base_of_other_ids_or_of_another_stream_is_refused(stream: Path, tmp_path: Path) -> None:
+    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
+    other = tmp_path / "other"
+    streams.simulate_data(other, SimulateConfig(users=60, items=40, topics=4, blocks=3))
+    streams.build_tokens(other, TokensConfig(dimensions=8, levels=2, codes=5), None)
+    with pytest.raises(
+        DataError, match=r"base has the tokens of the ID table \w+, the stream has \w+: the same tokens"
+    ):
+        bases.init_base(str(tmp_path / "base"), other, tmp_path / "out", "packed", QUICK, MemorySink())
+    shorter = tmp_path / "shorter"
+    streams.simulate_data(shorter, SimulateConfig(users=50, items=40, topics=4, blocks=3))
+    shutil.copy(stream / "sids.parquet", shorter)
+    with pytest.raises(DataError, match="base has learned up to block 1 of the stream"):
+        bases.init_base(str(tmp_path / "base"), shorter, tmp_path / "out", "packed", QUICK, MemorySink())
+    assert not (tmp_path / "out").exists()
+
+
+def test_generation_settings_of_the_source_are_left_out_and_told(stream: Path, source: Path, tmp_path: Path) -> None:
+    sampling = shutil.copytree(source, tmp_path / "source")
+    write_json(sampling / "generation_config.json", {"do_sample": True, "temperature": 0.6, "eos_token_id": 2})
+    report = bases.init_base(str(sampling), stream, tmp_path / "base", "packed", BaseConfig(epochs=0), MemorySink())
+    assert report["generation_left_out"] == {"do_sample": True, "temperature": 0.6}
+    written = read_json(tmp_path / "base" / "generation_config.json")
+    assert (written["do_sample"], written["max_new_tokens"], "temperature" in written) == (False, 3, False)

@@ -58,7 +58,7 @@ def recommend(histories: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "base_folder": None,
         "block": None,
         "top_k": 4,
-        "beams": 8,
+        "beams": None,
         "catalogue": None,
         "exclude_seen": True,
     }
@@ -171,6 +171,7 @@ def test_every_format_holds_the_same_recommendations(histories: Path, tmp_path: 
     assert reports[0] == {
         "out": str(tmp_path / "r.jsonl"),
         "adapter": "run/adapters/block_003",
+        "beams": 20,
         "users": 3,
         "recommendations": 12,
         "users_with_fewer": 0,
@@ -199,9 +200,7 @@ def test_only_the_window_the_adapter_was_trained_with_counts(tmp_path: Path) -> 
 
 def test_a_catalogue_and_seen_items(histories: Path, tmp_path: Path) -> None:
     (tmp_path / "items.txt").write_text("i01\ni05\ni06\nnowhere\n")
-    report = recommend(
-        histories, tmp_path / "r.csv", catalogue=tmp_path / "items.txt", exclude_seen=False, top_k=3, beams=3
-    )
+    report = recommend(histories, tmp_path / "r.csv", catalogue=tmp_path / "items.txt", exclude_seen=False, top_k=3)
     found = pl.read_csv(tmp_path / "r.csv")
     assert {tuple(sorted(items)) for items in found.group_by("user").agg("item")["item"].to_list()} == {
         ("i01", "i05", "i06")
@@ -213,8 +212,11 @@ def test_bad_calls_write_nothing(histories: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "r.csv"
     with pytest.raises(ConfigError, match=r"r\.txt: unknown kind of file '\.txt' \(use one of \.jsonl, \.csv, \.parq"):
         recommend(histories, tmp_path / "r.txt")
-    with pytest.raises(ConfigError, match="top_k=4, beams=3"):
+    with pytest.raises(ConfigError, match="--beams 3 is below the 20 of the evaluation") as caught:
         recommend(histories, out, beams=3)
+    assert caught.value.hint == "give --beams 20 or more, or leave it out"
+    with pytest.raises(ConfigError, match="top_k=30, beams=25"):
+        recommend(histories, out, beams=25, top_k=30)
     with pytest.raises(DataError, match="no such file"):
         recommend(tmp_path / "gone.csv", out)
     with pytest.raises(DataError, match="no such file"):
@@ -231,3 +233,54 @@ def test_an_adapter_that_does_not_say_how_it_was_trained_is_refused(histories: P
     write_json(tmp_path / "away" / "cladapt.json", kept)
     with pytest.raises(DataError, match=r"cladapt\.json lacks form, window"):
         recommend(histories, tmp_path / "r.csv", path=tmp_path / "away", base_folder=Path("base"))
+
+
+def test_a_shorter_list_is_the_head_of_the_longer_one(histories: Path, tmp_path: Path) -> None:
+    frames = {}
+    for top_k in (1, 5, 20):
+        report = recommend(histories, tmp_path / f"{top_k}.parquet", top_k=top_k)
+        assert report["beams"] == 20
+        frames[top_k] = pl.read_parquet(tmp_path / f"{top_k}.parquet")
+    for top_k in (1, 5):
+        assert frames[top_k].equals(frames[20].filter(pl.col("rank") <= top_k))
+
+
+@pytest.mark.parametrize(("recorded", "top_k", "beams"), [(30, 4, 30), (30, 35, 35), (None, 4, 20)])
+def test_the_beams_are_those_the_adapter_was_evaluated_with(
+    recorded: int | None, top_k: int, beams: int, histories: Path, tmp_path: Path
+) -> None:
+    ship.export(Path("run"), "peft", tmp_path / "away", None, None)
+    record = read_json(tmp_path / "away" / "cladapt.json")
+    record.pop("beams", None)
+    write_json(tmp_path / "away" / "cladapt.json", record | ({} if recorded is None else {"beams": recorded}))
+    away = {"path": tmp_path / "away", "base_folder": Path("base")}
+    assert recommend(histories, tmp_path / "r.csv", top_k=top_k, **away)["beams"] == beams
+
+
+def test_a_file_is_replaced_only_where_that_is_asked(histories: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("precious")
+    with pytest.raises(ConfigError, match=r"r\.csv exists \(choose another --out, or give --overwrite"):
+        recommend(histories, tmp_path / "r.csv")
+    assert (tmp_path / "r.csv").read_text() == "precious"
+    recommend(histories, tmp_path / "r.csv", overwrite=True)
+    assert (tmp_path / "r.csv").read_text().startswith("user,rank,item")
+
+
+def test_formulas_in_a_csv_are_escaped_and_counted(tmp_path: Path) -> None:
+    users = ["=1+1", "+x", "-x", "@x", "\tx", "-5", "+3.5", "x=1", "'=1"]
+    (tmp_path / "h.jsonl").write_text("\n".join(json.dumps({"user": u, "history": []}) for u in users))
+    report = recommend(tmp_path / "h.jsonl", tmp_path / "r.csv", top_k=1)
+    assert report["escaped_cells"] == 5
+    found = pl.read_csv(tmp_path / "r.csv", infer_schema=False)
+    assert found["user"].to_list() == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", *users[5:]]
+    assert all(score.startswith("-") for score in found["score"])  # numbers stay numbers
+    recommend(tmp_path / "h.jsonl", tmp_path / "r.parquet", top_k=1)
+    assert pl.read_parquet(tmp_path / "r.parquet")["user"].to_list() == users
+
+
+def test_columns_of_histories_have_the_names_that_are_given(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text("who,what,when\nu,i02,2\nu,i01,1\n")
+    (tmp_path / "sorted.csv").write_text("user,item\nu,i01\nu,i02\n")
+    recommend(tmp_path / "h.csv", tmp_path / "a.parquet", user="who", item="what", timestamp="when")
+    recommend(tmp_path / "sorted.csv", tmp_path / "b.parquet")
+    assert pl.read_parquet(tmp_path / "a.parquet").equals(pl.read_parquet(tmp_path / "b.parquet"))

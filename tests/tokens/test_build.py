@@ -1,5 +1,8 @@
 """Semantic IDs of a stream: stable over time, told apart, frozen after block 1."""
 
+import re
+import warnings
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 
 from cladapt.config import TokensConfig
 from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
-from cladapt.tokens.build import build_sids, number_in_group
+from cladapt.errors import DataError
+from cladapt.tokens.build import build_sids, number_in_group, shared_texts
 
 CONFIG = TokensConfig(dimensions=4, levels=2, codes=4)
 WORDS = ("river", "stone", "night", "garden", "engine", "winter")
@@ -57,3 +61,30 @@ def test_numbers_count_equal_codes_in_order_of_arrival(rows: list[tuple[int, int
     for i, (a, b, block) in enumerate(rows):
         before = [j for j, r in enumerate(rows) if r[:2] == (a, b) and (r[2], j) < (block, i)]
         assert number[i] == len(before)
+
+
+def with_texts(texts: list[str]) -> Stream:
+    items = pl.DataFrame(
+        {"item": [f"i{k}" for k in range(len(texts))], "text": texts, "first_block": [1] * len(texts)}, schema=ITEMS
+    )
+    row = {"user": "u", "item": "i0", "timestamp": None, "position": 0, "block": 1}
+    return Stream(pl.DataFrame([row], schema=INTERACTIONS), items)
+
+
+def test_items_of_one_text_are_counted_and_warned_of() -> None:
+    texts = ["the same"] * 12 + ["a pair", " a pair "] + [f"{a} {b}" for a in WORDS for b in WORDS if a != b] + ["", ""]
+    assert shared_texts(texts) == {"items_sharing_a_text": 14, "largest_group_of_a_text": 12}
+    assert shared_texts(["", " "]) == {"items_sharing_a_text": 0, "largest_group_of_a_text": 0}
+    expected = (
+        f"14 of {len(texts)} items share their text with others, 12 of them one text: .*tokens build --index FILE"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_sids(with_texts(texts), CONFIG)
+    assert [w for w in caught if re.match(expected, str(w.message))]
+
+
+def test_items_that_all_have_one_text_get_no_ids() -> None:
+    with pytest.raises(DataError, match="all 500 items have the same text") as caught:
+        build_sids(with_texts(["the same"] * 500), CONFIG)
+    assert "tokens build --index FILE" in caught.value.hint

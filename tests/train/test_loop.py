@@ -298,7 +298,7 @@ def test_a_gradient_that_is_not_finite_is_told_before_the_step(factor: float) ->
     before = [p.detach().clone() for p in fit.ctx.parameters.values()]
     with pytest.raises(DataError, match=r"^block 3, step 1: the gradient norm is (inf|nan)") as caught:
         fit.run()
-    assert caught.value.hint == "lower train.lr"
+    assert caught.value.hint.startswith("nothing was learned yet: the base, or the adapter it starts from")
     assert all(torch.equal(a, b) for a, b in zip(before, fit.ctx.parameters.values(), strict=True))
 
 
@@ -462,3 +462,13 @@ def test_snapshots_are_copies() -> None:
     name = next(n for n in snapshots[0].tensors if n.startswith("optimizer/") and n.endswith("exp_avg"))
     assert not torch.equal(snapshots[0].tensors[name], snapshots[1].tensors[name])
     assert float(snapshots[0].tensors[name.replace("exp_avg", "step")]) == 1.0
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_start_that_is_not_finite_is_told_before_the_first_step(value: float) -> None:
+    fit = make_fit()
+    with torch.no_grad():
+        next(iter(fit.ctx.parameters.values())).fill_(value)
+    with pytest.raises(DataError, match=r"^block 3, before the first step: the validation log-likelihood is") as caught:
+        fit.run()
+    assert caught.value.hint.startswith("nothing was learned yet: the base")
