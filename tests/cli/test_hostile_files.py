@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from cladapt.artifacts import read_tensors, write_tensors
+
 Hostile = Callable[..., str]
 Damage = Callable[[Path], object]
 

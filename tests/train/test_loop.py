@@ -346,7 +346,7 @@ class Scripted(Fit):
 
     def __init__(self, fit: Fit, scores: list[float]) -> None:
         self.__dict__.update(fit.__dict__)
-        self.scores = iter([math.nan, *scores])
+        self.scores = iter([-100.0, *scores])
         self.after_epoch: list[list[Tensor]] = []
 
     def score(self) -> float:
