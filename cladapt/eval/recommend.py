@@ -44,6 +44,9 @@ def read_histories(
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: not readable as {path.suffix}: {error}", "check the file") from error
     whole = path.suffix == ".jsonl" and "history" in frame.columns
+    for option, name, default in (("--item", item, "item"), ("--timestamp", timestamp, "timestamp")):
+        if whole and name not in (default, ""):
+            raise ConfigError(f"{option} {name} with {path}, whose lines hold whole histories", f"leave {option} out")
     timed = timestamp != "" and (timestamp in frame.columns or timestamp != "timestamp") and not whole
     wanted = {user, "history" if whole else item, *([timestamp] if timed else [])}
     if missing := wanted - set(frame.columns):

@@ -149,7 +149,7 @@ def _repeats(events: pl.DataFrame) -> int:
 
 def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
     """Write `sids.parquet` (and the codebooks) into a stream directory."""
-    stream, texts = Stream.load(folder), {}
+    stream = Stream.load(folder)
     if (folder / SIDS).exists():
         raise ConfigError(f"{folder / SIDS} exists: bases were made for it", "remove it to give the items new IDs")
     if index is not None:
@@ -157,15 +157,19 @@ def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict
     else:
         table, codebooks = build_sids(stream, config)
         codebooks.save(folder / CODEBOOKS)
-        texts = shared_texts(stream.items["text"].to_list())
     table.save(folder / SIDS)
-    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **collision_report(table)}
+    return _about_tokens(folder, stream, table)
 
 
 def inspect_tokens(folder: Path) -> dict[str, Any]:
     """The collision report of a stream directory's IDs."""
-    table = load_sids(folder, Stream.load(folder))
-    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **collision_report(table)}
+    stream = Stream.load(folder)
+    return _about_tokens(folder, stream, load_sids(folder, stream))
+
+
+def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:
+    texts = shared_texts(stream.items["text"].to_list())
+    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **collision_report(table)}
 
 
 def load_sids(folder: Path, stream: Stream) -> SidTable:
