@@ -7,7 +7,7 @@ reported at once, unknown keys with the nearest known name.
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,17 +19,22 @@ Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+_TRACKER = "(tensorboard|wandb|trackio|mlflow)"
+Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    shown_by: ClassVar[str] = "config show"
+    """The command that prints every key."""
 
 
 class BlocksConfig(Settings):
     """How a log is cut into time blocks."""
 
+    shown_by = "config show --for import"
     fractions: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.6, 0.1, 0.1, 0.1, 0.1)
     """Share of the interactions in each block, in time order; must sum to 1."""
     dates: tuple[str, ...] = ()
@@ -50,6 +55,7 @@ class BlocksConfig(Settings):
 class SimulateConfig(Settings):
     """A seeded stream of drifting preferences whose true next-item distribution is known."""
 
+    shown_by = "config show --for simulate"
     seed: Seed = 0
     """Seed of everything random."""
     users: Positive = 600
@@ -77,6 +83,7 @@ class SimulateConfig(Settings):
 class TokensConfig(Settings):
     """How items get semantic IDs."""
 
+    shown_by = "config show --for tokens"
     embedding: str = "tfidf"
     """`tfidf`, or the name or path of a sentence-transformers model."""
     dimensions: Positive = 64
@@ -94,6 +101,7 @@ class TokensConfig(Settings):
 class BaseConfig(Settings):
     """How a base model is made."""
 
+    shown_by = "config show --for pretrain"
     preset: Literal["tiny", "small", "medium"] = "tiny"
     """Size of a base trained from scratch."""
     tie_embeddings: bool = False
@@ -213,6 +221,7 @@ class ImageTrainConfig(FitConfig):
 class EvalConfig(Settings):
     """How a model is measured."""
 
+    shown_by = "config show --for eval"
     top_k: tuple[Width, ...] = (5, 10)
     """Cut-offs of HR and NDCG."""
     beams: Width = 20
@@ -252,6 +261,8 @@ class RunConfig(Settings):
     """Adapter directory that the first block starts from; empty = a fresh adapter."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
+    track: Trackers = "none"
+    """Where figures go too: `tensorboard`, `wandb`, `trackio`, `mlflow`, several joined by `+`, or `none`; local."""
     adapter: AdapterConfig = AdapterConfig()
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
@@ -261,6 +272,7 @@ class RunConfig(Settings):
 class ImagesConfig(Settings):
     """How images become a stream of blocks of classes."""
 
+    shown_by = "config show --for images"
     blocks: Positive = 10
     """Blocks of classes."""
     size: Annotated[int, Field(ge=1, le=1024)] = 28
@@ -276,6 +288,7 @@ class ImagesConfig(Settings):
 class VitConfig(Settings):
     """How a small vision transformer is made and trained, as the base of class-incremental learning."""
 
+    shown_by = "config show --for vision"
     hidden: Positive = 64
     """Width; its heads are 16 wide."""
     layers: Positive = 4
@@ -309,6 +322,7 @@ class VitConfig(Settings):
 class ClassEvalConfig(Settings):
     """How class-incremental learning is measured."""
 
+    shown_by = "config show --for eval --task classify"
     batch_images: Positive = 256
     """Images at once."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
@@ -320,6 +334,7 @@ class ClassEvalConfig(Settings):
 class ClassifyConfig(Settings):
     """A whole run of `cladapt train --task classify`."""
 
+    shown_by = "config show --task classify"
     seed: Seed = 0
     """Seed of adapter initialisation, order and dropout."""
     data: str = ""
@@ -328,6 +343,8 @@ class ClassifyConfig(Settings):
     """Vision base directory; empty = a small one trained on block 1."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
+    track: Trackers = "none"
+    """Where figures go too: `tensorboard`, `wandb`, `trackio`, `mlflow`, several joined by `+`, or `none`; local."""
     adapter: AdapterConfig = AdapterConfig()
     method: MethodConfig = MethodConfig()
     train: ImageTrainConfig = ImageTrainConfig()
@@ -349,14 +366,18 @@ def task_of(name: Any) -> type[RunConfig] | type[ClassifyConfig]:
 S = TypeVar("S", bound=Settings)
 
 
-def resolve(model: type[S], values: Mapping[str, Any], where: str = "config") -> S:
-    """Validate `values` against `model`; one `ConfigError` lists every mistake, unknown keys with the nearest name."""
+def resolve(model: type[S], values: Mapping[str, Any], where: str = "config", shown_by: str = "") -> S:
+    """Validate `values` against `model`; one `ConfigError` lists every mistake, unknown keys with the nearest name.
+
+    `shown_by`: the command that prints the keys, where it is not the model's own.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = [_describe(model, dict(problem)) for problem in error.errors()]
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-    raise ConfigError(f"{where}: {count}: " + "; ".join(problems), "`cladapt config show` prints every key and default")
+    hint = f"`cladapt {shown_by or model.shown_by}` prints every key and default"
+    raise ConfigError(f"{where}: {count}: " + "; ".join(problems), hint)
 
 
 def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
