@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -155,45 +155,50 @@ def latest_run() -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Hold the run directory, made where it is missing, against other commands that would write into it.
 
-    `EnvironmentProblem` names the process that has it. The system releases the lock of a process that dies. Of several
-    processes the first locks for all; on Windows nothing is locked.
+    `EnvironmentProblem` names the process that has it. The lock of a process that dies is released by the system. Of
+    several processes the first locks for all; on Windows nothing is locked.
     """
     if sys.platform == "win32" or not ranks.is_main():
         yield
         return
-    import fcntl
-
-    file = path / LOCK
+    file, made = path / LOCK, not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _lock(file)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot write {file}: {error.strerror}", "check the path and its permissions"
-        ) from error
+        hint = "check the path, its permissions and the free space there"
+        raise EnvironmentProblem(f"cannot write {file}: {error.strerror}", hint) from error
     try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # only where nothing was begun is it empty
+                path.rmdir()
+
+
+def _lock(file: Path) -> int:
+    """An open file that this process alone has locked, and which still has its name."""
+    import fcntl
+
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            holder = os.read(handle, 200).decode(errors="replace") or "another process"
+            os.close(handle)
             raise EnvironmentProblem(
-                f"{path} is in use: {holder} is writing into it", "wait until it ends, or stop it; then try again"
+                f"{file.parent} is in use: {holder} writes into it", "wait until it ends, or stop it; then try again"
             ) from error
         except OSError as error:  # some network file systems
-            warnings.warn(
-                f"{path} cannot be locked ({error.strerror}): use it with one command at a time", stacklevel=1
-            )
-        os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
-        try:
-            yield
-        finally:
+            warnings.warn(f"{file.parent} cannot be locked ({error.strerror}): use it in one command", stacklevel=1)
+        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
             os.truncate(handle, 0)
-            if os.listdir(path) == [LOCK]:  # nothing was begun
-                file.unlink()
-                path.rmdir()
-    finally:
-        os.close(handle)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+            return handle
+        os.close(handle)  # who held it has removed it meanwhile
 
 
 def new_run_path(method: str, seed: int) -> Path:

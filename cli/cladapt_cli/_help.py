@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from typer.models import OptionInfo, ParameterInfo
+from typer.models import ParameterInfo
 
 
 def plain(text: str) -> str:
@@ -36,7 +36,8 @@ def path(text: str) -> Path:
 
 def _with_help(information: ParameterInfo, default: Any) -> ParameterInfo:
     text = information.help or ""
-    if isinstance(information, OptionInfo) and information.show_default is True and "default" not in text:
+    said = "default: " in text or "(default)" in text
+    if information.show_default is True and not said:
         if default is None or default == "":
             information.show_default = "none"
         elif default is False:
