@@ -4,6 +4,7 @@ A recipe is YAML with the same nesting as the models here; `-o train.lr=1e-4` ov
 reported at once, unknown keys with the nearest known name.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -454,7 +455,7 @@ def _reason(error: Exception) -> str:
 
 def merge_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return `values` with each `a.b=c` of `overrides` applied; values parse as YAML (numbers, lists, booleans)."""
-    merged = _copy(values)
+    merged = copy.deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -483,10 +484,6 @@ def _parse(text: str) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def describe(settings: Settings, prefix: str = "") -> list[dict[str, Any]]:
