@@ -24,7 +24,7 @@ from cladapt.model.vit import VisionBase, load_vision_base, new_vit, pretrained_
 from cladapt.pipeline.classify_report import class_report
 from cladapt.pipeline.lifecycle import Workload, begin, names_inputs, refuse_unfinished, refuse_unnamed
 from cladapt.pipeline.lifecycle import resume as continue_run
-from cladapt.run import RUNS, Run
+from cladapt.run import RUNS, Run, locked
 from cladapt.train.blocks import blocks_after
 from cladapt.train.classes import fit_vision, train_classes
 from cladapt.train.loop import FitResult
@@ -215,8 +215,9 @@ def evaluate(run: Run[ClassifyConfig], settings: Mapping[str, Any], sink: Sink) 
     config = resolve(ClassEvalConfig, {**run.config.eval.model_dump(), **settings}, "eval")
     stream, base = open_inputs(run.config)
     run.environment()  # the report tells of it: what is damaged shows now
-    rows = pl.concat(_rows(run, stream, base, config, sink))
-    result = ranks.once(lambda: _write(run, rows, stream, base, config))
+    with locked(run.path):
+        rows = pl.concat(_rows(run, stream, base, config, sink))
+        result = ranks.once(lambda: _write(run, rows, stream, base, config))
     return {
         "run": str(run.path),
         "method": run.config.method.name,

@@ -13,10 +13,11 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.methods import build
 from cladapt.model.load import weights_hash
 from cladapt.model.saved import ADAPTER_FILE
-from cladapt.run import Run, new_run_path
+from cladapt.run import Run, locked, new_run_path
 from cladapt.train.checkpoint import clear_checkpoints
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Fan, JsonlSink, Sink
+from cladapt.train.track import require, tracking
 
 FOLDERS = ("data", "base", "from_adapter")
 C = TypeVar("C", bound=RunConfig | ClassifyConfig)
@@ -64,9 +65,12 @@ def refuse_unfinished(run: Run[Any], expected: Sequence[int]) -> None:
 def begin(work: Workload[C], config: C, stream: Any, base: Any, out: Path | None, sink: Sink) -> dict[str, Any]:
     """Make a run directory and learn."""
     work.blocks(config, stream, base)
+    require(config.track)
     inputs = _fingerprints(config, stream, base)
-    run = ranks.once(lambda: Run.create(out or new_run_path(config.method.name, config.seed), config, inputs))
-    return _learn(work, run, stream, base, sink)
+    path = ranks.once(lambda: out or new_run_path(config.method.name, config.seed))
+    with locked(path):
+        run = ranks.once(lambda: Run.create(path, config, inputs))
+        return _learn(work, run, stream, base, sink)
 
 
 def resume(work: Workload[C], run: Run[C], sink: Sink, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -76,6 +80,11 @@ def resume(work: Workload[C], run: Run[C], sink: Sink, asked: Mapping[str, Any] 
     is not what it was when the run began. A finished run is left as it is.
     """
     _refuse_changes(run, asked or {})
+    with locked(run.path):
+        return _continue(work, run, sink)
+
+
+def _continue(work: Workload[C], run: Run[C], sink: Sink) -> dict[str, Any]:
     stream, base = work.open_inputs(run.config)
     notes = [*_verify_inputs(run, stream, base), *ranks.once(lambda: _mend(run))]
     blocks = work.blocks(run.config, stream, base)
@@ -159,6 +168,7 @@ def _verify_inputs(run: Run[Any], stream: Any, base: Any) -> list[str]:
 def _learn(
     work: Workload[C], run: Run[C], stream: Any, base: Any, sink: Sink, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
+    sink.emit({"kind": "run", "path": str(run.path)})
     log: Sink = JsonlSink(run.path / "log.jsonl") if ranks.is_main() else Fan([])
     backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(run.config.kernels).items()}
     log.emit({"kind": "kernels", "ops": backends})
@@ -172,7 +182,10 @@ def _learn(
         "seed": run.config.seed,
         **work.provenance(run.config),
     }
-    return _summary(run, work.learn(run.path, run.config, stream, base, everywhere, run.config_hash, provenance))
+    with tracking(run.config.track if ranks.is_main() else "none", run.path, run.config) as tracked:
+        sinks = Fan([everywhere, tracked])
+        results = work.learn(run.path, run.config, stream, base, sinks, run.config_hash, provenance)
+    return _summary(run, results)
 
 
 def _summary(run: Run[Any], results: Mapping[int, FitResult]) -> dict[str, Any]:

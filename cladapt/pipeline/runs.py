@@ -29,7 +29,7 @@ from cladapt.pipeline import bases, streams
 from cladapt.pipeline.lifecycle import Workload, begin, names_inputs, refuse_unfinished, refuse_unnamed
 from cladapt.pipeline.lifecycle import resume as continue_run
 from cladapt.pipeline.report import run_report
-from cladapt.run import RUNS, Run
+from cladapt.run import RUNS, Run, locked
 from cladapt.tokens.prompts import Form, pack
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import blocks_to_learn, learned_block, make_form, train_stream, training_documents
@@ -142,7 +142,8 @@ def evaluate(
     config = resolve(EvalConfig, {**run.config.eval.model_dump(), **settings}, "eval")
     lines = (run.config.method.name, FROZEN, *COUNTS, CEILING)
     expected = read_expected(expect, table_columns(config), lines) if expect else {}
-    _, result = evaluate_run(run, config, block, sink)
+    with locked(run.path):
+        _, result = evaluate_run(run, config, block, sink)
     check_expected(expected, result["table"])
     return {
         "run": str(run.path),

@@ -19,7 +19,7 @@ def compare(
         Path | None, typer.Option("--out", help="Also write the tables as csv and a report into this folder.")
     ] = None,
 ) -> dict[str, Any]:
-    """Compare evaluated runs: seeds pooled, paired differences over users (or images) against the first."""
+    """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first."""
     from cladapt.config import ClassifyConfig
     from cladapt.pipeline.classify_report import compare_class_runs
     from cladapt.pipeline.compare import compare_runs
