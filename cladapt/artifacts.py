@@ -218,8 +218,13 @@ def _shown(value: Any, length: int = 80) -> str:
 
 def write_parquet(path: Path, frame: "pl.DataFrame") -> None:
     """Write a polars frame as parquet."""
+    import polars as pl
+
     with atomic_path(path) as temporary:
-        frame.write_parquet(temporary)
+        try:
+            frame.write_parquet(temporary)
+        except pl.exceptions.ComputeError as error:  # how polars reports a full disk
+            raise OSError(str(error)) from error
 
 
 def read_parquet(path: Path, columns: Mapping[str, Any]) -> "pl.DataFrame":

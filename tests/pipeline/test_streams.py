@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
-from cladapt.data.readers import Columns
+from cladapt.data.readers import ReadOptions
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.pipeline import streams
@@ -40,7 +40,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -> None:
-    report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES)
+    report = streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), HALVES)
     assert (report["users"], report["items"], report["interactions"]) == (4, 6, 24)
     assert [(b["block"], b["interactions"], b["new_items"]) for b in report["blocks"]] == [(1, 12, 5), (2, 12, 1)]
     assert report["stream"] == str(tmp_path / "out")
@@ -54,7 +54,7 @@ def test_what_was_dropped_is_reported(log: Path, tmp_path: Path) -> None:
     with log.open("a") as handle:
         handle.write("rare,i1,0\n")
     config = BlocksConfig(fractions=(0.52, 0.48), min_events=3)
-    report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), config)
+    report = streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), config)
     assert (report["users"], report["interactions"]) == (4, 24)
     assert sum(report["dropped"].values()) == 1
 
@@ -63,8 +63,8 @@ def test_weights_come_along_and_change_nothing_else(log: Path, tmp_path: Path) -
     frame = pl.read_csv(log).with_columns(stars=pl.int_range(1, pl.len() + 1) / 2)
     frame.write_csv(tmp_path / "rated.csv")
     rated = str(tmp_path / "rated.csv")
-    plain = streams.import_data(rated, tmp_path / "plain", "csv", Columns(), HALVES)
-    report = streams.import_data(rated, tmp_path / "weighted", "csv", Columns(weight="stars"), HALVES)
+    plain = streams.import_data(rated, tmp_path / "plain", "csv", ReadOptions(), HALVES)
+    report = streams.import_data(rated, tmp_path / "weighted", "csv", ReadOptions(weight="stars"), HALVES)
     assert report["notes"] == {**plain["notes"], "weights_kept_but_unused_in_training": 24}
     assert report["blocks"] == plain["blocks"]
     stream = Stream.load(tmp_path / "weighted")
@@ -96,8 +96,8 @@ def test_a_source_is_told_from_a_stream(log: Path, simulated: Path, tmp_path: Pa
 def test_checking_a_source_tells_what_importing_it_does(log: Path, tmp_path: Path) -> None:
     with log.open("a") as handle:
         handle.write("u0,i1,soon\nu0,i0,0\n,i1,5\n")
-    report = streams.check_source(str(log), "auto", Columns(), tmp_path / "rejects.csv")
-    imported = streams.import_data(str(log), tmp_path / "out", "auto", Columns(), HALVES)
+    report = streams.check_source(str(log), "auto", ReadOptions(), tmp_path / "rejects.csv")
+    imported = streams.import_data(str(log), tmp_path / "out", "auto", ReadOptions(), HALVES)
     assert report["dropped"] == {"bad_time": 1, "duplicate": 1, "no_user": 1}
     assert {**report["dropped"], "k_core": 0, "min_events": 0} == imported["dropped"]
     assert [report[key] for key in ("users", "items", "interactions")] == [4, 6, 24]
@@ -113,7 +113,7 @@ def test_checking_a_source_tells_what_importing_it_does(log: Path, tmp_path: Pat
 
 
 def test_totals_by_hand(log: Path, tmp_path: Path) -> None:
-    streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES)
+    streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), HALVES)
     stats = streams.data_stats(tmp_path / "out")
     assert stats["density"] == pytest.approx(24 / (4 * 6))
     assert stats["events_per_user"] == {"mean": 6.0, "median": 6.0, "max": 6}
@@ -127,7 +127,7 @@ def test_a_simulated_stream_knows_its_truth_and_a_real_one_has_none(simulated: P
     truth = streams.truth_of(simulated)
     assert truth is not None
     assert truth.height == Stream.load(simulated).interactions.height
-    streams.import_data(str(log), tmp_path / "real", "csv", Columns(), HALVES)
+    streams.import_data(str(log), tmp_path / "real", "csv", ReadOptions(), HALVES)
     assert streams.truth_of(tmp_path / "real") is None
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_holds_something_is_never_taken(log: Path, tmp_path: Path)
         with pytest.raises(ConfigError, match=r"exists and is not empty \(choose another --out"):
             streams.simulate_data(out, SIMULATE)
         with pytest.raises(ConfigError, match="exists and is not empty"):
-            streams.import_data(str(log), out, "csv", Columns(), HALVES)
+            streams.import_data(str(log), out, "csv", ReadOptions(), HALVES)
     assert names(tmp_path / "full") == {"mine.txt"}
     (tmp_path / "empty").mkdir()
     streams.simulate_data(tmp_path / "empty", SIMULATE)
@@ -193,7 +193,7 @@ def test_a_folder_that_holds_something_is_never_taken(log: Path, tmp_path: Path)
 
 def test_a_log_that_cannot_be_cut_leaves_no_folder(log: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="min_events=100 keeps none"):
-        streams.import_data(str(log), tmp_path / "out", "csv", Columns(), BlocksConfig(min_events=100))
+        streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), BlocksConfig(min_events=100))
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import hash_file
-from cladapt.data.readers import Columns, RawLog, read
+from cladapt.data.readers import RawLog, ReadOptions, read
 from cladapt.errors import DataError
 
 
@@ -24,7 +24,7 @@ def rows_of(log: RawLog) -> list[tuple[Any, ...]]:
 
 def test_csv_columns_are_mapped_and_ids_stay_text(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "ts,who,price,what\n1700000001,007,9,x\n1700000000,8,9,y\n")
-    log = read(source, columns=Columns(user="who", item="what", timestamp="ts"))
+    log = read(source, options=ReadOptions(user="who", item="what", timestamp="ts"))
     assert dict(log.events.schema) == {
         "user": pl.String,
         "item": pl.String,
@@ -65,9 +65,9 @@ def test_nothing_left_is_an_error_with_the_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
-        ("1700000000000", "it looks like milliseconds: divide the column by 1e3"),
-        ("1700000000000000", "it looks like microseconds: divide the column by 1e6"),
-        ("1700000000000000000", "it looks like nanoseconds: divide the column by 1e9"),
+        ("1700000000000", "it looks like milliseconds: --time-unit ms"),
+        ("1700000000000000", "it looks like microseconds: --time-unit us"),
+        ("1700000000000000000", "it looks like nanoseconds: --time-unit ns"),
     ],
 )
 def test_times_finer_than_seconds_are_never_guessed(tmp_path: Path, value: str, hint: str) -> None:
@@ -87,7 +87,7 @@ def test_compact_dates_are_not_taken_for_seconds_of_1970(tmp_path: Path) -> None
 
 
 def test_without_times_the_row_order_stands_and_repeats_stay(tmp_path: Path) -> None:
-    log = read(write(tmp_path / "log.csv", "user,item\nb,x\na,x\nb,x\n"), columns=Columns(timestamp=""))
+    log = read(write(tmp_path / "log.csv", "user,item\nb,x\na,x\nb,x\n"), options=ReadOptions(timestamp=""))
     assert list(log.events.iter_rows()) == [
         ("b", "x", None, 0, None),
         ("a", "x", None, 1, None),
@@ -104,7 +104,9 @@ def test_order_keeps_what_whole_seconds_lose(tmp_path: Path) -> None:
 
 def test_missing_columns_name_those_found_and_the_options(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "uid,item,ts\na,x,1\n")
-    with pytest.raises(DataError, match=r"log.csv has no column 'user', 'timestamp'; it has: uid, item, ts") as error:
+    with pytest.raises(
+        DataError, match=r"log.csv has no column 'user', 'timestamp'; it has: 'uid', 'item', 'ts'"
+    ) as error:
         read(source)
     assert error.value.hint == (
         'name the columns: --user COL --item COL --timestamp COL; --timestamp "" takes the row order as time'
@@ -131,12 +133,12 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 def test_ready_made_blocks_are_read_and_must_be_numbers(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "user,item,timestamp,part\na,x,1,1\na,y,2,2\n")
-    assert read(source, columns=Columns(block="part")).events["block"].to_list() == [1, 2]
+    assert read(source, options=ReadOptions(block="part")).events["block"].to_list() == [1, 2]
     bad = write(tmp_path / "bad.csv", "user,item,timestamp,part\na,x,1,1\na,y,2,second\n")
-    with pytest.raises(DataError, match="column 'part' holds 'second', not a block number"):
-        read(bad, columns=Columns(block="part"))
+    with pytest.raises(DataError, match="the block column holds 'second', not a block number"):
+        read(bad, options=ReadOptions(block="part"))
     with pytest.raises(DataError, match=r"no column 'day'") as error:
-        read(source, columns=Columns(block="day"))
+        read(source, options=ReadOptions(block="day"))
     assert "--block COL" in error.value.hint
 
 
@@ -163,7 +165,7 @@ def test_a_partition_folder_is_a_column(tmp_path: Path, table: pl.DataFrame) -> 
     for part in (1, 2):
         (tmp_path / "log" / f"part={part}").mkdir(parents=True)
         table[part - 1 : part].write_parquet(tmp_path / "log" / f"part={part}" / "0.parquet")
-    log = read(tmp_path / "log", columns=Columns(block="part"))
+    log = read(tmp_path / "log", options=ReadOptions(block="part"))
     assert log.events["block"].to_list() == [1, 2]
     assert set(log.files) == {"part=1/0.parquet", "part=2/0.parquet"}
 
@@ -172,7 +174,7 @@ def test_csv_files_of_a_folder_follow_each_other_without_the_item_table(tmp_path
     write(tmp_path / "d" / "2.csv", "timestamp;item;user\n1;x;a\n")
     write(tmp_path / "d" / "1.csv", "user,item,timestamp\na,z,1\n")
     items = write(tmp_path / "d" / "items.csv", "item,name\nx,Ex\n")
-    log = read(tmp_path / "d", columns=Columns(items=items))
+    log = read(tmp_path / "d", options=ReadOptions(items=items))
     assert list(log.events.select("item", "order").iter_rows()) == [("z", 0), ("x", 1)]
     assert set(log.files) == {"1.csv", "2.csv", "items.csv"}
 
@@ -180,11 +182,11 @@ def test_csv_files_of_a_folder_follow_each_other_without_the_item_table(tmp_path
 def test_item_texts_join_the_chosen_columns(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "user,sku,timestamp\na,x,1\n")
     items = write(tmp_path / "t" / "items.csv", "sku,name,brand,size\nx,Ex,,9\ny, Why ,Acme,\nx,Again,,\n,None,,\n")
-    every = read(source, columns=Columns(item="sku", items=items))
+    every = read(source, options=ReadOptions(item="sku", items=items))
     assert list(every.items.iter_rows()) == [("x", "Ex | 9"), ("y", "Why | Acme")]
     assert every.dropped == {"item_row_without_id": 1, "item_row_repeated": 1}
     assert set(every.files) == {"log.csv", "t/items.csv"}
-    some = read(source, columns=Columns(item="sku", items=items, text=("brand", "name")))
+    some = read(source, options=ReadOptions(item="sku", items=items, text=("brand", "name")))
     assert list(some.items.iter_rows()) == [("x", "Ex"), ("y", "Acme | Why")]
 
 
@@ -192,15 +194,15 @@ def test_an_item_table_may_be_parquet_with_lists_and_integer_ids(tmp_path: Path,
     source = write(tmp_path / "log.csv", "user,item,timestamp\na,12,1\n")
     frame = pl.DataFrame({"item": [12.0, None], "tags": [["red", "big"], []], "year": [1999, None]})
     frame.write_parquet(tmp_path / "items.parquet")
-    log = read(source, columns=Columns(items=tmp_path / "items.parquet"))
+    log = read(source, options=ReadOptions(items=tmp_path / "items.parquet"))
     assert list(log.items.iter_rows()) == [("12", "red, big | 1999")]
 
 
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
-        ("id,name\nx,Ex\n", {}, r"items.csv has no column 'item'; it has: id, name"),
-        ("item,name\nx,Ex\n", {"text": ("title",)}, r"items.csv has no column 'title'; it has: item, name"),
+        ("id,name\nx,Ex\n", {}, r"items.csv has no column 'item'; it has: 'id', 'name'"),
+        ("item,name\nx,Ex\n", {"text": ("title",)}, r"items.csv has no column 'title'; it has: 'item', 'name'"),
         ("item\nx\n", {}, r"items.csv has no column beside 'item'"),
     ],
 )
@@ -208,13 +210,13 @@ def test_a_bad_item_table_is_an_error(tmp_path: Path, content: str, columns: Map
     source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\n")
     items = write(tmp_path / "items.csv", content)
     with pytest.raises(DataError, match=message):
-        read(source, columns=Columns(items=items, **columns))
+        read(source, options=ReadOptions(items=items, **columns))
 
 
 def test_a_missing_item_table_is_an_error(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\n")
     with pytest.raises(DataError, match=r"no such item table: .*nowhere\.csv"):
-        read(source, columns=Columns(items=tmp_path / "nowhere.csv"))
+        read(source, options=ReadOptions(items=tmp_path / "nowhere.csv"))
 
 
 def test_a_column_that_is_not_in_use_is_never_read(tmp_path: Path) -> None:
@@ -243,11 +245,11 @@ def test_a_column_that_is_not_in_use_is_never_read(tmp_path: Path) -> None:
 def test_a_column_may_be_called_line_or_file(tmp_path: Path) -> None:
     source = write(tmp_path / "log.csv", "user,line,timestamp,reason\na,U7,1,x\na,,2,y\n")
     items = write(tmp_path / "t" / "items.csv", "line,file,value\nU7,north,1\n,south,2\n")
-    log = read(source, columns=Columns(item="line", items=items))
+    log = read(source, options=ReadOptions(item="line", items=items))
     assert rows_of(log) == [("a", "U7", 1)]
     assert list(log.items.iter_rows()) == [("U7", "north | 1")]
     assert log.rejects["line"].to_list() == [3, 3]
-    named = read(source, columns=Columns(user="line", item="reason"))
+    named = read(source, options=ReadOptions(user="line", item="reason"))
     assert rows_of(named) == [("U7", "x", 1)]
     atomic = write(tmp_path / "d" / "toy.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\tU7\t1\n").parent
     write(atomic / "toy.item", "item_id:token\tline:token_seq\nU7\tnorth\n")
