@@ -34,7 +34,7 @@ from cladapt.model.load import PROVENANCE, base_provenance
 from cladapt.pipeline.report import INTERVALS, block_curves, rows_table
 from cladapt.run import Run
 
-SAME_QUESTION = ("top_k", "beams", "exclude_seen", "targets", "max_users")
+SAME_QUESTION = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
 """Evaluation settings that must agree; the others change the effort, not the figures."""
 R = TypeVar("R")
 Lines = Mapping[str, Mapping[int, pl.DataFrame]]
@@ -82,14 +82,19 @@ class Evaluated:
             config = resolve(EvalConfig, metrics["config"], f"{metrics_file}: config")
         except ConfigError as error:  # no mistake of a user: `cladapt eval` wrote this file
             raise DataError(error.message, again) from error
-        counts = {name: users / f"counts_{name.replace(' ', '_')}.parquet" for name in COUNTS}
+        name, base_block = run.config.method.name, metrics["base_block"]
+        first, after = users / "next_block.parquet", None
+        if first.is_file():
+            rows = read_parquet(first, ROWS)
+            after = Measures(name, rows, _counts(users, "next_counts"), base_block, config, lag=1)
         measures = Measures(
-            run.config.method.name,
+            name,
             pl.concat([read_parquet(path, ROWS) for path in tested]),
-            {name: read_parquet(path, ROWS) for name, path in counts.items() if path.is_file()},
-            metrics["base_block"],
+            _counts(users, "counts"),
+            base_block,
             config,
             {int(block): values for block, values in metrics["ceiling"].items()},
+            next=after,
         )
         if measures.own.is_empty():
             raise DataError(
@@ -288,6 +293,12 @@ def method_options(config: MethodConfig) -> dict[str, Any]:
     method = build(config)
     parts = method.methods if isinstance(method, Compose) else ((config.name, method),)
     return {f"{name}.{k}": v for name, part in parts for k, v in part.config.model_dump(mode="json").items()}
+
+
+def _counts(users: Path, prefix: str) -> dict[str, pl.DataFrame]:
+    """Rows of the counts-only models that an evaluation wrote."""
+    found = {name: users / f"{prefix}_{name.replace(' ', '_')}.parquet" for name in COUNTS}
+    return {name: read_parquet(path, ROWS) for name, path in found.items() if path.is_file()}
 
 
 def _check_comparable(evaluated: Sequence[Evaluated]) -> None:

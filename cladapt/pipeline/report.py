@@ -32,7 +32,13 @@ from cladapt.run import Run
 
 POINTS = 300
 """Points of a curve over steps, above which neighbours are averaged."""
-INTERVALS = "Intervals are 95 %, bootstrap over users."
+INTERVALS = (
+    "Intervals are 95 %, bootstrap over users. Hits are of items, ties broken at random in expectation; a target that "
+    "may not be recommended is a miss for every line. (ID): of the semantic ID alone. log_likelihood: of the item."
+)
+NEXT = (
+    "Over the catalogue at the end of the model's own block: an item born later cannot be recommended, and is a miss."
+)
 SPECTRUM = (
     "Means over the modules of the singular values of delta W = scale * B A: Frobenius norm, effective rank "
     "(exponential of the entropy of their shares in the sum), largest over mean of those above 0 (1: all are equal), "
@@ -57,6 +63,10 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
         "continual": continual_summary(measures, headline),
         "slices": slice_table(measures, stream),
         "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
+        "next_block": {
+            "table": table([measures.next]) if measures.next else [],
+            "differences": differences([measures.next]) if measures.next else [],
+        },
         "spectrum": spectra.log(),
     }
     beside = {"frozen": measures.frozen, **measures.beside}
@@ -69,6 +79,7 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
         *block_curves(beside, measures.config, measures.ceiling, headline),
         rows_table("Summaries of R[t][s]", result["continual"]),
         rows_table("Slices of the current blocks", result["slices"]),
+        *_next_block(result["next_block"]),
         rows_table("What the method did", regulariser_log(run)),
         step_curves(run),
         *spectra.sections(),
@@ -85,6 +96,16 @@ def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tupl
         ),
     ]
     return render_report(f"cladapt: {measures.name}, seed {run.config.seed}", sections), result
+
+
+def _next_block(found: Mapping[str, Any]) -> list[Section]:
+    """The tables of the first events of the block after each model's own, where they were tested."""
+    if not found["table"]:
+        return []
+    return [
+        rows_table("The next block: each model on the first events of the block after its own", found["table"], NEXT),
+        rows_table("Paired differences on the next block", found["differences"]),
+    ]
 
 
 @dataclass(frozen=True)

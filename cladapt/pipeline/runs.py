@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = RUNS / "embedded"
-METRICS_SCHEMA_VERSION = 1
+METRICS_SCHEMA_VERSION = 2
 
 
 def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def workload() -> Workload[RunConfig]:
             "window": config.train.window,
             "softmax": config.train.softmax,
             "from_adapter": config.from_adapter or None,
+            "beams": config.eval.beams,
         },
     )
 
@@ -150,6 +151,7 @@ def evaluate(
         "table": result["table"],
         "differences": result["differences"],
         "continual": result["continual"],
+        "next_block": result["next_block"]["table"],
     }
 
 
@@ -171,6 +173,10 @@ def _write_measures(run: Run, measures: Measures, stream: Stream, base: Base) ->
             write_parquet(users / f"block_{s:03d}.parquet", measures.rows.filter(pl.col("block") == s))
         for name, rows in measures.beside.items():
             write_parquet(users / f"counts_{name.replace(' ', '_')}.parquet", rows)
+        if measures.next:
+            write_parquet(users / "next_block.parquet", measures.next.rows)
+            for name, rows in measures.next.beside.items():
+                write_parquet(users / f"next_counts_{name.replace(' ', '_')}.parquet", rows)
     write_json(run.path / "metrics.json", {"schema_version": METRICS_SCHEMA_VERSION, **result})
     with atomic_path(run.path / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -196,9 +202,13 @@ def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int
     truth = streams.truth_of(Path(run.config.data)) if config.targets == "test" else None
     best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
     models = _models(base, start, learned, adapters)
-    rows = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
-    counts = measure_counts(stream, rows, later, config)
-    return Measures(run.config.method.name, rows, counts, learned, config, best)
+    rows, first = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
+    name = run.config.method.name
+    following = [b for b in later if b > learned + 1]
+    after = None
+    if first.height:
+        after = Measures(name, first, measure_counts(evaluator, following, lag=1), learned, config, lag=1)
+    return Measures(name, rows, measure_counts(evaluator, later), learned, config, best, next=after)
 
 
 def _models(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cladapt.data.readers._base import DEFAULTS, REJECTS, NoRows, RawLog, Reader, ReadOptions, files_of
-from cladapt.data.readers._parse import UNITS
+from cladapt.data.readers._parse import UNITS, to_seconds
 from cladapt.data.readers.amazon import AMAZON2018, AMAZON2023
 from cladapt.data.readers.lcrec import LcRecReader
 from cladapt.data.readers.mind import MindReader
@@ -17,7 +17,18 @@ from cladapt.data.readers.steam import SteamReader
 from cladapt.data.readers.tables import ARROW, CSV, JSONL, PARQUET
 from cladapt.errors import ConfigError, DataError
 
-__all__ = ["READERS", "REJECTS", "UNITS", "NoRows", "RawLog", "ReadOptions", "Reader", "read", "reader_for"]
+__all__ = [
+    "READERS",
+    "REJECTS",
+    "UNITS",
+    "NoRows",
+    "RawLog",
+    "ReadOptions",
+    "Reader",
+    "read",
+    "reader_for",
+    "to_seconds",
+]
 
 _ALL: tuple[Reader, ...] = (
     PesoReader(),

@@ -92,7 +92,10 @@ def _checked_numbers(numbers: pl.Series, where: str, unit: str = "s") -> pl.Seri
     large = numbers.filter(seconds.abs() > LARGEST_SECONDS)
     if not large.is_empty():
         fits = [name for name, count in UNITS.items() if abs(large[0]) / count <= LARGEST_SECONDS]
-        cure = f"it looks like {LONG[fits[0]]}: --time-unit {fits[0]}, or give" if fits else "give unix seconds or"
+        cure = "give unix seconds, or"
+        if fits:
+            unit_of_it = f"--time-unit {fits[0]} where a log is imported, else divide it by {UNITS[fits[0]]:.0e}"
+            cure = f"it looks like {LONG[fits[0]]}: {unit_of_it}; or give"
         raise DataError(f"{where}: {large[0]:.0f} is too large for unix {LONG[unit]}", f"{cure} ISO dates")
     known = numbers.drop_nulls()
     if unit == "s" and len(known) and known.is_between(*COMPACT_DATES).all():
