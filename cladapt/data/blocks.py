@@ -51,8 +51,8 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
         "license": LICENSE,
         "config": settings,
         "dropped": {**log.dropped, "k_core": raw.height - kept.height},
-        "losses": losses,
-        "warnings": _warnings(losses, stream, config),
+        "losses": [*log.losses, *losses],
+        "warnings": [*log.warnings, *_warnings(losses, stream, config)],
         "notes": {
             **log.notes,
             "items_never_used": log.items.join(items, on="item", how="anti").height,

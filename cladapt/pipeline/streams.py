@@ -35,7 +35,7 @@ def import_data(source: str, out: Path, format: str, options: ReadOptions, confi
         "stream": str(out),
         "source": log.source,
         "semantic_ids": "from the source" if table is not None else _next_step(stream, out),
-        **_report(log, stream),
+        **_report(stream),
     }
 
 
@@ -46,7 +46,7 @@ def _cut(log: RawLog, config: BlocksConfig) -> tuple[Stream, SidTable | None]:
     return stream, table
 
 
-def _report(log: RawLog, stream: Stream) -> dict[str, Any]:
+def _report(stream: Stream) -> dict[str, Any]:
     """What an import keeps and loses, as import and check both say it."""
     counts = check_stream(stream)
     return {
@@ -54,8 +54,8 @@ def _report(log: RawLog, stream: Stream) -> dict[str, Any]:
         "items_with_text": _items_with_text(stream),
         "dropped": dict(stream.manifest["dropped"]),
         "notes": {name: count for name, count in stream.manifest["notes"].items() if count},
-        "warnings": [*log.warnings, *stream.manifest.get("warnings", [])],
-        "losses": [*log.losses, *stream.manifest.get("losses", [])],
+        "warnings": stream.manifest["warnings"],
+        "losses": stream.manifest["losses"],
         **counts,
     }
 
@@ -144,7 +144,7 @@ def check_source(
 def _outcome(log: RawLog, config: BlocksConfig) -> dict[str, Any]:
     """The report of an import, or what is known of the log and the reason why an import would fail."""
     try:
-        return _report(log, _cut(log, config)[0])
+        return _report(_cut(log, config)[0])
     except DataError as error:
         return {
             "users": log.events["user"].n_unique(),

@@ -80,7 +80,10 @@ def load(path: Path, wanted: Sequence[str], hint: str, kind: str | None = None) 
             _refuse_repeats(path, wanted)
         frame = _scan(path, kind)
         names = frame.collect_schema().names()
-        data = frame.select(_columns(path, wanted, names, hint)).collect(engine="streaming")
+        chosen = frame.select(_columns(path, wanted, names, hint))
+        if kind == "csv":  # an empty field in quotes is as empty as one without
+            chosen = chosen.with_columns(pl.when(pl.all() != "").then(pl.all()))
+        data = chosen.collect(engine="streaming")
         return Table.of(data, 2 if kind == "csv" else 1, names)
 
 

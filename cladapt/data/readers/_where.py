@@ -49,7 +49,7 @@ def _condition(table: pl.DataFrame, clause: str, path: Path) -> tuple[pl.Series,
     problems = {each: _problem(expression, table, each) for each in readings}
     fitting = [each for each in readings if problems[each] is None]
     if not fitting:
-        raise _refused(clause, path, next(filter(None, problems.values())), _typed(table))
+        raise _refused(clause, path, problems[readings[-1]], _typed(table))
     first, *others = [_apply(expression, table, each, clause, path) for each in fitting]
     for other in others:
         # both readings make sense: fine as long as they agree
@@ -98,12 +98,17 @@ def _apply(
         odd = values.is_null() & (texts != "").fill_null(False)
         unreadable = unreadable.zip_with(unreadable.is_not_null() | ~odd, table[name])
         table = table.with_columns(values.alias(name))
-    half = table.head(table.height // 2)
     try:
-        found, part = (frame.select(expression.alias("found"))["found"] for frame in (table, half))
+        found = table.select(expression.alias("found"))["found"]
+        parts = [(0, 1), (0, table.height // 2), (table.height // 2, table.height)]
+        alone = all(
+            table[start:end].select(expression.alias("found"))["found"].equals(found[start:end], null_equal=True)
+            for start, end in parts
+            if start < end
+        )
     except pl.exceptions.PolarsError as error:
         raise _refused(clause, path, _short(error), _typed(table)) from error
-    if not part.equals(found.head(half.height), check_dtypes=False, null_equal=True):
+    if not alone:
         raise _refused(clause, path, "it depends on other rows, expected a condition on each row alone", _typed(table))
     return found, unreadable
 
@@ -114,7 +119,7 @@ def _typed(table: pl.DataFrame) -> list[str]:
 
 def _refused(clause: str, path: Path, reason: str | None, names: Sequence[str], cure: str = "") -> ConfigError:
     listed = f"columns of {path.name}: {', '.join(map(repr, names))}"
-    form = "write SQL, such as Quantity > 0 AND Country = 'France', names with spaces in double quotes"
+    form = "write SQL, such as Quantity > 0 AND Country = 'France', names with spaces, and \"user\", in double quotes"
     return ConfigError(f"--where {clause!r} cannot be applied to {path}: {reason}", f"{cure or form}; {listed}")
 
 
