@@ -1,5 +1,6 @@
 """Csv and parquet: columns, separators, times, folders, item tables."""
 
+import gzip
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from cladapt.artifacts import hash_file
 from cladapt.data.readers import RawLog, ReadOptions, read
-from cladapt.errors import DataError
+from cladapt.errors import ConfigError, DataError
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -254,3 +255,132 @@ def test_a_column_may_be_called_line_or_file(tmp_path: Path) -> None:
     atomic = write(tmp_path / "d" / "toy.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\tU7\t1\n").parent
     write(atomic / "toy.item", "item_id:token\tline:token_seq\nU7\tnorth\n")
     assert list(read(atomic).items.iter_rows()) == [("U7", "north")]
+
+
+def test_spaces_around_names_in_the_header_do_not_count(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user , item, timestamp,unit price\na,x,1,5\n")
+    assert rows_of(read(source)) == [("a", "x", 1)]
+    assert rows_of(read(source, options=ReadOptions(item=" item", where=('"unit price" > 4',)))) == [("a", "x", 1)]
+    with pytest.raises(DataError, match=r"has no column 'sku'; it has: 'user', 'item', 'timestamp', 'unit price'"):
+        read(source, options=ReadOptions(item="sku"))
+
+
+@pytest.mark.parametrize("header", ["user,item,timestamp,item", "user,item, item,timestamp"])
+def test_two_columns_of_one_name_are_an_error_where_the_name_is_used(tmp_path: Path, header: str) -> None:
+    source = write(tmp_path / "log.csv", f"{header}\na,1,2,3\n")
+    with pytest.raises(DataError, match=r"log\.csv has 2 columns named 'item'") as error:
+        read(source)
+    assert error.value.hint == "give each column its own name"
+    unused = write(tmp_path / "unused.csv", "user,item,timestamp,,\na,x,1,,\n")
+    assert rows_of(read(unused)) == [("a", "x", 1)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["log.csv", "log.tsv", "log.jsonl"])
+def test_utf_16_is_named_with_its_cure(tmp_path: Path, name: str, encoding: str) -> None:
+    source = write(tmp_path / name, "user,item,timestamp\na,x,1\n", encoding)
+    with pytest.raises(DataError, match=rf"{name} is written in UTF-16, expected UTF-8") as error:
+        read(source)
+    assert error.value.hint.startswith("convert it to UTF-8: iconv -f UTF-16 -t UTF-8 ")
+
+
+def test_rejects_of_packed_csv_have_their_lines(tmp_path: Path) -> None:
+    text = 'user,item,timestamp,note\na,x,1,"two\nlines"\n,x,2,\na,y,3,\n'
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(text.encode()))
+    log = read(tmp_path / "log.csv.gz")
+    assert rows_of(log) == [("a", "x", 1), ("a", "y", 3)]
+    assert log.rejects["line"].to_list() == [4]
+    frame = pl.DataFrame({"user": ["a", ""], "item": ["x", "y"], "timestamp": [1, 2], "n": ["two\nlines", ""]})
+    frame.lazy().sink_csv(tmp_path / "log.csv.zst", compression="zstd")
+    assert read(tmp_path / "log.csv.zst").rejects["line"].to_list() == [4]
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(text.encode())[:-20])
+    with pytest.raises(DataError, match=r"cannot read .*cut\.csv\.gz"):
+        read(tmp_path / "cut.csv.gz")
+
+
+def test_json_lines_are_read_by_line_whatever_the_types_of_their_values(tmp_path: Path) -> None:
+    lines = [
+        '{"user": 7, "item": "x", "timestamp": 1, "tags": ["a", ["b"]]}',
+        "",
+        '{"user": "7", "item": "y", "timestamp": "2024-01-01", "tags": null}',
+        '{"item": "y", "timestamp": 3}',
+        '{"user": 7, "item": "z", "timestamp": 4',
+        "[1]",
+    ]
+    source = write(tmp_path / "log.jsonl", "\n".join(lines) + "\n")
+    log = read(source, options=ReadOptions(text=("tags",)))
+    assert rows_of(log) == [("7", "x", 1), ("7", "y", 1_704_067_200)]
+    assert dict(log.items.rows()) == {"x": "a, b", "y": ""}
+    assert log.rejects.select("line", "reason", "value").rows() == [
+        (4, "no_user", ""),
+        (5, "malformed_line", lines[4]),
+        (6, "malformed_line", "[1]"),
+    ]
+    with pytest.raises(DataError, match=r"log\.jsonl has no column 'sku'; it has: 'user', 'item', 'timestamp', 'tags'"):
+        read(source, options=ReadOptions(item="sku"))
+
+
+def test_an_item_table_may_be_a_folder_and_of_another_type(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\na,y,2\n")
+    write(tmp_path / "items" / "1.jsonl", '{"item": "x", "name": "Ex"}\noops\n')
+    pl.DataFrame({"item": ["y", "x"], "name": ["Why", "Again"]}).write_parquet(tmp_path / "items" / "2.parquet")
+    log = read(source, options=ReadOptions(items=tmp_path / "items"))
+    assert dict(log.items.rows()) == {"x": "Ex", "y": "Why"}
+    assert [(Path(f).name, line, reason) for f, line, reason, _ in log.rejects.iter_rows()] == [
+        ("1.jsonl", 2, "malformed_line"),
+        ("2.parquet", 2, "item_row_repeated"),
+    ]
+
+
+def test_ids_in_the_names_of_partitions_keep_their_zeros(tmp_path: Path) -> None:
+    place = tmp_path / "log" / "day=2024-01-02" / "item=007"
+    place.mkdir(parents=True)
+    pl.DataFrame({"user": ["a"]}).write_parquet(place / "0.parquet")
+    log = read(tmp_path / "log", options=ReadOptions(timestamp="day"))
+    assert rows_of(log) == [("a", "007", 1_704_153_600)]
+
+
+def test_times_of_one_unit_are_read_in_it_and_nothing_else(tmp_path: Path) -> None:
+    for unit, factor in (("ms", 10**3), ("us", 10**6), ("ns", 10**9)):
+        table = pl.DataFrame({"user": ["a", "a"], "item": ["x", "y"], "timestamp": [1_700_000_001 * factor, -factor]})
+        table.write_parquet(tmp_path / "log.parquet")
+        log = read(tmp_path / "log.parquet", options=ReadOptions(time_unit=unit))
+        assert log.events["timestamp"].to_list() == [1_700_000_001, -1]
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,5000\na,y,2024-01-01\n")
+    log = read(source, options=ReadOptions(time_unit="ms"))
+    assert (rows_of(log), log.dropped) == ([("a", "x", 5)], {"bad_time": 1})
+    with pytest.raises(ConfigError, match="--time-unit 'min' is no unit of time"):
+        ReadOptions(time_unit="min")
+
+
+def test_times_are_read_by_the_form_that_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,12/1/10 8:26\na,y,1/2/11 18:05\na,z,2011-01-03\n")
+    log = read(source, options=ReadOptions(time_format="%m/%d/%y %H:%M"))
+    assert rows_of(log) == [("a", "x", 1_291_191_960), ("a", "y", 1_293_991_500)]
+    assert log.rejects.select("reason", "value").rows() == [("bad_time", "2011-01-03")]
+    compact = pl.DataFrame({"user": ["a"], "item": ["x"], "timestamp": [20240131]})
+    compact.write_parquet(tmp_path / "log.parquet")
+    assert rows_of(read(tmp_path / "log.parquet", options=ReadOptions(time_format="%Y%m%d"))) == [
+        ("a", "x", 1_706_659_200)
+    ]
+    compact.with_columns(pl.from_epoch("timestamp")).write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match="holds times already"):
+        read(tmp_path / "log.parquet", options=ReadOptions(time_format="%Y%m%d"))
+
+
+@pytest.mark.parametrize("format", ["", "%H:%M", "%d-%m", "day", "%Q", "%I:%M %Y"])
+def test_a_form_that_says_no_moment_is_refused(format: str) -> None:
+    with pytest.raises(ConfigError, match=r"--time-format .* does not say a moment") as error:
+        ReadOptions(time_format=format)
+    assert "%d-%m-%Y %H:%M" in error.value.hint
+
+
+def test_blocks_may_be_any_whole_numbers_and_nothing_else(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp,b,f\na,x,1,0,1.5\na,y,2,7,2\n")
+    assert read(source, options=ReadOptions(block="b")).events["block"].to_list() == [0, 7]
+    frame = pl.read_csv(source)
+    frame.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match=r"the block column holds 1\.5, not a block number"):
+        read(tmp_path / "log.parquet", options=ReadOptions(block="f"))
+    dropped = read(source, options=ReadOptions(block="f", where=("f > 1.7",)))
+    assert dropped.events["block"].to_list() == [2]
