@@ -7,7 +7,7 @@ import pytest
 from cladapt.data.readers import ReadOptions, read
 from cladapt.errors import DataError
 
-REVIEWS = """{u'username': u'Chaos "S"', u'hours': 0.1, u'product_id': u'725280', u'date': u'2017-12-17', u'a': u'it\\'s'}
+REVIEWS = """{u'username': u'Chaos "S"', u'hours': .1, u'product_id': u'725280', u'date': u'2017-12-17', u'a': u'\\''}
 {u'username': u'b', u'hours': 51.1, u'product_id': u'7', u'date': u'2017-12-18', u'text': u'', u'early_access': False}
 
 {u'username': u'b', u'hours': __import__('os').abort(), u'product_id': u'8', u'date': u'2017-12-18'}
