@@ -61,7 +61,11 @@ def atomic_dir(target: Path) -> Iterator[Path]:
             for path in (temporary, retired):
                 shutil.rmtree(path, ignore_errors=True)
             temporary.mkdir()
-            yield temporary
+            try:
+                yield temporary
+            except EnvironmentProblem as problem:
+                named = problem.message.replace(str(temporary), str(target))
+                raise EnvironmentProblem(named, problem.hint) from problem
             for path in sorted(temporary.rglob("*")):
                 if path.is_file():
                     with path.open("rb") as handle:

@@ -40,8 +40,11 @@ def import_data(source: str, out: Path, format: str, options: ReadOptions, confi
 
 
 def _cut(log: RawLog, config: BlocksConfig) -> tuple[Stream, SidTable | None]:
-    """The stream of a log, and the IDs that came along for its items."""
-    stream = build_stream(log, config)
+    """The stream of a log, and the IDs that came along for its items; why many rows are missing is part of an error."""
+    try:
+        stream = build_stream(log, config)
+    except DataError as error:
+        raise DataError(error.message, "; ".join([*log.warnings, error.hint])) from error
     table = None if log.index is None else SidTable.from_index(log.index).align(stream.items["item"].to_list())
     return stream, table
 
@@ -66,10 +69,11 @@ def _items_with_text(stream: Stream) -> int:
 
 def _next_step(stream: Stream, out: Path) -> str:
     """How the items of a stream without semantic IDs can get them."""
-    if _items_with_text(stream):
+    # codebooks are fitted on the items of block 1
+    if stream.items.filter(pl.col("first_block") == 1)["text"].str.contains(r"\w").any():
         return f"none yet: cladapt tokens build {out}"
     return (
-        "none, and no item has a text to build them from: import again with --text COL (a column of the log) or "
+        "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the log) or "
         f"--items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
     )
 

@@ -48,7 +48,7 @@ def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -
     assert (report["users"], report["items"], report["interactions"]) == (4, 6, 24)
     assert [(b["block"], b["interactions"], b["new_items"]) for b in report["blocks"]] == [(1, 12, 5), (2, 12, 1)]
     assert report["stream"] == str(tmp_path / "out")
-    assert report["semantic_ids"].startswith("none, and no item has a text")
+    assert report["semantic_ids"].startswith("none, and no item of block 1 has a text")
     assert names(tmp_path / "out") == {"interactions.parquet", "items.parquet", "manifest.json"}
     stream = Stream.load(tmp_path / "out")
     assert stream.items.filter(pl.col("first_block") == 2)["item"].to_list() == ["late"]
@@ -258,6 +258,16 @@ def test_ready_made_blocks_from_any_number_are_the_blocks_in_order(log: Path, tm
     assert report["notes"]["blocks_renumbered_from_1"] == 2
 
 
+def test_rejected_weights_are_named_where_they_empty_a_block(log: Path, tmp_path: Path) -> None:
+    frame = pl.read_csv(log).with_columns(w=pl.when(pl.col("timestamp") < 1000).then(1.0).otherwise(0.0))
+    frame.write_csv(tmp_path / "weighted.csv")
+    dates = BlocksConfig(dates=("1970-01-02",))
+    with pytest.raises(DataError) as error:
+        streams.import_data(str(tmp_path / "weighted.csv"), tmp_path / "out", "csv", ReadOptions(weight="w"), dates)
+    assert error.value.hint.startswith("12 of 24 rows (50%) are rejected as bad_weight, the first '0.0': weights are")
+    assert "min_events" not in error.value.hint
+
+
 def limited(size: int, target: Path, log: Path) -> tuple[int, str]:
     """An import in a process whose files may not grow beyond `size` bytes, which a full disk looks like."""
     code = (
@@ -283,7 +293,8 @@ def test_a_full_disk_is_a_problem_of_the_machine_and_leaves_nothing(size: int, t
     (tmp_path / "log" / "T.index.json").write_text(json.dumps(index))
     code, err = limited(size, tmp_path / "out", tmp_path / "log")
     assert code == 4, err
-    assert "error: cannot write " in err
+    assert f"error: cannot write {tmp_path / 'out'}/" in err
+    assert ".tmp" not in err
     assert "check the permissions and the free space there" in err
     assert names(tmp_path) == {"log"}
 

@@ -73,8 +73,10 @@ def _detect(src: Path) -> Reader:
     # a known layout is more than its file type says
     claims = [reader for reader in fitting if not reader.generic] or fitting
     if not claims:
-        formats = "; ".join(f"{reader.name}: {reader.expects}" for reader in READERS.values())
-        raise DataError(f"{src} has none of the formats that can be read", formats)
+        raise DataError(
+            f"{src} has none of the formats that can be read",
+            f"known: {', '.join(READERS)}; with --format NAME the error says what that one expects",
+        )
     if len(claims) > 1:
         raise DataError(
             f"{src} fits several formats: {', '.join(reader.name for reader in claims)}",

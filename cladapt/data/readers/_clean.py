@@ -231,7 +231,9 @@ def _check_zero(usable: pl.DataFrame, where: str) -> int:
 
 def _losses(rows: pl.DataFrame, left_out: pl.DataFrame) -> list[dict[str, Any]]:
     """Events and users that each reason costs, with their shares of all rows, in the order the reasons apply."""
-    counts = dict(left_out.group_by("reason", maintain_order=True).len().iter_rows())
+    if left_out.is_empty():
+        return []
+    counts = dict(left_out.group_by("reason").len().iter_rows())
     faults = sorted({*counts} - {*FILTERS, "duplicate"})
     users = max(rows["user"].drop_nulls().n_unique(), 1)
     # a user is lost to the last reason that leaves none of its rows

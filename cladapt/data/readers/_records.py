@@ -14,11 +14,10 @@ import polars as pl
 from cladapt.data.readers._base import NO_ITEMS, NO_REJECTS, files_of
 from cladapt.data.readers._clean import Items, clean_items
 from cladapt.data.readers._parse import to_ids
-from cladapt.data.readers._scan import LINE, PACKED, Table, lines_of, load
+from cladapt.data.readers._scan import LINE, PACKED, Table, header_line, lines_of, load
 from cladapt.errors import DataError
 
 ENDINGS = tuple(ending + packed for ending in (".json", ".jsonl") for packed in PACKED)
-LONGEST_LINE = 1 << 20  # characters of a first line that is looked at
 BROKEN = (ValueError, SyntaxError, MemoryError, RecursionError)
 
 
@@ -30,10 +29,9 @@ def record_files(src: Path) -> list[Path]:
 def first_record(path: Path) -> dict[str, Any]:
     """The record of the first line, empty where that is none."""
     try:
-        line = next(lines_of(path), "")[:LONGEST_LINE]
+        return _record(header_line(path)) or {}
     except (OSError, EOFError, pl.exceptions.PolarsError):
         return {}
-    return _record(line) or {}
 
 
 def load_records(path: Path, wanted: Sequence[str], hint: str) -> Table:
@@ -75,7 +73,7 @@ def read_items(path: Path | None, item: str, fields: Sequence[str]) -> Items:
 
 def _is_json(path: Path) -> bool:
     try:
-        return isinstance(json.loads(next(lines_of(path), "")), dict)
+        return isinstance(json.loads(header_line(path)), dict)
     except BROKEN:
         return False
 

@@ -1,6 +1,7 @@
 """Table files by type, in one form: csv and json lines as text, parquet and arrow with their own types.
 
-Only the columns in use are read, in polars' streaming engine; an arrow stream is read whole.
+Only the columns in use are read, in polars' streaming engine; an arrow stream is read whole, and so may be packed
+files.
 """
 
 import csv
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from itertools import dropwhile, islice
 from operator import not_
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import polars as pl
 
@@ -30,6 +31,7 @@ SUFFIXES = {  # file type -> endings of its files' names
     "arrow": (".arrow", ".feather", ".ipc"),
 }
 LINE = "line"
+LONGEST_LINE = 1 << 20  # characters of a first line that are looked at
 _KEYS_FROM = 200  # lines of json whose keys an error lists
 
 
@@ -207,8 +209,9 @@ def separator_of(path: Path) -> str:
 
 def header_line(path: Path) -> str:
     """First line of a text file that is not empty, without its byte-order mark; `DataError` for UTF-16."""
-    first = next((line for line in lines_of(path) if line.strip("\r\n")), "").rstrip("\r\n")
-    if first.startswith(("\ufffd\ufffd", "\0")) or "\0" in first[:8]:
+    first = _first_line(path).rstrip("\r\n")
+    halves = (first[:8:2], first[1:8:2])
+    if first.startswith("\ufffd\ufffd") or any(half and not half.strip("\0") for half in halves):
         raise DataError(
             f"{path} is written in UTF-16, expected UTF-8",
             f"convert it to UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
@@ -223,9 +226,23 @@ def lines_of(path: Path) -> Iterator[str]:
         for batch in frame.collect_batches(maintain_order=True):
             yield from (f"{line}\n".removeprefix("\ufeff") for line in batch.to_series())
         return
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as handle:
+    with _open(path) as handle:
         yield from handle
+
+
+def _open(path: Path) -> TextIO:
+    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="\n")
+
+
+def _first_line(path: Path) -> str:
+    """The first line that is not empty, and not more of it than `LONGEST_LINE`."""
+    if path.name.lower().endswith(".zst"):
+        return next((line for line in lines_of(path) if line.strip("\r\n")), "")
+    with _open(path) as handle:
+        while (line := handle.readline(LONGEST_LINE)) and not line.strip("\r\n"):
+            pass
+        return line
 
 
 def _overlong(path: Path) -> tuple[int, int, int] | None:
