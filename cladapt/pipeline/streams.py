@@ -40,7 +40,7 @@ def import_data(source: str, out: Path, format: str, options: ReadOptions, confi
 
 
 def _cut(log: RawLog, config: BlocksConfig) -> tuple[Stream, SidTable | None]:
-    """The stream of a log, and the IDs that came along for its items; why many rows are missing is part of an error."""
+    """The stream of a log, and the IDs that came along for its items; the log's warnings go into an error's hint."""
     try:
         stream = build_stream(log, config)
     except DataError as error:
@@ -73,8 +73,8 @@ def _next_step(stream: Stream, out: Path) -> str:
     if stream.items.filter(pl.col("first_block") == 1)["text"].str.contains(r"\w").any():
         return f"none yet: cladapt tokens build {out}"
     return (
-        "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the log) or "
-        f"--items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
+        "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the log) "
+        f"or --items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
     )
 
 

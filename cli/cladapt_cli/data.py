@@ -82,14 +82,19 @@ def import_(
 def images(
     source: Annotated[Path, typer.Argument(help="Folder or .zip of images; every inner folder is a class.")],
     out: Annotated[Path, typer.Option("--out", help="Image stream directory to write.")],
-    blocks: Annotated[int | None, typer.Option("--blocks", help="Blocks of classes.")] = None,
-    size: Annotated[int | None, typer.Option("--size", help="Side in pixels that images are resized to.")] = None,
-    channels: Annotated[int | None, typer.Option("--channels", help="1 (grey) or 3 (colour).")] = None,
+    blocks: Annotated[int | None, typer.Option("--blocks", help="Blocks of classes; default: 10.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side in pixels that images are resized to; default: 28.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option("--channels", help="1 (grey) or 3 (colour); default: 1.")] = None,
     invert: Annotated[bool, typer.Option("--invert", help="Dark drawings on white become light on black.")] = False,
     exclude: Annotated[
-        list[Path] | None, typer.Option("--exclude", help="Leave out the classes of this source; repeatable.")
+        list[Path] | None,
+        typer.Option("--exclude", help="Leave out the classes of this source; repeatable; default: none."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the order of classes and of the splits.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the order of classes and of the splits; default: 0.")
+    ] = None,
 ) -> dict[str, Any]:
     """Write a stream for `train --task classify`: blocks of classes, images split into train, valid and test."""
     from cladapt.config import ImagesConfig, resolve

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from cladapt.config import BlocksConfig
+from cladapt.config import BlocksConfig, ImagesConfig
 from cladapt.data.readers import READERS
 from cladapt_cli.app import app, run
 from cladapt_cli.log_options import FORMATS
@@ -203,9 +203,16 @@ def test_a_check_of_what_cannot_be_imported_reports_and_fails_as_the_import(fold
 def test_the_help_names_every_format_and_every_default() -> None:
     assert tuple(READERS) == FORMATS
     command: Any = typer.main.get_command(app)
+    commands = {
+        name: {option.opts[0]: option for option in each.params if option.param_type_name == "option"}
+        for name, each in command.commands["data"].commands.items()
+    }
+    images = ImagesConfig()
+    for name in ("blocks", "size", "channels", "seed"):
+        assert f"default: {getattr(images, name)}." in commands["images"][f"--{name}"].help
+    assert "default: none" in commands["images"]["--exclude"].help
     for name in ("import", "check"):
-        parameters = command.commands["data"].commands[name].params
-        options = {option.opts[0]: option for option in parameters if option.opts[0].startswith("--")}
+        options = commands[name]
         assert all(format in options["--format"].help for format in FORMATS)
         for option in options.values():
             shown = option.default not in (None, False) and option.show_default
