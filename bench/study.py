@@ -173,7 +173,10 @@ def mean_distance(adapters: list[Path]) -> float | None:
 
 
 def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
-    """`summary` (a line per cell name, seeds pooled), `differences` against the reference, `cells` (a line each)."""
+    """`summary` (a line per cell name, seeds pooled), `differences` against the reference, `cells` (a line each).
+
+    The first two also of the first events of the next block, where all cells were tested on them.
+    """
     lines = []
     pooled: dict[str, dict[int, Evaluated]] = {}
     recipes: dict[str, str] = {}
@@ -186,15 +189,14 @@ def tables(study: Study, done: list[tuple[Cell, Path]]) -> dict[str, pl.DataFram
     own = study.recipe.reference or next(iter(study.recipe.cells))
     references = [name for name in (own, *COUNTS) if name in comparison.lines]
     models = [name for name in comparison.lines if name not in COUNTS]
-    frames = {
-        "cells": lines,
-        "summary": comparison.summary(),
-        "differences": [
-            line
-            for name, others in (*((name, models) for name in references), *((b, [a]) for a, b in study.recipe.pairs))
-            for line in wide(comparison.differences(name, others))
-        ],
-    }
+    pairs = (*((name, models) for name in references), *((b, [a]) for a, b in study.recipe.pairs))
+    frames: dict[str, list[dict[str, Any]]] = {"cells": lines}
+    for prefix, part in (("", comparison), ("next_block_", comparison.next)):
+        if part is not None:
+            frames[f"{prefix}summary"] = part.summary()
+            frames[f"{prefix}differences"] = [
+                line for name, others in pairs for line in wide(part.differences(name, others))
+            ]
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
 
 

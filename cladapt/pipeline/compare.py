@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -36,6 +36,10 @@ from cladapt.run import Run
 
 SAME_QUESTION = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
 """Evaluation settings that must agree; the others change the effort, not the figures."""
+NEXT_TABLES = {
+    "next_block_summary": "The next block: each model on the first events of the block after its own, seeds pooled",
+    "next_block_differences": "Paired differences on the next block",
+}
 R = TypeVar("R")
 Lines = Mapping[str, Mapping[int, pl.DataFrame]]
 
@@ -155,6 +159,21 @@ class Comparison:
         }
 
     @property
+    def next(self) -> "Comparison | None":
+        """The same groups on the first events of the block after each model's own; None unless all have it."""
+        groups = []
+        for group in self.groups:
+            after = {
+                seed: replace(each, measures=each.measures.next)
+                for seed, each in group.by_seed.items()
+                if each.measures.next is not None and not each.measures.next.own.is_empty()
+            }
+            if after.keys() != group.by_seed.keys():
+                return None
+            groups.append(replace(group, by_seed=after))
+        return Comparison(groups)
+
+    @property
     def _main(self) -> tuple[str, str]:
         return f"HR@{max(self.config.top_k)}", "log_likelihood"
 
@@ -221,6 +240,9 @@ def compare_runs(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
         "summary": comparison.summary(),
         "differences": comparison.differences(groups[0].name),
     }
+    if following := comparison.next:
+        result["next_block_summary"] = following.summary()
+        result["next_block_differences"] = following.differences(groups[0].name)
     if out is not None:
         write_comparison(out, comparison, result)
         result = {"out": str(out), **result}
@@ -266,12 +288,13 @@ def write_comparison(out: Path, comparison: Comparison, result: Mapping[str, Any
         rows_table("Mean over the later blocks, seeds pooled", result["summary"], INTERVALS),
         rows_table("Paired differences over users", result["differences"], INTERVALS),
         *block_curves(pooled, comparison.config, comparison.ceiling, [f"HR@{main}", f"NDCG@{main}", "log_likelihood"]),
+        *(rows_table(title, result[name], INTERVALS) for name, title in NEXT_TABLES.items() if name in result),
         KeyValues("Runs", {group["name"]: ", ".join(group["runs"]) for group in result["groups"]}),
         KeyValues("Provenance", {"stream": result["stream"], "evaluation": comparison.config.model_dump(mode="json")}),
     ]
     title = "cladapt: " + " against ".join(group.name for group in comparison.groups)
     with atomic_dir(out) as folder:
-        for name in ("summary", "differences"):
+        for name in ("summary", "differences", *(name for name in NEXT_TABLES if name in result)):
             table = pl.DataFrame(result[name], infer_schema_length=None).write_csv(float_precision=6)
             (folder / f"{name}.csv").write_text(table, encoding="utf-8")
         (folder / "report.html").write_text(render_report(title, sections), encoding="utf-8")

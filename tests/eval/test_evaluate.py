@@ -13,7 +13,6 @@ from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
 from cladapt.errors import DataError, EnvironmentProblem
 from cladapt.eval.decode import Beams, Decoder
 from cladapt.eval.evaluate import Evaluator
-from cladapt.eval.lists import Catalogue
 from cladapt.eval.metrics import ROWS
 from cladapt.model.load import Base, new_model
 from cladapt.tokens.prompts import PackedForm
@@ -182,25 +181,6 @@ def test_frequency_counts_the_training_parts_of_all_blocks_so_far(stream: Stream
     # training events: ada a c, bob c; ada a, cy d, di a b; bob b, cy a
     rows = make_evaluator(stream, base).rows(base.model, 1, 1)
     assert dict(rows.select("user", "frequency").rows()) == {"ada": 0, "bob": 1}
-
-
-def test_a_shared_id_stays_open_until_all_its_items_are_seen(base: Base) -> None:
-    catalogue = Catalogue(base.sids, np.arange(len(CODES)))
-    leaf = dict(zip(CODES, catalogue.leaf(np.arange(len(CODES))).tolist(), strict=True))
-    assert leaf["a"] == leaf["b"]
-    history = [list(CODES).index(item) for item in "aacd"]
-    assert catalogue.consumed_leaves(np.array(history)).tolist() == [leaf["c"]]
-    assert catalogue.consumed_leaves(np.array([0, 1, 1])).tolist() == [leaf["a"]]
-    assert catalogue.consumed_leaves(np.array([], dtype=np.int64)).tolist() == []
-    members = [[list(CODES)[i] for i in items] for items in catalogue.items_of_leaf]
-    assert members == [["a", "b"], ["c"], ["d", "e"], ["g"], ["f"]]
-
-
-def test_a_smaller_catalogue_knows_its_own_items_alone(base: Base) -> None:
-    catalogue = Catalogue(base.sids, np.array([1, 3]))  # b, d
-    assert catalogue.leaf(np.arange(len(CODES))).tolist() == [-1, 0, -1, 1, -1, -1, -1]
-    assert catalogue.consumed_leaves(np.array([0, 3])).tolist() == [1]
-    assert [items.tolist() for items in catalogue.items_of_leaf] == [[1], [3]]
 
 
 def test_a_sample_of_users_is_seeded_and_part_of_the_whole(stream: Stream, base: Base) -> None:
