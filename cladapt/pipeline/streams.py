@@ -73,8 +73,8 @@ def _next_step(stream: Stream, out: Path) -> str:
     if stream.items.filter(pl.col("first_block") == 1)["text"].str.contains(r"\w").any():
         return f"none yet: cladapt tokens build {out}"
     return (
-        "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the log) "
-        f"or --items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
+        "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the "
+        f"log) or --items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
     )
 
 

@@ -119,7 +119,10 @@ def _typed(table: pl.DataFrame) -> list[str]:
 
 def _refused(clause: str, path: Path, reason: str | None, names: Sequence[str], cure: str = "") -> ConfigError:
     listed = f"columns of {path.name}: {', '.join(map(repr, names))}"
-    form = "write SQL, such as Quantity > 0 AND Country = 'France', names with spaces, and \"user\", in double quotes"
+    form = (
+        "write SQL, such as Quantity > 0 AND Country = 'France'; names with spaces, and \"user\", in double quotes, "
+        "dates as DATE '2011-01-31'"
+    )
     return ConfigError(f"--where {clause!r} cannot be applied to {path}: {reason}", f"{cure or form}; {listed}")
 
 
