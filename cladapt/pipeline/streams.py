@@ -111,8 +111,8 @@ def check_source(
 ) -> dict[str, Any]:
     """Read a log without writing a stream: what its format expects, every rejected row, and what an import would keep.
 
-    `rejects` names a csv file to make of the rejected rows. `NoRows` when no row can be used. Where an import would
-    fail for another reason, `fails` and `remedy` say why, and there are no blocks.
+    `rejects` names a csv file to make of the rejected rows. Where an import would fail this fails alike, and shows some
+    of the rejected rows.
     """
     if rejects is not None:
         if os.path.lexists(rejects):
@@ -123,10 +123,12 @@ def check_source(
         log = read(source, reader.name, options)
     except NoRows as error:
         _write_rejects(error.rejects, rejects)
-        shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in error.rejects.head(3).to_dicts()]
-        first = f"; the first: {', '.join(shown)}" if shown else ""
-        raise NoRows(error.message + first, error.hint, error.rejects) from error
+        raise NoRows(error.message + _first_of(error.rejects), error.hint, error.rejects) from error
     _write_rejects(log.rejects, rejects)
+    try:
+        outcome = _report(_cut(log, config)[0])
+    except DataError as error:
+        raise DataError(error.message + _first_of(log.rejects), error.hint) from error
     times = log.events["timestamp"]
     return {
         "source": source,
@@ -139,28 +141,15 @@ def check_source(
         "weighted": "weight" in log.events.columns,
         "semantic_ids": 0 if log.index is None else len(log.index),
         "rejected": log.rejects.height,
-        **_outcome(log, config),
+        **outcome,
         "schema": [{"part": part, "holds": holds} for part, holds in reader.schema(options).items()],
         "rejects": log.rejects.to_dicts(),
     }
 
 
-def _outcome(log: RawLog, config: BlocksConfig) -> dict[str, Any]:
-    """The report of an import, or what is known of the log and the reason why an import would fail."""
-    try:
-        return _report(_cut(log, config)[0])
-    except DataError as error:
-        return {
-            "users": log.events["user"].n_unique(),
-            "items": log.events["item"].n_unique(),
-            "interactions": log.events.height,
-            "dropped": log.dropped,
-            "notes": dict(log.notes),
-            "warnings": list(log.warnings),
-            "losses": list(log.losses),
-            "fails": error.message,
-            "remedy": error.hint,
-        }
+def _first_of(rejects: pl.DataFrame) -> str:
+    shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in rejects.head(3).to_dicts()]
+    return f"; rejected rows: {rejects.height}, the first: {', '.join(shown)}" if shown else ""
 
 
 def _write_rejects(frame: pl.DataFrame, path: Path | None) -> None:

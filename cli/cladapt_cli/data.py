@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cladapt_cli._verb import output, show, verb
+from cladapt_cli._verb import output, verb
 from cladapt_cli.log_options import (
     Block,
     Dates,
@@ -36,7 +36,7 @@ SHOWN = 20
 """Rejects in the tables of `data check`."""
 
 
-def _tell(report: dict[str, Any]) -> dict[str, Any]:
+def _warn(report: dict[str, Any]) -> dict[str, Any]:
     """Warnings of a report as lines on stderr, unless the report is one JSON object."""
     if not output.json:
         for text in report.pop("warnings"):
@@ -75,7 +75,7 @@ def import_(
         user=user, item=item, timestamp=timestamp, time_unit=time_unit, time_format=time_format, block=block,
         weight=weight, items=items, text=text, where=where, rating=rating, min_rating=min_rating,
     )  # fmt: skip
-    return _tell(streams.import_data(source, out, format, options, config))
+    return _warn(streams.import_data(source, out, format, options, config))
 
 
 @verb(app)
@@ -130,7 +130,7 @@ def check(
     ] = None,
 ) -> dict[str, Any]:
     """Verify a stream directory, or say of a raw log what its import would keep, drop and reject; writes no stream."""
-    from cladapt.errors import ConfigError, DataError
+    from cladapt.errors import ConfigError
     from cladapt.pipeline import streams
 
     config = blocks_config("data check", fractions, dates, min_events=min_events, k_core=k_core)
@@ -151,10 +151,7 @@ def check(
         if report["rejected"] > SHOWN:
             report["shown"] = f"the first {SHOWN} rejects of {report['rejected']}; all: --json, or --rejects FILE"
         report["rejects"] = report["rejects"][:SHOWN] or "none"
-    if "fails" in report:
-        show(_tell(report))
-        raise DataError(f"{report['fails']}, so it cannot be imported", report["remedy"])
-    return _tell(report)
+    return _warn(report)
 
 
 @verb(app)

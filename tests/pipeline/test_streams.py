@@ -210,15 +210,20 @@ def test_a_changed_file_is_noticed(simulated: Path) -> None:
         streams.check_data(simulated)
 
 
-def test_a_check_says_why_an_import_would_fail_and_what_it_knows(log: Path, tmp_path: Path) -> None:
-    report = streams.check_source(str(log), "auto", ReadOptions(), HALVES.model_copy(update={"k_core": 100}), None)
+def test_a_check_fails_where_an_import_would_and_shows_some_rejects(log: Path, tmp_path: Path) -> None:
+    with log.open("a") as handle:
+        handle.write(",i1,5\n")
+    with pytest.raises(DataError) as checked:
+        streams.check_source(
+            str(log), "auto", ReadOptions(), HALVES.model_copy(update={"k_core": 100}), tmp_path / "rejects.csv"
+        )
     with pytest.raises(DataError) as error:
         streams.import_data(
             str(log), tmp_path / "out", "auto", ReadOptions(), HALVES.model_copy(update={"k_core": 100})
         )
-    assert (report["fails"], report["remedy"]) == (error.value.message, error.value.hint)
-    assert (report["interactions"], report["users"], report["rejects"]) == (24, 4, [])
-    assert "blocks" not in report
+    assert checked.value.hint == error.value.hint
+    assert checked.value.message == f"{error.value.message}; rejected rows: 1, the first: {log}:26: no_user ''"
+    assert pl.read_csv(tmp_path / "rejects.csv").height == 1
 
 
 def test_a_stream_remembers_how_its_log_was_read(log: Path, tmp_path: Path) -> None:
@@ -232,12 +237,12 @@ def test_a_stream_remembers_how_its_log_was_read(log: Path, tmp_path: Path) -> N
 
 
 def test_the_next_step_is_one_that_can_work(log: Path, tmp_path: Path) -> None:
-    bare = streams.import_data(str(log), tmp_path / "bare", "csv", ReadOptions(), HALVES)
-    assert bare["items_with_text"] == 0
-    for cure in ("--text COL", "--items TABLE", f"cladapt tokens build {tmp_path / 'bare'} --index FILE"):
-        assert cure in bare["semantic_ids"]
+    plain = streams.import_data(str(log), tmp_path / "plain", "csv", ReadOptions(), HALVES)
+    assert plain["items_with_text"] == 0
+    for cure in ("--text COL", "--items TABLE", f"cladapt tokens build {tmp_path / 'plain'} --index FILE"):
+        assert cure in plain["semantic_ids"]
     with pytest.raises(DataError, match="all 6 items have an empty text") as error:
-        streams.build_tokens(tmp_path / "bare", TOKENS, None)
+        streams.build_tokens(tmp_path / "plain", TOKENS, None)
     for cure in ("--text COL", "--items TABLE", '--index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'):
         assert cure in error.value.hint
     (tmp_path / "items.csv").write_text("item,title\ni0,zero\ni1,one\n")

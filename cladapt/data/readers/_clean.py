@@ -136,7 +136,7 @@ def assemble(
 ) -> RawLog:
     """The `RawLog` of parsed rows: filters and rejects are taken out and counted, then exact repeats of timed rows.
 
-    Without times a repeat cannot be told from a second visit, so it stays. The texts of the items are those of `items`,
+    Without times a repeat may be a second visit, so it stays. The texts of the items are those of `items`,
     or where the rows have a text each item's most frequent one. `exact`: line breaks inside a csv's rows are counted in
     the lines already. `NoRows` when nothing is left.
     """

@@ -28,7 +28,7 @@ META = "meta_"
 
 @dataclass(frozen=True)
 class AmazonReader:
-    """Reads one file of reviews of one release, and the products beside it."""
+    """Reads one file of reviews of one release, and its products."""
 
     name: str
     expects: str

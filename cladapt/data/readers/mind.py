@@ -33,7 +33,7 @@ CLICKED = "-1"
 
 
 class MindReader:
-    """Reads one log of impressions and the news beside it."""
+    """Reads one log of impressions and its news."""
 
     name = "mind"
     expects = "behaviors.tsv (impression, user, time, history, impressions; no header) or its folder, with news.tsv"

@@ -24,7 +24,7 @@ ID, NAME = "id", "app_name"
 
 
 class SteamReader:
-    """Reads one file of reviews and the games beside it."""
+    """Reads one file of reviews and their games."""
 
     name = "steam"
     expects = "steam_reviews.json or .json.gz, one record a line with username, product_id and date"

@@ -86,7 +86,7 @@ ARROW = TableReader("arrow", "arrow or feather files: .arrow, .feather or .ipc (
 
 def all_files(src: Path) -> list[Path]:
     """Files behind a file, a folder with its inner folders, or a glob; hidden and `_`-prefixed ones are left out."""
-    # parquet writers partition into folders, and leave hidden and _-prefixed files beside the data
+    # parquet writers partition into folders, and leave hidden and _-prefixed files next to the data
     found = sorted(src.rglob("*")) if src.is_dir() else files_of(src)
     inside = [path.relative_to(src).parts if src.is_dir() else () for path in found]
     return [
@@ -143,7 +143,7 @@ def _item_rows(path: Path, options: ReadOptions) -> pl.DataFrame:
         raise DataError(f"{path} has no column {item!r}; it has: {listed}", hint)
     fields = [name for name in table.data.columns if name != item] if not options.text else _stripped(options.text)
     if not fields:
-        raise DataError(f"{path} has no column beside {item!r}", "an item table needs a text column")
+        raise DataError(f"{path} has no column but {item!r}", "an item table needs a text column")
     return item_rows(table, item, fields, path)
 
 

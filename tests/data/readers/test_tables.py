@@ -204,7 +204,7 @@ def test_an_item_table_may_be_parquet_with_lists_and_integer_ids(tmp_path: Path,
     [
         ("id,name\nx,Ex\n", {}, r"items.csv has no column 'item'; it has: 'id', 'name'"),
         ("item,name\nx,Ex\n", {"text": ("title",)}, r"items.csv has no column 'title'; it has: 'item', 'name'"),
-        ("item\nx\n", {}, r"items.csv has no column beside 'item'"),
+        ("item\nx\n", {}, r"items.csv has no column but 'item'"),
     ],
 )
 def test_a_bad_item_table_is_an_error(tmp_path: Path, content: str, columns: Mapping[str, Any], message: str) -> None:
