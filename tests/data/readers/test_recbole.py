@@ -85,7 +85,7 @@ word = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_siz
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.lists(st.tuples(word, word, st.integers(0, 10**9)), min_size=1, max_size=8, unique=True))
+@given(rows=st.lists(st.tuples(word, word, st.integers(10**8, 10**9)), min_size=1, max_size=8, unique=True))
 def test_any_ids_and_times_come_back(
     rows: list[tuple[str, str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
