@@ -64,7 +64,11 @@ def atomic_dir(target: Path) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
             temporary.mkdir()
             mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives a new folder
-            yield temporary
+            try:
+                yield temporary
+            except EnvironmentProblem as problem:
+                named = problem.message.replace(str(temporary), str(target))
+                raise EnvironmentProblem(named, problem.hint) from problem
             for path in sorted(temporary.rglob("*")):
                 if path.is_file():
                     _finish(path, mode & 0o666)
@@ -230,8 +234,13 @@ def _shown(value: Any, length: int = 80) -> str:
 
 def write_parquet(path: Path, frame: "pl.DataFrame") -> None:
     """Write a polars frame as parquet."""
+    import polars as pl
+
     with atomic_path(path) as temporary:
-        frame.write_parquet(temporary)
+        try:
+            frame.write_parquet(temporary)
+        except pl.exceptions.ComputeError as error:  # how polars reports a full disk
+            raise OSError(str(error)) from error
 
 
 def read_parquet(path: Path, columns: Mapping[str, Any]) -> "pl.DataFrame":

@@ -47,11 +47,12 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
     manifest = {
         "source": log.source,
         "files": dict(log.files),
+        "import": dict(log.settings),
         "license": LICENSE,
         "config": settings,
         "dropped": {**log.dropped, "k_core": raw.height - kept.height},
-        "losses": losses,
-        "warnings": _warnings(losses, stream, config),
+        "losses": [*log.losses, *losses],
+        "warnings": [*log.warnings, *_warnings(losses, stream, config)],
         "notes": {
             **log.notes,
             "items_never_used": log.items.join(items, on="item", how="anti").height,
@@ -265,7 +266,8 @@ def _check_order(stream: Stream) -> None:
         )
     found = np.unique(stream.block)
     if not np.array_equal(found, np.arange(1, found.size + 1)):
-        raise DataError(f"the blocks are {', '.join(map(str, found))}, expected 1, 2, … without a gap", "import again")
+        shown = ", ".join(map(str, found[:3])) + (f", … ({found.size} of them)" if found.size > 3 else "")
+        raise DataError(f"the blocks are {shown}, expected 1, 2, … without a gap", "import again")
 
     _, starts = np.unique(users, return_index=True)
     expected = np.arange(users.size) - starts[users]

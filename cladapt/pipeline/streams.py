@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cladapt.artifacts import atomic_path, check_writable
+from cladapt.artifacts import atomic_dir, atomic_path, check_writable
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
 from cladapt.data.blocks import build_stream, check_stream
-from cladapt.data.readers import READERS, Columns, NoRows, read, reader_for
+from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, reader_for
 from cladapt.data.schema import FILES, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
@@ -22,34 +22,68 @@ SIDS = "sids.parquet"
 CODEBOOKS = "codebooks.safetensors"
 
 
-def import_data(source: str, out: Path, format: str, columns: Columns, config: BlocksConfig) -> dict[str, Any]:
+def import_data(source: str, out: Path, format: str, options: ReadOptions, config: BlocksConfig) -> dict[str, Any]:
     """Read a log, cut it into blocks, write the stream directory (with the IDs that came along, if any)."""
     refuse_stream(out)
-    log = read(source, format, columns)
-    stream = build_stream(log, config)
-    report = check_stream(stream)
-    index = None if log.index is None else SidTable.from_index(log.index).align(stream.items["item"].to_list())
-    stream.save(out)
-    if index is not None:
-        index.save(out / SIDS)
+    log = read(source, format, options)
+    stream, table = _cut(log, config)
+    with atomic_dir(out) as folder:
+        stream.save(folder)
+        if table is not None:
+            table.save(folder / SIDS)
     return {
         "stream": str(out),
         "source": log.source,
-        "users": len(stream.users),
-        "items": stream.n_items,
-        "interactions": stream.interactions.height,
-        "semantic_ids": "from the source" if index is not None else f"none yet: cladapt tokens build {out}",
-        "dropped": dict(stream.manifest["dropped"]),
-        "notes": dict(stream.manifest["notes"]),
-        **report,
+        "semantic_ids": "from the source" if table is not None else _next_step(stream, out),
+        **_report(stream),
     }
+
+
+def _cut(log: RawLog, config: BlocksConfig) -> tuple[Stream, SidTable | None]:
+    """The stream of a log, and the IDs that came along for its items; the log's warnings go into an error's hint."""
+    try:
+        stream = build_stream(log, config)
+    except DataError as error:
+        raise DataError(error.message, "; ".join([*log.warnings, error.hint])) from error
+    table = None if log.index is None else SidTable.from_index(log.index).align(stream.items["item"].to_list())
+    return stream, table
+
+
+def _report(stream: Stream) -> dict[str, Any]:
+    """What an import keeps and loses, as import and check both say it."""
+    counts = check_stream(stream)
+    return {
+        **{name: counts.pop(name) for name in ("users", "items", "interactions")},
+        "items_with_text": _items_with_text(stream),
+        "dropped": dict(stream.manifest["dropped"]),
+        "notes": {name: count for name, count in stream.manifest["notes"].items() if count},
+        "warnings": stream.manifest["warnings"],
+        "losses": stream.manifest["losses"],
+        **counts,
+    }
+
+
+def _items_with_text(stream: Stream) -> int:
+    return int((stream.items["text"].str.strip_chars() != "").sum())
+
+
+def _next_step(stream: Stream, out: Path) -> str:
+    """How the items of a stream without semantic IDs can get them."""
+    # codebooks are fitted on the items of block 1
+    if stream.items.filter(pl.col("first_block") == 1)["text"].str.contains(r"\w").any():
+        return f"none yet: cladapt tokens build {out}"
+    return (
+        "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the "
+        f"log) or --items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
+    )
 
 
 def simulate_data(out: Path, config: SimulateConfig) -> dict[str, Any]:
     """Generate a stream directory of drifting preferences."""
     refuse_stream(out)
     simulation = simulate(config)
-    simulation.save(out)
+    with atomic_dir(out) as folder:
+        simulation.save(folder)
     stream = simulation.stream
     sizes = {"users": len(stream.users), "items": stream.n_items, "interactions": stream.interactions.height}
     return {"stream": str(out), **sizes, **check_stream(stream)}
@@ -72,10 +106,13 @@ def is_source(path: Path, format: str) -> bool:
     return not written and any(reader.detects(path) for reader in READERS.values())
 
 
-def check_source(source: str, format: str, columns: Columns, rejects: Path | None) -> dict[str, Any]:
-    """Read a log without writing a stream: what it holds, what its format expects, and every rejected row.
+def check_source(
+    source: str, format: str, options: ReadOptions, config: BlocksConfig, rejects: Path | None
+) -> dict[str, Any]:
+    """Read a log without writing a stream: what its format expects, every rejected row, and what an import would keep.
 
-    `rejects` names a csv file to make of them. `NoRows` when no row can be used.
+    `rejects` names a csv file to make of the rejected rows. Where an import would fail this fails alike, and shows some
+    of the rejected rows.
     """
     if rejects is not None:
         if os.path.lexists(rejects):
@@ -83,20 +120,19 @@ def check_source(source: str, format: str, columns: Columns, rejects: Path | Non
         check_writable(rejects)
     reader = reader_for(source, format)
     try:
-        log = reader.read(Path(source), columns)
+        log = read(source, reader.name, options)
     except NoRows as error:
         _write_rejects(error.rejects, rejects)
-        shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in error.rejects.head(3).to_dicts()]
-        first = f"; the first: {', '.join(shown)}" if shown else ""
-        raise NoRows(error.message + first, error.hint, error.rejects) from error
+        raise NoRows(error.message + _first_of(error.rejects), error.hint, error.rejects) from error
     _write_rejects(log.rejects, rejects)
+    try:
+        outcome = _report(_cut(log, config)[0])
+    except DataError as error:
+        raise DataError(error.message + _first_of(log.rejects), error.hint) from error
     times = log.events["timestamp"]
     return {
         "source": source,
         "format": log.source,
-        "interactions": log.events.height,
-        "users": log.events["user"].n_unique(),
-        "items": log.events["item"].n_unique(),
         "items_described": log.items.height,
         "first": times.min(),
         "last": times.max(),
@@ -105,11 +141,15 @@ def check_source(source: str, format: str, columns: Columns, rejects: Path | Non
         "weighted": "weight" in log.events.columns,
         "semantic_ids": 0 if log.index is None else len(log.index),
         "rejected": log.rejects.height,
-        "dropped": log.dropped,
-        "notes": dict(log.notes),
-        "schema": [{"part": part, "holds": holds} for part, holds in reader.schema(columns).items()],
+        **outcome,
+        "schema": [{"part": part, "holds": holds} for part, holds in reader.schema(options).items()],
         "rejects": log.rejects.to_dicts(),
     }
+
+
+def _first_of(rejects: pl.DataFrame) -> str:
+    shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in rejects.head(3).to_dicts()]
+    return f"; rejected rows: {rejects.height}, the first: {', '.join(shown)}" if shown else ""
 
 
 def _write_rejects(frame: pl.DataFrame, path: Path | None) -> None:
@@ -137,7 +177,7 @@ def data_stats(folder: Path) -> dict[str, Any]:
         "events_per_user": {"mean": lengths.mean(), "median": lengths.median(), "max": lengths.max()},
         "share_of_head_items": float(popularity[:head].sum() / popularity.sum()),
         "repeated_user_item_pairs": _repeats(stream.interactions),
-        "items_with_text": int((stream.items["text"] != "").sum()),
+        "items_with_text": _items_with_text(stream),
         "manifest": dict(stream.manifest.get("config", {})),
     }
 

@@ -12,7 +12,10 @@ from cladapt.errors import DataError, EnvironmentProblem
 
 # shorter vectors are rounding noise of the projection of a unit vector, and normalising would blow them up
 _NOTHING = 1e-6
-_REMEDY = "give the items a text, or take the IDs of an index with `cladapt tokens build --index FILE`"
+_REMEDY = (
+    "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or take the IDs of an index with "
+    '`cladapt tokens build --index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'
+)
 
 
 def embed(texts: Sequence[str], fit: np.ndarray, method: str, dimensions: int, seed: int) -> np.ndarray:

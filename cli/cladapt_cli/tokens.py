@@ -14,7 +14,14 @@ app = typer.Typer(no_args_is_help=True, help="Build and inspect semantic IDs.")
 @verb(app)
 def build(
     stream: StreamDir,
-    index: Annotated[Path | None, typer.Option("--index", help="Take the IDs of this index JSON instead.")] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            "--index",
+            help='Take the IDs of a JSON file instead, {"item": ["<a_1>", "<b_7>"], …}: a token per level, lettered '
+            "a, b, …, for every item of the stream; default: none.",
+        ),
+    ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1."""

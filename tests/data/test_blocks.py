@@ -368,6 +368,13 @@ def test_a_broken_stream_is_found(changes: dict[int, tuple[Any, ...]], message: 
         check_stream(stream_of(rows, {"x": 1, "y": 1, "z": 2}))
 
 
+def test_an_error_shows_few_of_many_blocks() -> None:
+    rows = [("a", "x", k, k, 2 * k + 1) for k in range(500)]
+    with pytest.raises(DataError) as error:
+        check_stream(stream_of(rows, {"x": 1}))
+    assert error.value.message == "the blocks are 1, 3, 5, … (500 of them), expected 1, 2, … without a gap"
+
+
 def weigh(events: pl.DataFrame) -> pl.DataFrame:
     return events.with_columns(weight=1.0 + pl.col("order") / 8)
 

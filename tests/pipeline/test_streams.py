@@ -1,15 +1,19 @@
 """Stream directories from logs and simulations, and the semantic IDs put beside them."""
 
 import json
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
-from cladapt.data.readers import Columns
+from cladapt.data.readers import ReadOptions
 from cladapt.data.schema import Stream
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import ConfigError, DataError, EnvironmentProblem
 from cladapt.pipeline import streams
 
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
@@ -40,11 +44,11 @@ def names(folder: Path) -> set[str]:
 
 
 def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -> None:
-    report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES)
+    report = streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), HALVES)
     assert (report["users"], report["items"], report["interactions"]) == (4, 6, 24)
     assert [(b["block"], b["interactions"], b["new_items"]) for b in report["blocks"]] == [(1, 12, 5), (2, 12, 1)]
     assert report["stream"] == str(tmp_path / "out")
-    assert report["semantic_ids"] == f"none yet: cladapt tokens build {tmp_path / 'out'}"
+    assert report["semantic_ids"].startswith("none, and no item of block 1 has a text")
     assert names(tmp_path / "out") == {"interactions.parquet", "items.parquet", "manifest.json"}
     stream = Stream.load(tmp_path / "out")
     assert stream.items.filter(pl.col("first_block") == 2)["item"].to_list() == ["late"]
@@ -54,7 +58,7 @@ def test_what_was_dropped_is_reported(log: Path, tmp_path: Path) -> None:
     with log.open("a") as handle:
         handle.write("rare,i1,0\n")
     config = BlocksConfig(fractions=(0.52, 0.48), k_core=2)
-    report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), config)
+    report = streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), config)
     assert (report["users"], report["interactions"]) == (4, 23)
     assert report["dropped"] == {"k_core": 2}  # of `rare`, and of the item that block 1 has once
 
@@ -63,8 +67,9 @@ def test_weights_come_along_and_change_nothing_else(log: Path, tmp_path: Path) -
     frame = pl.read_csv(log).with_columns(stars=pl.int_range(1, pl.len() + 1) / 2)
     frame.write_csv(tmp_path / "rated.csv")
     rated = str(tmp_path / "rated.csv")
-    plain = streams.import_data(rated, tmp_path / "plain", "csv", Columns(), HALVES)
-    report = streams.import_data(rated, tmp_path / "weighted", "csv", Columns(weight="stars"), HALVES)
+    plain = streams.import_data(rated, tmp_path / "plain", "csv", ReadOptions(), HALVES)
+    report = streams.import_data(rated, tmp_path / "weighted", "csv", ReadOptions(weight="stars"), HALVES)
+    assert plain["notes"].pop("ratings_ignored") == 24
     assert report["notes"] == {**plain["notes"], "weights_kept_but_unused_in_training": 24}
     assert report["blocks"] == plain["blocks"]
     stream = Stream.load(tmp_path / "weighted")
@@ -96,10 +101,11 @@ def test_a_source_is_told_from_a_stream(log: Path, simulated: Path, tmp_path: Pa
 def test_checking_a_source_tells_what_importing_it_does(log: Path, tmp_path: Path) -> None:
     with log.open("a") as handle:
         handle.write("u0,i1,soon\nu0,i0,0\n,i1,5\n")
-    report = streams.check_source(str(log), "auto", Columns(), tmp_path / "rejects.csv")
-    imported = streams.import_data(str(log), tmp_path / "out", "auto", Columns(), HALVES)
-    assert report["dropped"] == {"bad_time": 1, "duplicate": 1, "no_user": 1}
-    assert {**report["dropped"], "k_core": 0} == imported["dropped"]
+    report = streams.check_source(str(log), "auto", ReadOptions(), HALVES, tmp_path / "rejects.csv")
+    imported = streams.import_data(str(log), tmp_path / "out", "auto", ReadOptions(), HALVES)
+    assert report["dropped"] == {"bad_time": 1, "duplicate": 1, "no_user": 1, "k_core": 0}
+    both = ("users", "items", "interactions", "items_with_text", "dropped", "notes", "warnings", "losses", "blocks")
+    assert {name: report[name] for name in both} == {name: imported[name] for name in both}
     assert [report[key] for key in ("users", "items", "interactions")] == [4, 6, 24]
     assert (report["first"], report["last"]) == (0, 1005)
     assert (report["out_of_order"], report["weighted"], report["semantic_ids"]) == (0, False, 0)
@@ -113,7 +119,7 @@ def test_checking_a_source_tells_what_importing_it_does(log: Path, tmp_path: Pat
 
 
 def test_totals_by_hand(log: Path, tmp_path: Path) -> None:
-    streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES)
+    streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), HALVES)
     stats = streams.data_stats(tmp_path / "out")
     assert stats["density"] == pytest.approx(24 / (4 * 6))
     assert stats["events_per_user"] == {"mean": 6.0, "median": 6.0, "max": 6}
@@ -127,7 +133,7 @@ def test_a_simulated_stream_knows_its_truth_and_a_real_one_has_none(simulated: P
     truth = streams.truth_of(simulated)
     assert truth is not None
     assert truth.height == Stream.load(simulated).interactions.height
-    streams.import_data(str(log), tmp_path / "real", "csv", Columns(), HALVES)
+    streams.import_data(str(log), tmp_path / "real", "csv", ReadOptions(), HALVES)
     assert streams.truth_of(tmp_path / "real") is None
 
 
@@ -185,7 +191,7 @@ def test_a_folder_that_holds_something_is_never_taken(log: Path, tmp_path: Path)
         with pytest.raises(ConfigError, match=r"exists and is not empty \(choose another --out"):
             streams.simulate_data(out, SIMULATE)
         with pytest.raises(ConfigError, match="exists and is not empty"):
-            streams.import_data(str(log), out, "csv", Columns(), HALVES)
+            streams.import_data(str(log), out, "csv", ReadOptions(), HALVES)
     assert names(tmp_path / "full") == {"mine.txt"}
     (tmp_path / "empty").mkdir()
     streams.simulate_data(tmp_path / "empty", SIMULATE)
@@ -193,7 +199,7 @@ def test_a_folder_that_holds_something_is_never_taken(log: Path, tmp_path: Path)
 
 def test_a_log_that_cannot_be_cut_leaves_no_folder(log: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="k_core=100 leaves none"):
-        streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES.model_copy(update={"k_core": 100}))
+        streams.import_data(str(log), tmp_path / "out", "csv", ReadOptions(), HALVES.model_copy(update={"k_core": 100}))
     assert not (tmp_path / "out").exists()
 
 
@@ -202,3 +208,162 @@ def test_a_changed_file_is_noticed(simulated: Path) -> None:
     frame.with_columns(text=pl.lit("other")).write_parquet(simulated / "items.parquet")
     with pytest.raises(DataError, match=r"items\.parquet is not the file its manifest was written for"):
         streams.check_data(simulated)
+
+
+def test_a_check_fails_where_an_import_would_and_shows_some_rejects(log: Path, tmp_path: Path) -> None:
+    with log.open("a") as handle:
+        handle.write(",i1,5\n")
+    with pytest.raises(DataError) as checked:
+        streams.check_source(
+            str(log), "auto", ReadOptions(), HALVES.model_copy(update={"k_core": 100}), tmp_path / "rejects.csv"
+        )
+    with pytest.raises(DataError) as error:
+        streams.import_data(
+            str(log), tmp_path / "out", "auto", ReadOptions(), HALVES.model_copy(update={"k_core": 100})
+        )
+    assert checked.value.hint == error.value.hint
+    assert checked.value.message == f"{error.value.message}; rejected rows: 1, the first: {log}:26: no_user ''"
+    assert pl.read_csv(tmp_path / "rejects.csv").height == 1
+
+
+def test_a_stream_remembers_how_its_log_was_read(log: Path, tmp_path: Path) -> None:
+    options = ReadOptions(where=("timestamp < 1005",), items=log, text=("item",), time_unit="s")
+    streams.import_data(str(log), tmp_path / "out", "auto", options, HALVES)
+    kept = json.loads((tmp_path / "out" / "manifest.json").read_text())["import"]
+    assert ReadOptions.from_settings(kept) == ("csv", options)
+    assert kept["where"] == ["timestamp < 1005"]
+    folder = tmp_path / "out" / "sub"
+    assert not folder.exists()
+
+
+def test_the_next_step_is_one_that_can_work(log: Path, tmp_path: Path) -> None:
+    plain = streams.import_data(str(log), tmp_path / "plain", "csv", ReadOptions(), HALVES)
+    assert plain["items_with_text"] == 0
+    for cure in ("--text COL", "--items TABLE", f"cladapt tokens build {tmp_path / 'plain'} --index FILE"):
+        assert cure in plain["semantic_ids"]
+    with pytest.raises(DataError, match="all 6 items have an empty text") as error:
+        streams.build_tokens(tmp_path / "plain", TOKENS, None)
+    for cure in ("--text COL", "--items TABLE", '--index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'):
+        assert cure in error.value.hint
+    (tmp_path / "items.csv").write_text("item,title\ni0,zero\ni1,one\n")
+    partly = streams.import_data(
+        str(log), tmp_path / "partly", "csv", ReadOptions(items=tmp_path / "items.csv"), HALVES
+    )
+    assert partly["semantic_ids"] == f"none yet: cladapt tokens build {tmp_path / 'partly'}"
+    assert (partly["items_with_text"], partly["notes"]["items_without_text"]) == (2, 4)
+
+
+def test_ready_made_blocks_from_any_number_are_the_blocks_in_order(log: Path, tmp_path: Path) -> None:
+    frame = pl.read_csv(log).with_columns(block=pl.when(pl.col("timestamp") < 1000).then(-3).otherwise(40))
+    frame.write_csv(tmp_path / "blocks.csv")
+    report = streams.import_data(
+        str(tmp_path / "blocks.csv"), tmp_path / "out", "csv", ReadOptions(block="block"), BlocksConfig()
+    )
+    assert [(row["block"], row["interactions"]) for row in report["blocks"]] == [(1, 12), (2, 12)]
+    assert report["notes"]["blocks_renumbered_from_1"] == 2
+
+
+def test_rejected_weights_are_named_where_they_empty_a_block(log: Path, tmp_path: Path) -> None:
+    frame = pl.read_csv(log).with_columns(w=pl.when(pl.col("timestamp") < 1000).then(1.0).otherwise(0.0))
+    frame.write_csv(tmp_path / "weighted.csv")
+    dates = BlocksConfig(dates=("1970-01-02",))
+    with pytest.raises(DataError) as error:
+        streams.import_data(str(tmp_path / "weighted.csv"), tmp_path / "out", "csv", ReadOptions(weight="w"), dates)
+    assert error.value.hint.startswith("12 of 24 rows (50%) are rejected as bad_weight, the first '0.0': weights are")
+    assert "min_events" not in error.value.hint
+
+
+def limited(size: int, target: Path, log: Path) -> tuple[int, str]:
+    """An import in a process whose files may not grow beyond `size` bytes, which a full disk looks like."""
+    code = (
+        "import resource, signal, sys\n"
+        "from cladapt_cli.app import run\n"
+        "import cladapt.pipeline.streams\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        f"sys.exit(run(['data', 'import', {str(log)!r}, '--out', {str(target)!r}, '--fractions', '0.5,0.5']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("size", [200, 1_990])
+def test_a_full_disk_is_a_problem_of_the_machine_and_leaves_nothing(size: int, tmp_path: Path) -> None:
+    """The second size holds the parquet files and not the manifest, or the IDs."""
+    (tmp_path / "log").mkdir()
+    users = {f"u{u}": [f"item number {(u + k) % 9}" for k in range(6)] for u in range(4)}
+    (tmp_path / "log" / "T.inter.json").write_text(json.dumps(users))
+    index = {f"item number {n}": ["<a_0>", f"<b_{n}>"] for n in range(9)}
+    (tmp_path / "log" / "T.index.json").write_text(json.dumps(index))
+    code, err = limited(size, tmp_path / "out", tmp_path / "log")
+    assert code == 4, err
+    assert f"error: cannot write {tmp_path / 'out'}/" in err
+    assert ".tmp" not in err
+    assert "check the permissions and the free space there" in err
+    assert names(tmp_path) == {"log"}
+
+
+def test_ids_that_do_not_fit_leave_no_stream(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "l").mkdir()
+    (tmp_path / "l" / "T.inter.json").write_text(json.dumps({f"u{u}": ["x", "y", "x", "y"] for u in range(4)}))
+    (tmp_path / "l" / "T.index.json").write_text(json.dumps({"x": ["<a_0>"], "y": ["<a_1>"]}))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cladapt.tokens.sids.write_parquet", full)
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*out: No space left on device"):
+        streams.import_data(str(tmp_path / "l"), tmp_path / "out", "lcrec", ReadOptions(), HALVES)
+    assert names(tmp_path) == {"l", "log.csv"}
+
+
+VALID = "Quantity > 0 AND UnitPrice > 0 AND CustomerID IS NOT NULL"
+
+
+def test_online_retail_imports_with_its_titles_and_the_losses_of_an_independent_count(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    source = shared_data / "online-retail"
+    if not source.is_dir():
+        pytest.skip(f"no folder {source}")
+    options = ReadOptions("CustomerID", "StockCode", "InvoiceDate", text=("Description",), where=(VALID,))
+    report = streams.import_data(str(source), tmp_path / "out", "auto", options, BlocksConfig())
+    rows = pl.read_parquet(source / "online_retail.parquet")
+    bought = rows.filter(pl.col("CustomerID").is_not_null(), pl.col("Quantity") > 0, pl.col("UnitPrice") > 0)
+    distinct = bought.unique(["CustomerID", "StockCode", "InvoiceDate"])
+    assert (bought.height, bought["CustomerID"].n_unique()) == (397_884, 4_338)  # what the data's README says
+    customers = rows["CustomerID"].drop_nulls().n_unique()
+    assert report["losses"][:2] == [
+        {
+            "loss": "dropped by where",
+            "events": rows.height - bought.height,
+            "events_share": pytest.approx((rows.height - bought.height) / rows.height),
+            "users": customers - 4_338,
+            "users_share": pytest.approx((customers - 4_338) / customers),
+        },
+        {
+            "loss": "rejected as duplicate",
+            "events": bought.height - distinct.height,
+            "events_share": pytest.approx((bought.height - distinct.height) / rows.height),
+            "users": 0,
+            "users_share": 0.0,
+        },
+    ]
+    assert report["dropped"] == {"where": 144_025, "duplicate": bought.height - distinct.height, "k_core": 0}
+    assert (report["users"], report["interactions"]) == (4_338, distinct.height)
+    often = distinct.sort("InvoiceDate").with_columns(day=pl.col("InvoiceDate").dt.epoch("s"))
+    for row in report["blocks"]:
+        inside = often.filter(pl.col("day").is_between(row["first"], row["last"]))
+        active = inside.group_by("CustomerID").len().filter(pl.col("len") >= 5).height
+        assert (row["interactions"], row["users"], row["tested"]) == (
+            inside.height,
+            inside["CustomerID"].n_unique(),
+            active,
+        )
+    titles: dict[str, Counter[str]] = defaultdict(Counter)
+    for code, title in bought.select("StockCode", pl.col("Description").str.strip_chars()).iter_rows():
+        titles[code][title] += 1
+    items = dict(Stream.load(tmp_path / "out").items.select("item", "text").iter_rows())
+    assert items == {code: max(count, key=lambda text: count[text]) for code, count in titles.items()}
+    assert report["items_with_text"] == len(titles)

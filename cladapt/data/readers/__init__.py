@@ -1,19 +1,34 @@
 """Readers: one module per source format, all giving a `RawLog`. A new format is one file and one line below."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
-from cladapt.data.readers._base import DEFAULT_COLUMNS, REJECTS, Columns, NoRows, RawLog, Reader, files_of
-from cladapt.data.readers._parse import to_seconds
+from cladapt.data.readers._base import DEFAULTS, REJECTS, NoRows, RawLog, Reader, ReadOptions, files_of
+from cladapt.data.readers._parse import UNITS, to_seconds
+from cladapt.data.readers.amazon import AMAZON2018, AMAZON2023
 from cladapt.data.readers.lcrec import LcRecReader
+from cladapt.data.readers.mind import MindReader
 from cladapt.data.readers.minionerec import MiniOneRecReader
 from cladapt.data.readers.movielens import MovieLensReader
 from cladapt.data.readers.peso import PesoReader
 from cladapt.data.readers.recbole import RecBoleReader
-from cladapt.data.readers.tables import CSV, PARQUET
+from cladapt.data.readers.steam import SteamReader
+from cladapt.data.readers.tables import ARROW, CSV, JSONL, PARQUET
 from cladapt.errors import ConfigError, DataError
 
-__all__ = ["READERS", "REJECTS", "Columns", "NoRows", "RawLog", "Reader", "read", "reader_for", "to_seconds"]
+__all__ = [
+    "READERS",
+    "REJECTS",
+    "UNITS",
+    "NoRows",
+    "RawLog",
+    "ReadOptions",
+    "Reader",
+    "read",
+    "reader_for",
+    "to_seconds",
+]
 
 _ALL: tuple[Reader, ...] = (
     PesoReader(),
@@ -21,15 +36,22 @@ _ALL: tuple[Reader, ...] = (
     RecBoleReader(),
     LcRecReader(),
     MiniOneRecReader(),
+    AMAZON2018,
+    AMAZON2023,
+    MindReader(),
+    SteamReader(),
     CSV,
+    JSONL,
     PARQUET,
+    ARROW,
 )
 READERS: dict[str, Reader] = {reader.name: reader for reader in _ALL}
 
 
-def read(src: Path | str, format: str = "auto", columns: Columns = DEFAULT_COLUMNS) -> RawLog:
+def read(src: Path | str, format: str = "auto", options: ReadOptions = DEFAULTS) -> RawLog:
     """Read a file, folder or glob; `auto` takes the one format that fits. `DataError` says what did not fit."""
-    return reader_for(src, format).read(Path(src), columns)
+    reader = reader_for(src, format)
+    return replace(reader.read(Path(src), options), settings={"format": reader.name, **options.settings})
 
 
 def reader_for(src: Path | str, format: str = "auto") -> Reader:
@@ -51,8 +73,10 @@ def _detect(src: Path) -> Reader:
     # a known layout is more than its file type says
     claims = [reader for reader in fitting if not reader.generic] or fitting
     if not claims:
-        formats = "; ".join(f"{reader.name}: {reader.expects}" for reader in READERS.values())
-        raise DataError(f"{src} has none of the formats that can be read", formats)
+        raise DataError(
+            f"{src} has none of the formats that can be read",
+            f"known: {', '.join(READERS)}; with --format NAME the error says what that one expects",
+        )
     if len(claims) > 1:
         raise DataError(
             f"{src} fits several formats: {', '.join(reader.name for reader in claims)}",

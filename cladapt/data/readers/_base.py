@@ -1,41 +1,39 @@
-"""What the readers share: the raw log they return, the contract they meet, and the cleaning of rows.
+"""What the readers share: the options they take, the raw log they return, and the contract they meet."""
 
-A row that cannot be used becomes a reject with its file, line and reason; nothing disappears without a number.
-"""
-
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import polars as pl
 
 from cladapt.artifacts import hash_file
-from cladapt.data.readers._parse import to_ids, to_seconds, to_weights
+from cladapt.data.readers._parse import UNITS, check_time_format
 from cladapt.errors import ConfigError, DataError
 
 NO_ITEMS = pl.DataFrame(schema={"item": pl.String(), "text": pl.String()})
 REJECTS = {
     "file": pl.String(),
-    "line": pl.Int64(),  # line of a text file, row of a parquet file, both from 1; null where neither is known
+    "line": pl.Int64(),  # line of a text file, row of a parquet or arrow file, both from 1; null where neither is known
     "reason": pl.String(),
     "value": pl.String(),  # what cannot be used, "" where it is missing
 }
 NO_REJECTS = pl.DataFrame(schema=REJECTS)
-LONGEST_VALUE = 80
 ROLES = {
     "user": "user id: text or whole number",
     "item": "item id: text or whole number",
     "timestamp": "time: unix seconds, ISO 8601 or a datetime type",
-    "block": "block number 1, 2, 3, …",
+    "block": "block number: whole numbers, in the order of time",
     "weight": "weight of the event: finite and above 0",
+    "rating": "rating: a number",
 }
 
 
 @dataclass(frozen=True)
 class RawLog:
-    """Interactions as the source has them, cleaned but neither cut into blocks nor filtered."""
+    """Interactions as the source has them, cleaned but not cut into blocks."""
 
     events: pl.DataFrame
     """user String, item String, timestamp Int64 | null (unix seconds), order Int64 (ties in time keep it),
@@ -45,13 +43,22 @@ class RawLog:
     index: Mapping[str, tuple[str, ...]] | None
     """A semantic-ID index found with the source: item -> ("<a_1>", "<b_7>", …)."""
     rejects: pl.DataFrame
-    """Rows that are not in `events` or `items`: the columns of `REJECTS`."""
+    """Rows that cannot be used, in the log or in the item table: the columns of `REJECTS`."""
     files: Mapping[str, str]
     """File name -> hash of its bytes."""
     source: str
     """Name of the reader."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """Oddity -> how often it was seen, for oddities that dropped nothing."""
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    """Filter that was asked for -> rows it removed."""
+    losses: Sequence[Mapping[str, Any]] = ()
+    """For each reason in `filtered` and `rejects`, in the order they apply: loss, events and users (those that have no
+    row left), with their shares of what the source holds."""
+    warnings: Sequence[str] = ()
+    """Sentences about what is probably not meant, each with its cure."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Format and options it was read with, as JSON: `ReadOptions.from_settings` reads a later log alike."""
 
     @cached_property
     def out_of_order(self) -> int:
@@ -60,8 +67,8 @@ class RawLog:
 
     @cached_property
     def dropped(self) -> dict[str, int]:
-        """Reason -> rejected rows."""
-        return count_reasons(self.rejects)
+        """Reason -> rows of the source that are not in `events` or `items`."""
+        return {**self.filtered, **count_reasons(self.rejects)}
 
 
 class NoRows(DataError):
@@ -73,8 +80,8 @@ class NoRows(DataError):
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold what."""
+class ReadOptions:
+    """Which columns of a log hold what, how they are written, and which rows are wanted."""
 
     user: str = "user"
     item: str = "item"
@@ -82,13 +89,39 @@ class Columns:
     timestamp: str = "timestamp"
     """Empty = the source has no times and its row order is the order in time."""
     block: str | None = None
-    """Ready-made blocks 1, 2, 3, …"""
+    """Ready-made blocks: increasing whole numbers."""
     weight: str | None = None
     """How much an event counts: finite and above 0."""
     items: Path | None = None
-    """Item table."""
+    """Item table: a file or a folder; may be the log itself."""
     text: tuple[str, ...] = ()
-    """Text columns of the item table; empty = all but the id."""
+    """Text columns of the item table, or of the log where there is none; empty = all of the item table but the id."""
+    where: tuple[str, ...] = ()
+    """SQL conditions; a row is read where all of them are true."""
+    rating: str | None = None
+    """Rating column, where the format does not know it."""
+    min_rating: float | None = None
+    """Rows with a lower rating are left out."""
+    time_unit: str = "s"
+    """Unit of times written as numbers, one of `UNITS`."""
+    time_format: str | None = None
+    """How times are written, in strftime's terms; None = unix time or ISO 8601."""
+
+    def __post_init__(self) -> None:
+        if self.time_unit not in UNITS:
+            raise ConfigError(f"--time-unit {self.time_unit!r} is no unit of time", f"use {', '.join(UNITS)}")
+        if self.min_rating is not None and self.min_rating != self.min_rating:
+            raise ConfigError("--min-rating is not a number", "give the least rating that counts as an interaction")
+        if self.rating is not None and self.min_rating is None:
+            raise ConfigError(
+                f"--rating {self.rating!r} alone changes nothing", "add --min-rating X, or leave out --rating"
+            )
+        if self.time_format is not None:
+            check_time_format(self.time_format)
+        if self.time_format is not None and self.time_unit != "s":
+            raise ConfigError(
+                "--time-format and --time-unit exclude each other", "times are texts or numbers: give one"
+            )
 
     @property
     def roles(self) -> dict[str, str]:
@@ -96,8 +129,22 @@ class Columns:
         names = {role: getattr(self, role) for role in ROLES}
         return {role: name for role, name in names.items() if name is not None and (role, name) != ("timestamp", "")}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON."""
+        return {**asdict(self), "items": None if self.items is None else str(self.items.absolute())} | {
+            name: list(getattr(self, name)) for name in ("text", "where")
+        }
 
-DEFAULT_COLUMNS = Columns()
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> tuple[str, "ReadOptions"]:
+        """The format and the options that `RawLog.settings` keeps."""
+        values = {name: value for name, value in settings.items() if name != "format"}
+        values["items"] = None if values["items"] is None else Path(values["items"])
+        return settings["format"], cls(**values | {name: tuple(values[name]) for name in ("text", "where")})
+
+
+DEFAULTS = ReadOptions()
 
 
 class Reader(Protocol):
@@ -115,13 +162,13 @@ class Reader(Protocol):
     def generic(self) -> bool:
         """Whether other formats may use the same file type, so that `auto` asks this reader after the others."""
 
-    def schema(self, columns: Columns) -> dict[str, str]:
+    def schema(self, options: ReadOptions) -> dict[str, str]:
         """Part of the source (column, file) -> what it must hold."""
 
     def detects(self, src: Path) -> bool:
         """Whether `src` (file, folder or glob) looks like this format."""
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
         """Read `src`; `DataError` when it is not what `expects` says."""
 
 
@@ -140,9 +187,17 @@ def files_of(src: Path) -> list[Path]:
 def glob_root(src: Path) -> Path:
     """The folders of a glob before its first wildcard; `src` itself when it has none."""
     for parent in (src, *src.parents):
-        if not any(mark in str(parent) for mark in "*?["):
+        if not glob.has_magic(str(parent)):
             return parent
     return Path()
+
+
+def one_log(src: Path, logs: Sequence[Path], reader: Reader, what: str) -> Path:
+    """The only log of a source; `DataError` when there is none, or several."""
+    if len(logs) != 1:
+        found = " and ".join(path.name for path in logs) or f"no {what}"
+        raise DataError(f"{src} has {found}, expected one log", f"expected {reader.expects}")
+    return logs[0]
 
 
 def hash_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
@@ -153,117 +208,20 @@ def hash_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
     }
 
 
-def refuse_columns(reader: Reader, columns: Columns) -> None:
-    """`ConfigError` when columns are mapped although the format fixes them."""
-    given = [f"--{name}" for name, value in vars(columns).items() if value != getattr(DEFAULT_COLUMNS, name)]
+def refuse_options(reader: Reader, options: ReadOptions, allowed: Sequence[str] = ()) -> None:
+    """`ConfigError` when options are given that the format fixes, or has no use for."""
+    changed = [name for name, value in vars(options).items() if value != getattr(DEFAULTS, name)]
+    given = [f"--{name.replace('_', '-')}" for name in changed if name not in allowed]
     if given:
         raise ConfigError(
             f"the {reader.name} format has fixed columns, so {', '.join(given)} cannot apply",
-            "leave these options out, or choose --format csv or --format parquet",
+            "leave these options out, or choose the format of a table: --format csv, parquet, jsonl or arrow",
         )
 
 
 def event_schema(names: Mapping[str, str]) -> dict[str, str]:
     """Column -> what it must hold, from role -> column."""
     return {name: ROLES[role] for role, name in names.items()}
-
-
-def parse_events(frame: pl.DataFrame, where: str) -> pl.DataFrame:
-    """Ids, exact unix seconds and the reason to reject a row, from columns of any readable type.
-
-    In: user, item, and where the source has them timestamp, weight, block (Int32), file, line, reason and value
-    (String). A frame without timestamp has only an order. Out: user String, item String, exact Float64, block Int32,
-    file String (`where` unless given), line Int64, reason String (null = keep), value String, and weight if it was in.
-    """
-    user = to_ids(frame["user"], f"{where}: user")
-    item = to_ids(frame["item"], f"{where}: item")
-    exact = pl.Series("exact", dtype=pl.Float64).extend_constant(None, frame.height)
-    # reason, where it applies, the value to show; a row is told the first that applies
-    problems: list[tuple[str, pl.Series, str | pl.Series]] = [
-        ("no_user", user.is_null(), ""),
-        ("no_item", item.is_null(), ""),
-    ]
-    if "timestamp" in frame.columns:
-        exact = to_seconds(frame["timestamp"], f"{where}: timestamp").alias("exact")
-        problems += _number_problems("time", frame["timestamp"], exact)
-    weights: list[pl.Series] = []
-    if "weight" in frame.columns:
-        weights = [to_weights(frame["weight"], f"{where}: weight").alias("weight")]
-        problems += _number_problems("weight", frame["weight"], *weights)
-    given = {"block": None, "file": where, "line": None, "reason": None, "value": None}
-    rows = frame.with_columns(pl.lit(value).alias(name) for name, value in given.items() if name not in frame.columns)
-    reasons = [pl.when(applies).then(pl.lit(reason)) for reason, applies, _ in problems]
-    values = [pl.when(applies).then(pl.lit(shown)) for _, applies, shown in problems]
-    return rows.select(
-        user.alias("user"),
-        item.alias("item"),
-        exact,
-        pl.col("block").cast(pl.Int32),
-        "file",
-        pl.col("line").cast(pl.Int64),
-        pl.coalesce("reason", *reasons).cast(pl.String),
-        pl.coalesce("value", *values).cast(pl.String).str.head(LONGEST_VALUE),
-        *weights,
-    )
-
-
-def _number_problems(what: str, column: pl.Series, numbers: pl.Series) -> list[tuple[str, pl.Series, str | pl.Series]]:
-    """Rows where a column is empty, and rows where it holds something that gave no number."""
-    blank = column.is_null() | (column.str.strip_chars() == "") if column.dtype == pl.String else column.is_null()
-    return [(f"no_{what}", blank, ""), (f"bad_{what}", ~blank & numbers.is_null(), column.cast(pl.String))]
-
-
-def clean_events(parsed: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The `events` and the `rejects` of a log, in its order: rows with a reason, then exact repeats of timed rows.
-
-    Without times a repeat cannot be told from a second visit, so it stays.
-    """
-    rows = parsed.with_row_index("order")
-    usable = rows.filter(pl.col("reason").is_null())
-    rejects = rows.drop_nulls("reason")
-    if usable.is_empty():
-        counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(count_reasons(rejects).items()))
-        raise NoRows(
-            f"{where}: none of the {parsed.height} rows can be used" + (f" ({counts})" if counts else ""),
-            "check that the columns hold user ids, item ids and times (unix seconds or ISO dates)",
-            rejects.select(*REJECTS),
-        )
-    order = pl.col("order").cast(pl.Int64)
-    if not usable["exact"].has_nulls():
-        first = usable.select(pl.struct("user", "item", "exact").is_first_distinct()).to_series()
-        event = pl.concat_str("user", "item", "exact", separator=" ").str.head(LONGEST_VALUE)
-        repeats = usable.filter(~first).with_columns(reason=pl.lit("duplicate"), value=event)
-        usable, rejects = usable.filter(first), pl.concat([rejects, repeats])
-        if (usable["exact"] % 1 != 0).any():
-            # timestamps are whole seconds; the order keeps what they lose
-            order = pl.col("exact").rank("ordinal").cast(pl.Int64) - 1
-    events = usable.select(
-        "user",
-        "item",
-        pl.col("exact").floor().cast(pl.Int64).alias("timestamp"),
-        order.alias("order"),
-        "block",
-        *(["weight"] if "weight" in usable.columns else []),
-    )
-    return events, rejects.sort("order").select(*REJECTS)
-
-
-def clean_items(items: pl.DataFrame, where: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The `items` and the `rejects` of an item table: rows without an id, then later rows of an id.
-
-    In: item, text, and where the source has them line, reason and value. An item's first usable row stays.
-    """
-    absent = [name for name in ("line", "reason", "value") if name not in items.columns]
-    rows = items.with_columns(*(pl.lit(None, dtype=REJECTS[name]).alias(name) for name in absent))
-    unnamed = pl.when(pl.col("item").is_null()).then(pl.lit("item_row_without_id"))
-    rows = rows.with_columns(reason=pl.coalesce("reason", unnamed))
-    usable = pl.col("reason").is_null()
-    again = pl.when(usable & ~pl.col("item").is_first_distinct().over(usable)).then(pl.lit("item_row_repeated"))
-    rows = rows.with_columns(reason=pl.coalesce("reason", again))
-    value = pl.coalesce("value", "item", pl.lit("")).str.head(LONGEST_VALUE)
-    rejects = rows.drop_nulls("reason").with_columns(value=value, file=pl.lit(where))
-    kept = rows.filter(pl.col("reason").is_null()).select("item", pl.col("text").fill_null(""))
-    return kept, rejects.with_columns(pl.col("line").cast(pl.Int64)).select(*REJECTS)
 
 
 def count_reasons(rejects: pl.DataFrame) -> dict[str, int]:

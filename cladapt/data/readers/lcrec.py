@@ -14,15 +14,14 @@ from cladapt.artifacts import read_json
 from cladapt.data.readers._base import (
     NO_ITEMS,
     NO_REJECTS,
-    Columns,
     RawLog,
-    clean_events,
-    clean_items,
+    ReadOptions,
     files_of,
     hash_files,
-    parse_events,
-    refuse_columns,
+    one_log,
+    refuse_options,
 )
+from cladapt.data.readers._clean import Items, assemble, clean_items, parse_events
 from cladapt.data.readers._index import find_index, read_index, shorten
 from cladapt.errors import DataError
 
@@ -36,7 +35,7 @@ class LcRecReader:
     expects = "a <D>.inter.json file {user: [items]} or its folder, <D>.item.json and <D>.index.json beside it"
     generic = False
 
-    def schema(self, columns: Columns) -> dict[str, str]:
+    def schema(self, options: ReadOptions) -> dict[str, str]:
         return {
             "<D>.inter.json": "{user: [items, oldest first]}",
             "<D>.item.json": "{item: {title: …, description: …}}, may be missing",
@@ -46,26 +45,23 @@ class LcRecReader:
     def detects(self, src: Path) -> bool:
         return bool(_logs(src))
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
-        refuse_columns(self, columns)
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
+        refuse_options(self, options)
         logs = _logs(src)
-        if len(logs) != 1:
-            found = " and ".join(path.name for path in logs.values()) or "no .inter.json file"
-            raise DataError(f"{src} has {found}, expected one dataset", f"expected {self.expects}")
-        ((dataset, log),) = logs.items()
+        log = one_log(src, list(logs.values()), self, ".inter.json file")
+        (dataset,) = logs
         rows = _read_log(log)
-        events, rejects = clean_events(parse_events(rows, str(log)), str(log))
         table = log.with_name(f"{dataset}.item.json")
-        items, item_rejects = _read_items(table) if table.is_file() else (NO_ITEMS, NO_REJECTS)
+        items = _read_items(table) if table.is_file() else (NO_ITEMS, NO_REJECTS)
         index_file = find_index(log.parent, dataset)
         index = read_index(index_file) if index_file else None
         notes = {"users_without_times_ordered_by_relative_position": rows["user"].n_unique()}
         if index is not None:
-            notes["items_missing_in_index"] = len(set(events["item"]) - set(index))
+            notes["items_missing_in_index"] = len(set(rows["item"]) - {*index, ""})
         files = [path for path in (log, table, index_file) if path is not None and path.is_file()]
         hashes = hash_files(files, log.parent)
         notes = {name: count for name, count in notes.items() if count}
-        return RawLog(events, items, index, pl.concat([rejects, item_rejects]), hashes, self.name, notes)
+        return assemble(self.name, parse_events(rows, str(log)), str(log), hashes, items, index, notes)
 
 
 def _logs(src: Path) -> dict[str, Path]:
@@ -90,7 +86,7 @@ def _read_log(path: Path) -> pl.DataFrame:
     return frame.with_columns(place=place).sort("place", maintain_order=True).drop("place")
 
 
-def _read_items(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _read_items(path: Path) -> Items:
     """Items with the text `field | field | …` of their non-empty fields, in the file's order."""
     value = read_json(path)
     if not isinstance(value, dict) or not all(isinstance(fields, dict) for fields in value.values()):

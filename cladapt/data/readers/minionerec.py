@@ -15,16 +15,15 @@ from typing import Any
 import polars as pl
 
 from cladapt.data.readers._base import (
-    Columns,
+    NO_REJECTS,
     RawLog,
-    clean_events,
-    clean_items,
+    ReadOptions,
     hash_files,
-    parse_events,
-    refuse_columns,
+    refuse_options,
 )
+from cladapt.data.readers._clean import assemble, clean_items, parse_events
 from cladapt.data.readers._index import shorten
-from cladapt.data.readers.tables import exact_lines, header_line, load, row_numbers
+from cladapt.data.readers._scan import exact_lines, header_line, load
 from cladapt.errors import DataError
 
 NEEDED = ("user_id", "item_id", "history_item_id")
@@ -42,7 +41,7 @@ class MiniOneRecReader:
     expects = "csv splits train, valid, test (in the file's or its folder's name) with user_id,item_id,history_item_id"
     generic = False
 
-    def schema(self, columns: Columns) -> dict[str, str]:
+    def schema(self, options: ReadOptions) -> dict[str, str]:
         return {
             "user_id": "user id",
             "item_id": "item id of the target",
@@ -55,8 +54,8 @@ class MiniOneRecReader:
     def detects(self, src: Path) -> bool:
         return bool(_files(src))
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
-        refuse_columns(self, columns)
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
+        refuse_options(self, options)
         files = _in_order(src, _files(src), self.expects)
         rows = [row for path in files for row in _rows(path)]
         timed = {TIME in row for row in rows}
@@ -64,12 +63,11 @@ class MiniOneRecReader:
             raise DataError(f"{src}: some splits have a {TIME} column, others have none", "make all splits alike")
         events, known, notes = _events(rows)
         parsed = parse_events(events if True in timed else events.drop("timestamp"), str(src))
-        clean, rejects = clean_events(parsed, str(src))
         texts = [about.get("title", "") for about in known.values()]
         schema = {"item": pl.String, "text": pl.String}
         items, _ = clean_items(pl.DataFrame({"item": list(known), "text": texts}, schema=schema), str(src))
         hashes = hash_files(files, src if src.is_dir() else src.parent)
-        return RawLog(clean, items, _index(known), rejects, hashes, self.name, notes)
+        return assemble(self.name, parsed, str(src), hashes, (items, NO_REJECTS), _index(known), notes, exact=True)
 
 
 def _files(src: Path) -> list[Path]:
@@ -99,7 +97,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     present = set(header_line(path).split(","))
     optional = [name for target in (*SIDES.values(), TIME) for name in (target, f"history_{target}") if name in present]
     table = load(path, [*NEEDED, *optional], "restore the header of MiniOneRec's splits")
-    for row in table.with_columns(exact_lines(path, row_numbers(path, table))).iter_rows(named=True):
+    for row in table.data.with_columns(exact_lines(path, table.line)).iter_rows(named=True):
         yield {**row, "file": str(path)}
 
 

@@ -7,35 +7,36 @@ import polars as pl
 from cladapt.data.readers._base import (
     NO_ITEMS,
     NO_REJECTS,
-    Columns,
-    NoRows,
     RawLog,
-    clean_events,
-    clean_items,
+    ReadOptions,
     hash_files,
-    parse_events,
-    refuse_columns,
+    one_log,
+    refuse_options,
 )
-from cladapt.data.readers.tables import exact_rejects, header_line, load, row_numbers
+from cladapt.data.readers._clean import Items, assemble, clean_items, select_rows
+from cladapt.data.readers._scan import Table, header_line, load
+from cladapt.data.readers._where import columns_of
 from cladapt.errors import DataError
 
 RATINGS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}  # log -> its movies
 RATING_LINES = {
-    "u.data": r"^(?P<user>[^\t]*)\t(?P<item>[^\t]*)\t[^\t]*\t(?P<timestamp>[^\t]*)$",
-    "ratings.dat": r"^(?P<user>[^:]*)::(?P<item>[^:]*)::[^:]*::(?P<timestamp>[^:]*)$",
+    "u.data": r"^(?P<user>[^\t]*)\t(?P<item>[^\t]*)\t(?P<rating>[^\t]*)\t(?P<timestamp>[^\t]*)$",
+    "ratings.dat": r"^(?P<user>[^:]*)::(?P<item>[^:]*)::(?P<rating>[^:]*)::(?P<timestamp>[^:]*)$",
 }
+LINE_NAMES = {"user": "user", "item": "item", "timestamp": "timestamp", "rating": "rating"}
+CSV_NAMES = {"user": "userId", "item": "movieId", "timestamp": "timestamp", "rating": "rating"}
 MOVIE_LINE = r"^(?P<item>[^:]+)::(?P<title>.*?)(?:::(?P<genres>[^:]*))?$"
 FLAGS_FROM = 5  # u.item: id | title | release | video release | address | one flag per genre
 
 
 class MovieLensReader:
-    """Reads one MovieLens log and the movies beside it; a rating is an interaction whatever its value."""
+    """Reads one MovieLens log and its movies; a rating is an interaction whatever its value, unless `--min-rating`."""
 
     name = "movielens"
     expects = "u.data, ratings.dat or ratings.csv (userId,movieId,…), or a folder with one of them"
     generic = False
 
-    def schema(self, columns: Columns) -> dict[str, str]:
+    def schema(self, options: ReadOptions) -> dict[str, str]:
         return {
             "u.data": "user id, item id, rating, unix seconds, tab between",
             "ratings.dat": "user::item::rating::unix seconds",
@@ -46,24 +47,26 @@ class MovieLensReader:
     def detects(self, src: Path) -> bool:
         return bool(self._logs(src))
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
-        refuse_columns(self, columns)
-        logs = self._logs(src)
-        if len(logs) != 1:
-            found = " and ".join(path.name for path in logs) or "no MovieLens log"
-            raise DataError(f"{src} has {found}, expected one log", f"expected {self.expects}")
-        log = logs[0]
-        parsed = _parse_csv(log) if log.suffix == ".csv" else _parse_lines(log)
-        try:
-            events, rejects = clean_events(parsed, str(log))
-        except NoRows as error:
-            raise NoRows(error.message, error.hint, exact_rejects(error.rejects)) from error
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
+        refuse_options(self, options, ("where", "min_rating"))
+        log = one_log(src, self._logs(src), self, "MovieLens log")
+        is_csv = log.suffix == ".csv"
+        names = dict(CSV_NAMES if is_csv else LINE_NAMES)
+        table = _csv_table(log) if is_csv else _line_table(log)
+        conditions = columns_of(options.where, table.data.columns, log)
+        rated = names["rating"] in table.data.columns
+        if options.min_rating is None or not rated:
+            names.pop("rating")
+        if options.min_rating is not None and not rated:
+            raise DataError(f"{log} has no column 'rating', which --min-rating needs", "leave out --min-rating")
+        parsed = select_rows(table, names, options, log)
         movies = log.with_name(RATINGS[log.name])
-        items, movie_rejects, notes = _read_movies(movies) if movies.is_file() else (NO_ITEMS, NO_REJECTS, {})
-        beside = (movies, log.with_name("u.genre")) if log.name == "u.data" else (movies,)
-        all_rejects = exact_rejects(pl.concat([rejects, movie_rejects]))
-        files = hash_files([log, *filter(Path.is_file, beside)], log.parent)
-        return RawLog(events, items, None, all_rejects, files, self.name, notes)
+        items, notes = _read_movies(movies) if movies.is_file() else ((NO_ITEMS, NO_REJECTS), {})
+        if rated and options.min_rating is None and "rating" not in conditions:
+            notes["ratings_ignored"] = parsed.height
+        others = (movies, log.with_name("u.genre")) if log.name == "u.data" else (movies,)
+        files = hash_files([log, *filter(Path.is_file, others)], log.parent)
+        return assemble(self.name, parsed, str(log), files, items, notes=notes)
 
     def _logs(self, src: Path) -> list[Path]:
         found = [src / name for name in RATINGS] if src.is_dir() else [src] if src.name in RATINGS else []
@@ -74,20 +77,16 @@ def _is_movielens_csv(path: Path) -> bool:
     return {"userId", "movieId", "timestamp"} <= set(header_line(path).split(","))
 
 
-def _parse_csv(path: Path) -> pl.DataFrame:
-    table = load(path, ["userId", "movieId", "timestamp"], "restore the header userId,movieId,rating,timestamp")
-    named = table.select(
-        row_numbers(path, table), pl.col("userId").alias("user"), pl.col("movieId").alias("item"), "timestamp"
-    )
-    return parse_events(named, str(path))
+def _csv_table(path: Path) -> Table:
+    wanted = [name for name in CSV_NAMES.values() if name != "rating" or "rating" in header_line(path).split(",")]
+    return load(path, wanted, "restore the header userId,movieId,rating,timestamp")
 
 
-def _parse_lines(path: Path) -> pl.DataFrame:
+def _line_table(path: Path) -> Table:
     lines = numbered_lines(path)
-    fields = lines.with_columns(lines["text"].str.extract_groups(RATING_LINES[path.name]).struct.unnest())
-    malformed = pl.when(pl.col("user").is_null())
-    reason, value = malformed.then(pl.lit("malformed_line")), malformed.then(pl.col("text"))
-    return parse_events(fields.with_columns(reason=reason, value=value), str(path))
+    fields = lines["text"].str.extract_groups(RATING_LINES[path.name]).struct.unnest()
+    malformed = lines["text"].set(fields["user"].is_not_null(), None)
+    return Table(fields, lines["line"].cast(pl.Int64), malformed, tuple(fields.columns))
 
 
 def numbered_lines(path: Path) -> pl.DataFrame:
@@ -109,8 +108,8 @@ def _movies_dat(path: Path) -> pl.DataFrame:
 
 def _movies_csv(path: Path) -> pl.DataFrame:
     table = load(path, ["movieId", "title", "genres"], "restore the header movieId,title,genres")
-    return table.select(
-        row_numbers(path, table), pl.col("movieId").alias("item"), "title", "genres", pl.col("title").alias("text")
+    return table.data.select(
+        table.line, pl.col("movieId").alias("item"), "title", "genres", pl.col("title").alias("text")
     )
 
 
@@ -135,8 +134,8 @@ def _u_item(path: Path) -> pl.DataFrame:
 MOVIES = {"u.item": _u_item, "movies.dat": _movies_dat, "movies.csv": _movies_csv}
 
 
-def _read_movies(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
-    """Items with the text `title | genre, genre`, the rejected rows and the oddities seen."""
+def _read_movies(path: Path) -> tuple[Items, dict[str, int]]:
+    """Items with the text `title | genre, genre` and the rejected rows; and the oddities seen."""
     movies = MOVIES[path.name](path)
     whole = (pl.col("item").str.len_chars() > 0) & (pl.col("title").str.strip_chars().str.len_chars() > 0)
     malformed = pl.when(~whole.fill_null(False))
@@ -151,5 +150,5 @@ def _read_movies(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]
     )
     unnamed = rows.filter(pl.col("reason").is_null())["genres"].null_count()
     texts = pl.concat_str("title", "genres", separator=" | ", ignore_nulls=True)
-    items, rejects = clean_items(rows.with_columns(text=texts), str(path))
-    return items, rejects, {"movies_without_genres": unnamed} if unnamed else {}
+    items = clean_items(rows.with_columns(text=texts), str(path))
+    return items, {"movies_without_genres": unnamed} if unnamed else {}

@@ -14,14 +14,14 @@ import polars as pl
 
 from cladapt.artifacts import read_json
 from cladapt.data.readers._base import (
-    Columns,
+    NO_REJECTS,
     RawLog,
-    clean_events,
+    ReadOptions,
     files_of,
     hash_files,
-    parse_events,
-    refuse_columns,
+    refuse_options,
 )
+from cladapt.data.readers._clean import assemble, parse_events
 from cladapt.data.readers._index import find_index, read_index, shorten
 from cladapt.errors import DataError
 
@@ -35,7 +35,7 @@ class PesoReader:
     expects = "a folder with <D>.all.block_<k>.json files, and <D>.index*.json where there is one"
     generic = False
 
-    def schema(self, columns: Columns) -> dict[str, str]:
+    def schema(self, options: ReadOptions) -> dict[str, str]:
         return {
             "<D>.all.block_<k>.json": "{user: {previous_block: [items], current_block: [items]}}, oldest first",
             "<D>.index*.json": "{item: [tokens]}, may be missing",
@@ -44,8 +44,8 @@ class PesoReader:
     def detects(self, src: Path) -> bool:
         return bool(_block_files(src))
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
-        refuse_columns(self, columns)
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
+        refuse_options(self, options)
         datasets = _block_files(src)
         if len(datasets) != 1:
             found = f"has the blocks of {' and '.join(datasets)}" if datasets else "has no block file"
@@ -53,7 +53,7 @@ class PesoReader:
         ((dataset, files),) = datasets.items()
         blocks = {k + 1: _read_block(path) for k, path in sorted(files.items())}
         names = {k + 1: str(path) for k, path in files.items()}
-        events, rejects = clean_events(parse_events(_events(blocks, names), str(src)), str(src))
+        events = _events(blocks, names)
         index_file = find_index(files[min(files)].parent, dataset)
         index = read_index(index_file) if index_file else None
         notes = _check_previous(blocks)
@@ -61,7 +61,9 @@ class PesoReader:
             notes["items_missing_in_index"] = len(set(events["item"]) - set(index))
         items = pl.Series("item", list(index or ()), dtype=pl.String).to_frame().with_columns(text=pl.lit(""))
         sources = [*files.values(), *([index_file] if index_file else [])]
-        return RawLog(events, items, index, rejects, hash_files(sorted(sources), sources[0].parent), self.name, +notes)
+        hashes = hash_files(sorted(sources), sources[0].parent)
+        parsed = parse_events(events, str(src))
+        return assemble(self.name, parsed, str(src), hashes, (items, NO_REJECTS), index, +notes)
 
 
 def _block_files(src: Path) -> dict[str, dict[int, Path]]:

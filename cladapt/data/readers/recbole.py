@@ -9,26 +9,27 @@ from pathlib import Path
 import polars as pl
 
 from cladapt.data.readers._base import (
-    DEFAULT_COLUMNS,
+    DEFAULTS,
     NO_ITEMS,
     NO_REJECTS,
-    Columns,
     RawLog,
-    clean_events,
-    clean_items,
+    ReadOptions,
     event_schema,
     files_of,
     hash_files,
-    parse_events,
+    one_log,
 )
+from cladapt.data.readers._clean import Items, assemble, clean_items, select_rows
 from cladapt.data.readers._parse import join_text, to_ids
-from cladapt.data.readers.tables import header_line
+from cladapt.data.readers._scan import Table, header_line
+from cladapt.data.readers._where import columns_of
 from cladapt.errors import ConfigError, DataError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 NAMES = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
+RATING = "rating"
 _LINES = pl.int_range(2, pl.len() + 2).alias("line")  # below the header
-KINDS = {"user": "token", "item": "token", "timestamp": "float", "weight": "float"}
+KINDS = {"user": "token", "item": "token", "timestamp": "float", "weight": "float", "rating": "float"}
 
 
 class RecBoleReader:
@@ -38,8 +39,8 @@ class RecBoleReader:
     expects = "a <D>.inter file with a header such as user_id:token\\titem_id:token\\ttimestamp:float, or its folder"
     generic = False
 
-    def schema(self, columns: Columns) -> dict[str, str]:
-        names = _names(columns)
+    def schema(self, options: ReadOptions) -> dict[str, str]:
+        names = _names(options)
         typed = {role: f"{name}:{KINDS[role]}" for role, name in names.items()}
         fields = event_schema({role: f"<D>.inter {name}" for role, name in typed.items()})
         return fields | {f"<D>.item {typed['item']}": "and the item's token and token_seq fields; may be missing"}
@@ -47,18 +48,14 @@ class RecBoleReader:
     def detects(self, src: Path) -> bool:
         return bool(_logs(src))
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
-        if columns.block is not None or columns.items is not None:
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
+        if options.block is not None or options.items is not None:
             raise ConfigError(
                 "the recbole format has no block column, and its items are in <D>.item",
                 "leave out --block and --items, or choose --format csv",
             )
-        logs = _logs(src)
-        if len(logs) != 1:
-            found = " and ".join(path.name for path in logs) or "no .inter file"
-            raise DataError(f"{src} has {found}, expected one dataset", f"expected {self.expects}")
-        (log,) = logs
-        names = _names(columns)
+        log = one_log(src, _logs(src), self, ".inter file")
+        names = _names(options)
         table, types = _load(log, list(names.values()))
         sequences = [name for name in names.values() if types[name].endswith("_seq")]
         if sequences:
@@ -66,20 +63,23 @@ class RecBoleReader:
                 f"{log}:1: column {sequences[0]!r} has the type {types[sequences[0]]}, expected one value a row",
                 "name another column, or write one interaction a row",
             )
-        frame = table.select(_LINES, *(pl.col(name).alias(role) for role, name in names.items()))
-        events, rejects = clean_events(parse_events(frame, str(log)), str(log))
+        conditions = columns_of(options.where, table.columns, log)
+        parsed = select_rows(Table.of(table, 2), names, options, log)
         side = log.with_suffix(".item")
-        items, item_rejects = _read_items(side, names["item"], columns) if side.is_file() else (NO_ITEMS, NO_REJECTS)
+        items = _read_items(side, names["item"], options) if side.is_file() else (NO_ITEMS, NO_REJECTS)
         files = hash_files([log, *([side] if side.is_file() else [])], log.parent)
         users = log.with_suffix(".user")
         notes = {"user_fields_unused": header_line(users).count("\t")} if users.is_file() else {}
-        return RawLog(events, items, None, pl.concat([rejects, item_rejects]), files, self.name, notes)
+        if RATING in types and RATING not in (*names.values(), *conditions):
+            notes["ratings_ignored"] = parsed.height
+        return assemble(self.name, parsed, str(log), files, items, notes=notes)
 
 
-def _names(columns: Columns) -> dict[str, str]:
+def _names(options: ReadOptions) -> dict[str, str]:
     """Role -> column, for the columns in use."""
-    own = {role: name for role, name in NAMES.items() if getattr(columns, role) == getattr(DEFAULT_COLUMNS, role)}
-    return columns.roles | own
+    own = {role: name for role, name in NAMES.items() if getattr(options, role) == getattr(DEFAULTS, role)}
+    rating = {} if options.min_rating is None else {"rating": options.rating or RATING}
+    return options.roles | own | rating
 
 
 def _logs(src: Path) -> list[Path]:
@@ -114,10 +114,10 @@ def _load(path: Path, wanted: list[str]) -> tuple[pl.DataFrame, dict[str, str]]:
     return table, types
 
 
-def _read_items(path: Path, item: str, columns: Columns) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _read_items(path: Path, item: str, options: ReadOptions) -> Items:
     """Items with the text of their token and token_seq columns, or of the columns asked for."""
-    table, types = _load(path, [item, *columns.text])
-    fields = columns.text or [name for name, kind in types.items() if name != item and kind.startswith("token")]
+    table, types = _load(path, [item, *options.text])
+    fields = options.text or [name for name, kind in types.items() if name != item and kind.startswith("token")]
     text = join_text(table.select(fields), str(path)) if fields else pl.Series([""] * table.height, dtype=pl.String)
     ids = to_ids(table[item], f"{path}: {item}")
     return clean_items(pl.DataFrame({"item": ids, "text": text, "line": table.select(_LINES).to_series()}), str(path))

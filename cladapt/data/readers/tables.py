@@ -1,15 +1,10 @@
-"""Tables with named columns: csv, tsv and parquet, as one file, a folder of files or a glob.
+"""Tables with named columns: csv, json lines, parquet and arrow, as one file, a folder of files or a glob.
 
 Files may be larger than memory: only the columns in use are read, and they alone must fit.
 """
 
-import csv
-from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import dropwhile, islice
-from operator import not_
 from pathlib import Path
 
 import polars as pl
@@ -17,22 +12,21 @@ import polars as pl
 from cladapt.data.readers._base import (
     NO_ITEMS,
     NO_REJECTS,
-    Columns,
-    NoRows,
     RawLog,
-    clean_events,
-    clean_items,
+    ReadOptions,
     event_schema,
     files_of,
     glob_root,
     hash_files,
-    parse_events,
 )
-from cladapt.data.readers._parse import join_text, to_ids
+from cladapt.data.readers._clean import Items, assemble, clean_items, select_rows
+from cladapt.data.readers._parse import to_ids
+from cladapt.data.readers._scan import LINE, SUFFIXES, Table, load, names_of, type_of
+from cladapt.data.readers._where import columns_of
 from cladapt.errors import ConfigError, DataError
 
-SEPARATORS = ",;\t|"
-LINE = "line"
+RATINGS = ("rating", "ratings", "overall", "stars")
+"""Names of columns that look like ratings."""
 
 
 @dataclass(frozen=True)
@@ -41,172 +35,130 @@ class TableReader:
 
     name: str
     expects: str
-    suffixes: tuple[str, ...]
     generic: bool = True
 
-    def schema(self, columns: Columns) -> dict[str, str]:
-        fields = ", ".join(columns.text) or "its text columns"
-        table = {f"item table {columns.items}": f"{columns.item} and {fields}"} if columns.items else {}
-        return event_schema(columns.roles) | table
+    def schema(self, options: ReadOptions) -> dict[str, str]:
+        texts = ", ".join(options.text)
+        log = event_schema(options.roles) | ({texts: "text of the item"} if texts and not options.items else {})
+        table = f"{options.item} and {texts or 'its text columns'}"
+        return log | ({f"item table {options.items}": table} if options.items else {})
 
     def detects(self, src: Path) -> bool:
         return bool(self._files(src))
 
-    def read(self, src: Path, columns: Columns) -> RawLog:
-        if columns.text and not columns.items:
-            raise ConfigError(f"--text {' --text '.join(columns.text)} without --items", "name the item table: --items")
-        items, item_rejects = _read_items(columns) if columns.items else (NO_ITEMS, NO_REJECTS)
-        # the item table may lie in the folder of the log
-        files = [path for path in self._files(src) if not (columns.items and path.samefile(columns.items))]
-        if not files:
-            raise DataError(f"{src} has no {' or '.join(self.suffixes)} file", f"expected {self.expects}")
+    def read(self, src: Path, options: ReadOptions) -> RawLog:
+        if options.min_rating is not None and options.rating is None:
+            raise ConfigError(
+                f"--min-rating {options.min_rating:g} without --rating",
+                f"name the column of the ratings: --rating COL; the {self.name} format does not know it",
+            )
+        found = self._files(src)
+        if not found:
+            raise DataError(f"{src} has no {self.name} file", f"expected {self.expects}")
+        tables = item_files(options.items) if options.items else []
+        # the item table may lie in the folder of the log, or be the log
+        known = {path.resolve() for path in tables}
+        files = [path for path in found if path.resolve() not in known]
+        own = not files or (options.items is None and bool(options.text))
+        files = files or found
+        parsed = [_parse_file(path, options, own) for path in files]
+        ignored = sum(rows.height for rows, rated in parsed if rated)
+        items = _read_items(tables, options) if tables and not own else (NO_ITEMS, NO_REJECTS)
         root = src if src.is_dir() else glob_root(src.parent)
-        try:
-            events, rejects = clean_events(pl.concat([_parse_file(path, columns) for path in files]), str(src))
-        except NoRows as error:
-            raise NoRows(error.message, error.hint, exact_rejects(error.rejects)) from error
-        hashes = hash_files([*files, *([columns.items] if columns.items else [])], root)
-        return RawLog(events, items, None, exact_rejects(pl.concat([rejects, item_rejects])), hashes, self.name)
+        return assemble(
+            self.name,
+            pl.concat([rows for rows, _ in parsed]),
+            str(src),
+            hash_files([*files, *(path for path in tables if path not in files)] if not own else files, root),
+            items,
+            notes={"ratings_ignored": ignored} if ignored else {},
+        )
 
     def _files(self, src: Path) -> list[Path]:
-        # parquet writers partition into folders, and leave hidden and _-prefixed files beside the data
-        found = sorted(src.rglob("*")) if src.is_dir() else files_of(src)
-        inside = [path.relative_to(src).parts if src.is_dir() else () for path in found]
-        return [
-            path
-            for path, parts in zip(found, inside, strict=True)
-            if path.suffix.lower() in self.suffixes
-            and path.is_file()
-            and not any(part.startswith((".", "_")) for part in parts)
-        ]
+        return [path for path in all_files(src) if type_of(path) == self.name]
 
 
-CSV = TableReader("csv", "csv or tsv files with a header line (--user, --item, --timestamp)", (".csv", ".tsv"))
-PARQUET = TableReader("parquet", "parquet files (--user, --item, --timestamp)", (".parquet",))
+CSV = TableReader("csv", "csv or tsv files with a header line, plain, .gz or .zst (--user, --item, --timestamp)")
+PARQUET = TableReader("parquet", "parquet files, also partitioned into folders (--user, --item, --timestamp)")
+JSONL = TableReader("jsonl", "json lines, one object a line: .jsonl or .ndjson, plain, .gz or .zst (--user, --item, …)")
+ARROW = TableReader("arrow", "arrow or feather files: .arrow, .feather or .ipc (--user, --item, --timestamp)")
 
 
-def scan_table(path: Path) -> pl.LazyFrame:
-    """A table file as a lazy frame: csv and tsv with every column as text, parquet with its own types."""
-    if path.suffix.lower() == ".parquet":
-        return pl.scan_parquet(path, hive_partitioning=any("=" in part for part in path.parts[:-1]))
-    if path.suffix.lower() in CSV.suffixes:
-        return pl.scan_csv(path, separator=separator_of(path), infer_schema=False)
-    raise DataError(f"{path} is no table that can be read", "expected a .csv, .tsv or .parquet file")
+def all_files(src: Path) -> list[Path]:
+    """Files behind a file, a folder with its inner folders, or a glob; hidden and `_`-prefixed ones are left out."""
+    # parquet writers partition into folders, and leave hidden and _-prefixed files next to the data
+    found = sorted(src.rglob("*")) if src.is_dir() else files_of(src)
+    inside = [path.relative_to(src).parts if src.is_dir() else () for path in found]
+    return [
+        path
+        for path, parts in zip(found, inside, strict=True)
+        if path.is_file() and not any(part.startswith((".", "_")) for part in parts)
+    ]
 
 
-def separator_of(path: Path) -> str:
-    """Tab for .tsv; else the separator that cuts the header line into most fields, a comma when none does."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    header = header_line(path)
-    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header], delimiter=separator), [])))
-
-
-def header_line(path: Path) -> str:
-    """First line of a text file, without its byte-order mark."""
-    with path.open(encoding="utf-8-sig", errors="replace") as handle:
-        return handle.readline().rstrip("\r\n")
-
-
-def load(path: Path, wanted: Sequence[str], hint: str) -> pl.DataFrame:
-    """Columns `wanted` of a table file, all when empty.
-
-    `DataError` lists the columns found when one is missing, and names the line of a row with too many fields.
-    """
-    try:
-        frame = scan_table(path)
-        found = frame.collect_schema().names()
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            names = ", ".join(repr(name) for name in missing)
-            raise DataError(f"{path} has no column {names}; it has: {', '.join(found)}", hint)
-        return frame.select(wanted or pl.all()).collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError) as error:
-        if path.suffix.lower() in CSV.suffixes and (line := _overlong(path)):
-            number, fields, expected = line
-            raise DataError(
-                f"{path}:{number}: the row has {fields} fields, the header {expected}",
-                "quote a field that holds the separator, or mend the row",
-            ) from error
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"cannot read {path}: {reason}", "expected a UTF-8 csv, a tsv or a parquet file") from error
-
-
-def row_numbers(path: Path, table: pl.DataFrame) -> pl.Series:
-    """`line` of each row of a table file, for csv as if no row had line breaks; no column of the table is touched."""
-    first = 1 if path.suffix.lower() == ".parquet" else 2
-    return pl.int_range(first, table.height + first, eager=True).alias(LINE)
-
-
-def _overlong(path: Path) -> tuple[int, int, int] | None:
-    """Line of the first row with more fields than the header, their number and that of the header."""
-    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(encoding="utf-8-sig", newline="") as handle:
-        width = 0
-        records = dropwhile(not_, csv.reader(handle, delimiter=separator_of(path)))
-        for line, fields in zip(_lines(path), records, strict=False):
-            width = width or len(fields)
-            if len(fields) > width:
-                return line, len(fields), width
-    return None
-
-
-def _lines(path: Path) -> Iterator[int]:
-    """Line at which each record of a csv begins, the header first: inside quotes a line break is none of its ends."""
-    with path.open("rb") as handle:
-        started = quoted = False
-        for line, text in enumerate(handle, start=1):
-            started = started or bool(text.strip(b"\r\n"))
-            if started and not quoted:
-                yield line
-            quoted ^= text.count(b'"') % 2 == 1
-
-
-def exact_lines(path: Path, rows: pl.Series) -> pl.Series:
-    """Lines at which rows of a csv begin, from their numbers (header 1)."""
-    lines = array("q", islice(_lines(path), max(rows, default=0)))
-    return pl.Series(LINE, lines, dtype=pl.Int64).gather(rows - 1)
-
-
-def exact_rejects(rejects: pl.DataFrame) -> pl.DataFrame:
-    """Rejects of csv files with exact lines."""
-    parts = [NO_REJECTS]
-    for part in rejects.partition_by("file", maintain_order=True):
-        path = Path(part["file"][0])
-        is_csv = path.suffix.lower() in CSV.suffixes
-        parts.append(part.with_columns(exact_lines(path, part[LINE])) if is_csv else part)
-    return pl.concat(parts)
-
-
-def _parse_file(path: Path, columns: Columns) -> pl.DataFrame:
-    options = " ".join(f"--{role} COL" for role in columns.roles)
-    hint = f'name the columns: {options}; --timestamp "" takes the row order as time'
-    table = load(path, list(dict.fromkeys(columns.roles.values())), hint)
-    roles = (pl.col(name).alias(role) for role, name in columns.roles.items())
-    frame = table.select(row_numbers(path, table), *roles)
-    if columns.block is not None:
-        blocks = frame["block"].cast(pl.Int32, strict=False)
-        bad = frame["block"].filter(blocks.is_null())
-        if not bad.is_empty():
-            raise DataError(
-                f"{path}: column {columns.block!r} holds {bad[0]!r}, not a block number",
-                "every row needs a block 1, 2, 3, …",
-            )
-        frame = frame.with_columns(block=blocks)
-    return parse_events(frame, str(path))
-
-
-def _read_items(columns: Columns) -> tuple[pl.DataFrame, pl.DataFrame]:
-    path = Path(columns.items or "")
-    if not path.is_file():
+def item_files(path: Path) -> list[Path]:
+    """The files of an item table; `DataError` when there is none."""
+    if not path.is_file() and not path.is_dir():
         raise DataError(f"no such item table: {path}", "check --items")
-    wanted = list(dict.fromkeys((columns.item, *columns.text))) if columns.text else []
+    found = [each for each in all_files(path) if type_of(each) or path.is_file()]
+    if not found:
+        raise DataError(f"{path} holds no item table", f"expected a table: {', '.join(SUFFIXES)}")
+    return found
+
+
+def _parse_file(path: Path, options: ReadOptions, own_texts: bool) -> tuple[pl.DataFrame, bool]:
+    """The parsed rows of one file, and whether it has ratings that nothing asks for."""
+    flags = " ".join(f"--{role} COL" for role in options.roles)
+    hint = f'name the columns: {flags}; --timestamp "" takes the row order as time'
+    roles = dict(zip(options.roles, _stripped(options.roles.values()), strict=True))
+    names = names_of(path) if options.where or (own_texts and not options.text) else []
+    conditions = columns_of(options.where, names, path)
+    texts = _stripped(options.text) if own_texts else []
+    if own_texts and not texts:
+        texts = [name for name in names if name not in (*roles.values(), *conditions)]
+        if not texts:
+            raise DataError(f"{path} has no column for the text of an item", "an item table needs a text column")
+    table = load(path, list(dict.fromkeys([*roles.values(), *conditions, *texts])), hint)
+    rows = select_rows(table, roles, options, path, texts)
+    used = {*roles.values(), *conditions, *texts}
+    return rows, any(name.lower() in RATINGS and name not in used for name in table.names)
+
+
+def _stripped(names: Iterable[str]) -> list[str]:
+    return [name.strip() for name in names]
+
+
+def _read_items(files: list[Path], options: ReadOptions) -> Items:
+    parts = [_item_rows(path, options) for path in files]
+    return clean_items(pl.concat(parts), str(options.items))
+
+
+def _item_rows(path: Path, options: ReadOptions) -> pl.DataFrame:
+    wanted = list(dict.fromkeys((options.item, *options.text))) if options.text else []
     hint = "--item COL names the id column of the log and of the item table, --text COL a text column"
     table = load(path, wanted, hint)
-    if columns.item not in table.columns:
-        raise DataError(f"{path} has no column {columns.item!r}; it has: {', '.join(table.columns)}", hint)
-    fields = columns.text or [name for name in table.columns if name != columns.item]
+    item = options.item.strip()
+    if item not in table.data.columns:
+        listed = ", ".join(map(repr, table.data.columns))
+        raise DataError(f"{path} has no column {item!r}; it has: {listed}", hint)
+    fields = [name for name in table.data.columns if name != item] if not options.text else _stripped(options.text)
     if not fields:
-        raise DataError(f"{path} has no column beside {columns.item!r}", "an item table needs a text column")
-    ids = to_ids(table[columns.item], f"{path}: {columns.item}")
-    texts = join_text(table.select(fields), str(path))
-    return clean_items(pl.DataFrame({"item": ids, "text": texts, LINE: row_numbers(path, table)}), str(path))
+        raise DataError(f"{path} has no column but {item!r}", "an item table needs a text column")
+    return item_rows(table, item, fields, path)
+
+
+def item_rows(table: Table, item: str, fields: list[str], path: Path) -> pl.DataFrame:
+    """Rows of an item table as `clean_items` takes them: item, text, file, line, reason, value."""
+    malformed = pl.DataFrame({"text": table.malformed})
+    return pl.DataFrame(
+        {
+            "item": to_ids(table.data[item], f"{path}: {item}"),
+            "text": table.texts(fields, str(path)),
+            "file": pl.repeat(str(path), table.data.height, dtype=pl.String, eager=True),
+            LINE: table.line,
+            "reason": malformed.select(
+                pl.when(pl.col("text").is_not_null()).then(pl.lit("malformed_line"))
+            ).to_series(),
+            "value": table.malformed,
+        }
+    )

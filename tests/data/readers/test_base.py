@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cladapt.data.readers import READERS, REJECTS, Columns, NoRows, RawLog, read
+from cladapt.data.readers import READERS, REJECTS, NoRows, RawLog, ReadOptions, read
 
 Row = tuple[str, str, str]  # user, item, time
 EVENTS: list[Row] = [
@@ -127,16 +127,12 @@ def rejects_of(log: RawLog) -> list[tuple[str, int | None, str, str]]:
     return [(Path(file).name, line, reason, value) for file, line, reason, value in log.rejects.iter_rows()]
 
 
-def test_every_reader_is_covered() -> None:
-    assert {reader for reader, _ in ALL.values()} == set(READERS)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_known_events_items_and_ids_come_back_exactly(name: str, tmp_path: Path) -> None:
     reader, write = ALL[name]
     source = write(tmp_path, EVENTS)
     beside = tmp_path / f"items.{reader}"
-    log = read(source, columns=Columns(items=beside if beside.is_file() else None))
+    log = read(source, options=ReadOptions(items=beside if beside.is_file() else None))
     assert log.source == reader
     if name in ROWS:
         assert events_of(log) == EVENTS
@@ -311,7 +307,7 @@ WEIGHTS = [
 def test_good_weights_are_kept_and_bad_ones_rejected(format: str, tmp_path: Path) -> None:
     rows = [("a", "x", "1", "0.5"), *(("a", "x", "2", weight) for weight, _ in WEIGHTS), ("b", "y", "3", " 2e1 ")]
     names = ["user", "item", "timestamp", "w"]
-    columns = Columns(weight="w")
+    columns = ReadOptions(weight="w")
     if format == "csv":
         source, first = put(tmp_path / "log.csv", table([names, *rows])), 2
     elif format == "recbole":
@@ -320,7 +316,7 @@ def test_good_weights_are_kept_and_bad_ones_rejected(format: str, tmp_path: Path
     else:
         source, first = tmp_path / "log.parquet", 1
         pl.DataFrame(rows, schema=names, orient="row").write_parquet(source)
-    log = read(source, columns=columns)
+    log = read(source, options=columns)
     assert log.events["weight"].to_list() == [0.5, 20.0]
     expected = [(source.name, first + 1 + k, reason, weight) for k, (weight, reason) in enumerate(WEIGHTS)]
     assert rejects_of(log) == expected
@@ -330,22 +326,22 @@ def test_good_weights_are_kept_and_bad_ones_rejected(format: str, tmp_path: Path
 def test_weights_may_be_numbers_and_what_cannot_be_one_is_refused(tmp_path: Path) -> None:
     base = pl.DataFrame({"user": ["a", "a", "a"], "item": ["x", "y", "z"], "timestamp": [1, 2, 3]})
     base.with_columns(w=pl.Series([3, 0, None])).write_parquet(tmp_path / "log.parquet")
-    log = read(tmp_path / "log.parquet", columns=Columns(weight="w"))
+    log = read(tmp_path / "log.parquet", options=ReadOptions(weight="w"))
     assert log.events["weight"].to_list() == [3.0]
     assert [row[1:] for row in rejects_of(log)] == [(2, "bad_weight", "0"), (3, "no_weight", "")]
     base.with_columns(w=pl.Series([True, False, None])).write_parquet(tmp_path / "log.parquet")
     with pytest.raises(Exception, match=r"log\.parquet: weight: a column of type Boolean holds no weights"):
-        read(tmp_path / "log.parquet", columns=Columns(weight="w"))
+        read(tmp_path / "log.parquet", options=ReadOptions(weight="w"))
 
 
 def test_the_schema_names_what_the_source_must_hold() -> None:
     for reader in READERS.values():
-        schema = reader.schema(Columns())
+        schema = reader.schema(ReadOptions())
         assert schema
         assert all(schema.values())
-    full = Columns("u", "i", "", "b", "w", Path("t.csv"), ("title",))
-    for name in ("csv", "parquet"):
-        assert list(READERS[name].schema(Columns())) == ["user", "item", "timestamp"]
+    full = ReadOptions("u", "i", "", "b", "w", Path("t.csv"), ("title",))
+    for name in ("csv", "jsonl", "parquet", "arrow"):
+        assert list(READERS[name].schema(ReadOptions())) == ["user", "item", "timestamp"]
         assert list(READERS[name].schema(full)) == ["u", "i", "b", "w", "item table t.csv"]
     typed = ("<D>.inter user_id:token", "<D>.inter item_id:token", "<D>.inter timestamp:float", "<D>.inter w:float")
-    assert list(READERS["recbole"].schema(Columns(weight="w"))) == [*typed, "<D>.item item_id:token"]
+    assert list(READERS["recbole"].schema(ReadOptions(weight="w"))) == [*typed, "<D>.item item_id:token"]

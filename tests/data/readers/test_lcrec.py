@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cladapt.data.readers import Columns, read
+from cladapt.data.readers import ReadOptions, read
 from cladapt.errors import ConfigError, DataError
 
 INTER = {"u1": [3, 1, 2, 0], "u2": [1, 3]}
@@ -76,4 +76,4 @@ def test_an_empty_id_is_counted_and_fixed_columns_cannot_be_mapped(tmp_path: Pat
     log = read(write(tmp_path, inter={"u": ["1", ""], "": ["2"]}))
     assert log.dropped == {"no_item": 1, "no_user": 1}
     with pytest.raises(ConfigError, match="the lcrec format has fixed columns, so --user cannot apply"):
-        read(tmp_path, columns=Columns(user="u"))
+        read(tmp_path, options=ReadOptions(user="u"))

@@ -42,7 +42,7 @@ def test_movielens_releases_read_alike(tmp_path: Path, log_name: str, movies_nam
     assert log.source == "movielens"
     assert rows_of(log) == [("1", "10", 100), ("2", "20", 90)]
     assert list(log.items.iter_rows()) == [("10", "Alien\u00e9 (1979) | Action, Sci-Fi"), ("20", "Heat (1995)")]
-    assert (log.dropped, log.notes) == ({}, {"movies_without_genres": 1})
+    assert (log.dropped, log.notes) == ({}, {"movies_without_genres": 1, "ratings_ignored": 2})
     assert set(log.files) == {log_name, movies_name} | ({"u.genre"} if log_name == "u.data" else set())
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cladapt.data.readers import Columns, read
+from cladapt.data.readers import ReadOptions, read
 from cladapt.errors import ConfigError, DataError
 
 INTER = """user_id:token\titem_id:token\trating:float\ttimestamp:float
@@ -44,9 +44,9 @@ def test_a_dataset_is_read_with_its_items(tmp_path: Path) -> None:
 def test_columns_are_mapped_and_may_have_no_time(tmp_path: Path) -> None:
     inter = "session:token\tsong:token\tt:float\nb\tx\t9\na\ty\t8\n"
     folder = write(tmp_path, inter, None)
-    timed = read(folder / "toy.inter", columns=Columns(user="session", item="song", timestamp="t"))
+    timed = read(folder / "toy.inter", options=ReadOptions(user="session", item="song", timestamp="t"))
     assert timed.events.sort("timestamp")["user"].to_list() == ["a", "b"]
-    ordered = read(folder, columns=Columns(user="session", item="song", timestamp=""))
+    ordered = read(folder, options=ReadOptions(user="session", item="song", timestamp=""))
     assert ordered.events.sort("order").select("user", "timestamp").rows() == [("b", None), ("a", None)]
 
 
@@ -75,9 +75,9 @@ def test_a_wrong_file_says_what_is_wrong(tmp_path: Path, inter: str, message: st
 def test_two_datasets_in_a_folder_and_foreign_options_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ConfigError, match="has no block column"):
-        read(tmp_path, columns=Columns(block="b"))
+        read(tmp_path, options=ReadOptions(block="b"))
     (tmp_path / "other.inter").write_text(INTER)
-    with pytest.raises(DataError, match=r"has other\.inter and toy\.inter, expected one dataset"):
+    with pytest.raises(DataError, match=r"has other\.inter and toy\.inter, expected one log"):
         read(tmp_path)
 
 
@@ -85,7 +85,7 @@ word = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_siz
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.lists(st.tuples(word, word, st.integers(0, 10**9)), min_size=1, max_size=8, unique=True))
+@given(rows=st.lists(st.tuples(word, word, st.integers(10**8, 10**9)), min_size=1, max_size=8, unique=True))
 def test_any_ids_and_times_come_back(
     rows: list[tuple[str, str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
