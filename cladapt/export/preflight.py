@@ -225,7 +225,7 @@ def _precision(checked: Subject) -> Iterator[Complaint]:
     heads, size = checked.base.get("num_attention_heads"), checked.base.get("hidden_size")
     width = checked.base.get("head_dim") or (size // heads if size and heads else None)
     if width is not None and (width < 32 or width > 256 or width % 8):
-        fix = "needs a vLLM attention backend of this head size; bases of preset small and medium have 32"
+        fix = "needs a vLLM attention backend of this head size; bases of the presets have 32"
         yield "note", "a head size that several attention backends lack", "head_dim", width, fix
 
 

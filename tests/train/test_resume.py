@@ -211,7 +211,7 @@ def other_base() -> None:
     ("change", "named"),
     [
         (other_stream, r"data \(stream\) is \w+, it was \w+"),
-        (other_weights, r"inputs: base weights \(base\) is \w+, it was \w+ \(restore them"),
+        (other_weights, r"base: its weights have the fingerprint \w+, cladapt\.json has recorded \w+"),
         (other_base, r"base \(base\) is \w+, it was \w+; base weights \(base\)"),
     ],
     ids=["stream", "weights", "base"],
