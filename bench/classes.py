@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
+from cladapt.pipeline.classify_report import class_comparison, read_rows
 from pydantic import Field
 from study import merge, parser, refuse_other_code, say, told, write_tables
 
@@ -19,7 +20,6 @@ from cladapt.artifacts import hash_value, read_json, write_json
 from cladapt.config import ClassifyConfig, ImagesConfig, Settings, VitConfig, load_recipe, resolve
 from cladapt.model.spectrum import FIGURES
 from cladapt.pipeline import classify
-from cladapt.pipeline.classify_report import class_comparison, read_rows
 from cladapt.run import Run, open_run
 from cladapt.train.sinks import MemorySink
 

@@ -19,12 +19,7 @@ def compare(
         Path | None, typer.Option("--out", help="Also write the tables as csv and a report into this folder.")
     ] = None,
 ) -> dict[str, Any]:
-    """Compare evaluated runs: seeds pooled, paired differences over users (or images) against the first."""
-    from cladapt.config import ClassifyConfig
-    from cladapt.pipeline.classify_report import compare_class_runs
+    """Compare evaluated runs: seeds pooled, paired differences against the first, over users or images."""
     from cladapt.pipeline.compare import compare_runs
-    from cladapt.run import open_run
 
-    if isinstance(open_run(runs[0]).config, ClassifyConfig):
-        return compare_class_runs(runs, out)
     return compare_runs(runs, out)

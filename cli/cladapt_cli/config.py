@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cladapt_cli._verb import verb
-from cladapt_cli.options import Overrides
+from cladapt_cli.options import Overrides, Task
 
 app = typer.Typer(no_args_is_help=True, help="Show settings.")
 
@@ -14,12 +14,14 @@ app = typer.Typer(no_args_is_help=True, help="Show settings.")
 @verb(app)
 def show(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="recommend (default) or classify.")] = None,
+    task: Task = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Print every key of a run's configuration with its value and meaning."""
-    from cladapt.config import describe, load_recipe, merge_overrides, resolve, task_of
+    from cladapt import workloads
+    from cladapt.config import describe, load_recipe, merge_overrides, resolve
 
     values = merge_overrides(load_recipe(recipe) if recipe else {}, override or [])
-    kind = task_of(values.pop("task", None) if task is None else task)
+    named = values.pop("task", None)
+    kind = workloads.get(named if task is None else task).config
     return {"config": describe(resolve(kind, values, str(recipe) if recipe else "config"))}

@@ -5,9 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from cladapt import workloads
+
 StreamDir = Annotated[Path, typer.Argument(help="Stream directory.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a setting; repeatable.")
+]
+
+Task = Annotated[
+    str | None,
+    typer.Option("--task", help=f"What is learned: {', '.join(workloads.names())}.", show_default=workloads.DEFAULT),
 ]
 
 
