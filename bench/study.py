@@ -128,7 +128,10 @@ def mean_distance(adapters: list[Path]) -> float | None:
 
 
 def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
-    """`summary` (a line per cell name, seeds pooled), `differences` from every reference, `cells` (a line each)."""
+    """`summary` (a line per cell name, seeds pooled), `differences` from every reference, `cells` (a line each).
+
+    The first two also of what else the runs are judged by, such as the next block, where all cells have it.
+    """
     lines = []
     pooled: dict[str, dict[int, Evaluated]] = {}
     made: dict[str, str] = {}
@@ -141,11 +144,13 @@ def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.Da
     own = [name for name in recipe.references if name in pooled] or [next(iter(pooled))]
     against = [(name, models) for name in (*own, *comparison.references)]
     against += [(two, [one]) for one, two in recipe.pairs if {one, two} <= pooled.keys()]
-    frames = {
-        "cells": lines,
-        "summary": comparison.summary(),
-        "differences": [line for name, others in against for line in wide(comparison.differences(name, others))],
-    }
+    frames: dict[str, list[dict[str, Any]]] = {"cells": lines}
+    parts = {"": comparison, **{f"{name}_": part for name, (_, part) in comparison.further.items()}}
+    for prefix, part in parts.items():
+        frames[f"{prefix}summary"] = part.summary()
+        frames[f"{prefix}differences"] = [
+            line for name, others in against for line in wide(part.differences(name, others))
+        ]
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
 
 

@@ -31,20 +31,22 @@ class BlocksConfig(Settings):
     """How a log is cut into time blocks."""
 
     fractions: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.6, 0.1, 0.1, 0.1, 0.1)
-    """Share of the interactions in each block, in time order; must sum to 1."""
+    """Share of the interactions in each block, in time order; a sum within 1 % of 1 is scaled to 1."""
     dates: tuple[str, ...] = ()
     """First day (YYYY-MM-DD, UTC) of block 2, 3, …; replaces `fractions` when given."""
     min_events: Positive = 5
-    """A user's events in a block are kept only when there are at least this many of them in that block."""
+    """A user is tested in a block with at least this many events there (never fewer than 3); nothing is dropped: the
+    events of other users are learned and are history."""
     k_core: Annotated[int, Field(ge=0)] = 0
-    """Before the cut, repeatedly drop users and items with fewer interactions than this; 0 keeps all."""
+    """In each block, repeatedly drop events whose user or item has fewer than this up to that block; 0 keeps all."""
 
     @field_validator("fractions")
     @classmethod
     def _sum_to_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if abs(sum(value) - 1.0) > 1e-6:
-            raise ValueError(f"the fractions sum to {sum(value):g}, expected 1")
-        return value
+        total = sum(value)
+        if abs(total - 1.0) > 0.01:
+            raise ValueError(f"the fractions sum to {total:g}, expected 1")
+        return value if abs(total - 1.0) < 1e-9 else tuple(share / total for share in value)
 
 
 class SimulateConfig(Settings):
@@ -227,6 +229,8 @@ class EvalConfig(Settings):
     """`test`: what is reported; `valid`: what hyper-parameters are chosen by."""
     max_users: Annotated[int, Field(ge=0)] = 0
     """Evaluate a seeded sample of this many users per block; 0 takes all."""
+    next_block: bool = True
+    """Also test each model on the first events of the block after its own, as a served model meets them."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples behind an interval."""
 

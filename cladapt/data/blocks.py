@@ -1,9 +1,10 @@
-"""From a raw log to a stream: k-core, time blocks, the least events per user and block; and the check of a stream.
+"""From a raw log to a stream: time blocks, k-core block by block, and the check of a stream.
 
-The order of filters is fixed: k-core over the whole log, then the cut into blocks, then the least events inside each.
-The catalogue is that of the log before the last filter: an item is known once anybody used it.
+The log is cut first; each block is then filtered by what it and the blocks before it hold, so that a block that is
+appended later is filtered as it would have been here. An item is known from the first block that keeps an event of it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -18,51 +19,127 @@ from cladapt.data.schema import INTERACTIONS, ITEMS, WEIGHT, Stream
 from cladapt.errors import ConfigError, DataError
 
 LICENSE = "see the source; this directory is derived from it"
+LARGE_LOSS = 0.2
+"""Share of the users or events above which a loss is worth a warning."""
 
 
 def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
-    """Cut `log` into blocks; equal timestamps never straddle a cut, ready-made blocks are kept as they are.
+    """Cut `log` into blocks; equal timestamps never straddle a cut, ready-made blocks keep their order.
 
-    The manifest counts every row dropped since the source. `DataError` when a block comes out empty.
+    The manifest counts every row dropped since the source, and in `losses` the users and events that each filter costs,
+    with a sentence in `warnings` for each above `LARGE_LOSS`. `DataError` when a block comes out empty.
     """
     _check_log(log)
-    core = _k_core(log.events, config.k_core)
-    if core.is_empty():
-        raise DataError(
-            f"k_core={config.k_core} leaves none of the {log.events.height} interactions", "lower k_core, or 0"
-        )
-    raw, n_blocks = _assign_blocks(core, config)
-    kept = raw.filter(pl.len().over("user", "block") >= config.min_events)
-    _check_filled(raw, kept, n_blocks, config)
+    raw, n_blocks = _assign_blocks(log.events, config)
+    kept = raw if config.k_core < 2 else _core_of_blocks(raw, n_blocks, config.k_core)
 
     # rows are in time order, so an item's first row is in its first block
-    items = raw.unique("item", keep="first", maintain_order=True).select("item", pl.col("block").alias("first_block"))
+    items = kept.unique("item", keep="first", maintain_order=True).select("item", pl.col("block").alias("first_block"))
     items = items.join(log.items, on="item", how="left", maintain_order="left").with_columns(
         pl.col("text").fill_null("")
     )
-    kept = kept.with_columns(position=pl.int_range(pl.len(), dtype=pl.Int64).over("user")).sort("user", "position")
-    columns = [*INTERACTIONS, *(name for name in WEIGHT if name in kept.columns)]
-    stream = Stream(kept.select(columns), items.select(*ITEMS))
+    placed = kept.with_columns(position=pl.int_range(pl.len(), dtype=pl.Int64).over("user")).sort("user", "position")
+    columns = [*INTERACTIONS, *(name for name in WEIGHT if name in placed.columns)]
+    settings = config.model_dump(mode="json")
+    stream = Stream(placed.select(columns), items.select(*ITEMS), {"config": settings})
+    renumbered = 0 if log.events["block"].has_nulls() else int((log.events["block"] != raw["block"]).any())
+    losses = _losses(raw, kept, stream)
     manifest = {
         "source": log.source,
         "files": dict(log.files),
         "license": LICENSE,
-        "config": config.model_dump(mode="json"),
-        "dropped": {
-            **log.dropped,
-            "k_core": log.events.height - core.height,
-            "min_events": raw.height - kept.height,
-        },
+        "config": settings,
+        "dropped": {**log.dropped, "k_core": raw.height - kept.height},
+        "losses": losses,
+        "warnings": _warnings(losses, stream, config),
         "notes": {
             **log.notes,
             "items_never_used": log.items.join(items, on="item", how="anti").height,
             "items_without_text": items.filter(pl.col("text") == "").height,
             **({"rows_sorted_by_time": log.out_of_order} if log.out_of_order else {}),
+            **({"blocks_renumbered_from_1": n_blocks} if renumbered else {}),
             **({"weights_kept_but_unused_in_training": kept.height} if stream.weighted else {}),
         },
         **check_stream(stream),
     }
     return replace(stream, manifest=manifest)
+
+
+def core(kept: pl.DataFrame, rows: pl.DataFrame, k: int) -> pl.DataFrame:
+    """The rows of a new block whose user and item have at least `k` events in it and in `kept`, the blocks before.
+
+    Rows are dropped from the new block alone, again and again until none is left to drop.
+    """
+    for name in ("user", "item"):
+        known = kept.group_by(name).len(name=f"{name}_known")
+        rows = rows.join(known, on=name, how="left", maintain_order="left").with_columns(
+            pl.col(f"{name}_known").fill_null(0)
+        )
+    enough = [pl.len().over(name) + pl.col(f"{name}_known") >= k for name in ("user", "item")]
+    while True:
+        fewer = rows.filter(*enough)
+        if fewer.height == rows.height:
+            return rows.drop("user_known", "item_known")
+        rows = fewer
+
+
+def _core_of_blocks(raw: pl.DataFrame, n_blocks: int, k: int) -> pl.DataFrame:
+    kept = raw.clear()
+    for block in range(1, n_blocks + 1):
+        rows = raw.filter(pl.col("block") == block)
+        own = core(kept, rows, k)
+        if own.is_empty():
+            raise DataError(
+                f"k_core={k} leaves none of the {rows.height} interactions of block {block} of {n_blocks}",
+                "lower k_core, or cut fewer or larger blocks",
+            )
+        kept = pl.concat([kept, own])
+    return kept
+
+
+def _losses(raw: pl.DataFrame, kept: pl.DataFrame, stream: Stream) -> list[dict[str, Any]]:
+    """What k-core drops, and what is kept but never tested: events and users with their shares of the log."""
+    users = raw["user"].n_unique()
+    often = kept.filter(pl.len().over("user", "block") >= stream.min_events)["user"].unique()
+    untested = kept.join(often.to_frame(), on="user", how="anti")
+    parts = {
+        "dropped by k_core": (raw.height - kept.height, users - kept["user"].n_unique()),
+        "kept, never tested": (untested.height, untested["user"].n_unique()),
+    }
+    return [
+        {
+            "loss": name,
+            "events": events,
+            "events_share": events / raw.height,
+            "users": lost,
+            "users_share": lost / users,
+        }
+        for name, (events, lost) in parts.items()
+    ]
+
+
+def _warnings(losses: Sequence[Mapping[str, Any]], stream: Stream, config: BlocksConfig) -> list[str]:
+    """A sentence, with its cure, for each large loss, and for each block in which nobody is tested."""
+    dropped, untested = losses
+    found = []
+    if max(dropped["events_share"], dropped["users_share"]) > LARGE_LOSS:
+        found.append(
+            f"k_core={config.k_core} drops {dropped['events_share']:.0%} of the events and "
+            f"{dropped['users_share']:.0%} of the users: lower it to keep them"
+        )
+    least = stream.min_events
+    if untested["users_share"] > LARGE_LOSS:
+        found.append(
+            f"{untested['users']} users ({untested['users_share']:.0%}) have fewer than {least} events in every block: "
+            "they are learned from and never tested; lower min_events to test more of them"
+        )
+    for row in check_stream(stream)["blocks"]:
+        if not row["tested"]:
+            found.append(
+                f"block {row['block']} tests nobody: none of its {row['users']} users has {least} events there; lower "
+                "min_events, or cut larger blocks"
+            )
+    return found
 
 
 def _check_log(log: RawLog) -> None:
@@ -74,20 +151,12 @@ def _check_log(log: RawLog) -> None:
             )
 
 
-def _k_core(events: pl.DataFrame, k: int) -> pl.DataFrame:
-    """Drop users and items with fewer than k rows until none is left to drop."""
-    while k > 1:
-        kept = events.filter(pl.len().over("user") >= k, pl.len().over("item") >= k)
-        if kept.height == events.height:
-            break
-        events = kept
-    return events
-
-
 def _assign_blocks(events: pl.DataFrame, config: BlocksConfig) -> tuple[pl.DataFrame, int]:
-    """Rows in time order with their block 1…T, and T."""
+    """Rows in time order with their block 1…T, and T; `DataError` when a block is empty."""
     if not events["block"].has_nulls():
-        return events.sort("block", "timestamp", "order"), _ready_made(events["block"], config)
+        _refuse_cut(config)
+        numbered = events.with_columns(pl.col("block").rank("dense").cast(pl.Int32))
+        return numbered.sort("block", "timestamp", "order"), events["block"].n_unique()
     events = events.sort("timestamp", "order")
     times = None if events["timestamp"].has_nulls() else events["timestamp"].to_numpy()
     if config.dates:
@@ -96,28 +165,29 @@ def _assign_blocks(events: pl.DataFrame, config: BlocksConfig) -> tuple[pl.DataF
         starts = _starts(config.dates)
         block = 1 + np.searchsorted(starts, times, side="right")
         n_blocks = len(starts) + 1
+        cure = f"the log is from {_moment(int(times[0]))} to {_moment(int(times[-1]))} UTC: choose dates inside it"
     else:
         n_blocks = len(config.fractions)
         # halves go up, whatever the rounding error of the sum
         cuts = np.floor(np.cumsum(config.fractions)[:-1] * events.height + 0.5 + 1e-6).astype(np.int64)
+        cure = f"{events.height} interactions are too few for these fractions: cut fewer or larger blocks"
         if times is not None:
             cuts = np.searchsorted(times, times[np.maximum(cuts, 1) - 1], side="right")
+            if np.unique(times).size < events.height:
+                cure = (
+                    f"the log has {np.unique(times).size} distinct times, and equal times are never parted: use other "
+                    'fractions, or --timestamp "" to go by the order of the rows'
+                )
         block = 1 + np.searchsorted(cuts, np.arange(events.height), side="right")
+    if empty := sorted(set(range(1, n_blocks + 1)) - set(block.tolist())):
+        raise DataError(f"block {empty[0]} of {n_blocks} is empty: no interaction falls into it", cure)
     return events.with_columns(block=pl.Series(block, dtype=pl.Int32)), n_blocks
 
 
-def _ready_made(block: pl.Series, config: BlocksConfig) -> int:
-    default = BlocksConfig()
-    if config.dates or config.fractions != default.fractions:
+def _refuse_cut(config: BlocksConfig) -> None:
+    if config.dates or config.fractions != BlocksConfig().fractions:
         given = "dates" if config.dates else "fractions"
         raise ConfigError(f"the log has ready-made blocks, so {given} cannot apply", f"leave out --{given} or --block")
-    found = block.unique().sort().to_list()
-    if found != list(range(1, len(found) + 1)):
-        raise DataError(
-            f"the ready-made blocks are {', '.join(map(str, found))}, expected 1, 2, … without a gap",
-            "renumber the blocks in the source, or add the missing files",
-        )
-    return len(found)
 
 
 def _starts(dates: tuple[str, ...]) -> np.ndarray:
@@ -131,37 +201,25 @@ def _starts(dates: tuple[str, ...]) -> np.ndarray:
     return np.array(starts)
 
 
-def _check_filled(raw: pl.DataFrame, kept: pl.DataFrame, n_blocks: int, config: BlocksConfig) -> None:
-    left = set(kept["block"])
-    for block in range(1, n_blocks + 1):
-        if block in left:
-            continue
-        rows = raw.filter(pl.col("block") == block)
-        per_user = rows.group_by("user").len()["len"].to_list()
-        raise DataError(
-            f"block {block} of {n_blocks} is empty: it has {rows.height} interactions of {len(per_user)} users, "
-            f"the most active with {max(per_user, default=0)}, and min_events={config.min_events} keeps none",
-            "lower min_events, or cut fewer or larger blocks",
-        )
-
-
 def check_stream(stream: Stream) -> dict[str, Any]:
     """Totals and counts per block; `DataError` when the stream is out of order or a block leaks into an earlier one.
 
-    Returns users, items, interactions and `blocks`, a list of block, users, new_users, returning_users (kept in an
-    earlier block too), items, new_items (first used in this block's raw log), catalogue (items known by its end),
-    interactions, first and last (unix seconds or None).
+    Returns users, items, interactions and `blocks`, a list of block, users, tested (users with at least
+    `Stream.min_events` events there), new_users, returning_users (active in an earlier block too), items, new_items
+    (first used in this block), catalogue (items known by its end), interactions, first and last (unix seconds or None).
     """
     _check_order(stream)
     born = stream.items["first_block"].to_numpy()
     frame = stream.interactions.with_columns(
         pl.col("block").min().over("user").alias("user_since"),
         pl.Series("item_since", born[stream.item_index]),
+        (pl.len().over("user", "block") >= stream.min_events).alias("often"),
     )
     blocks = (
         frame.group_by("block")
         .agg(
             pl.col("user").n_unique().alias("users"),
+            pl.col("user").filter(pl.col("often")).n_unique().alias("tested"),
             pl.col("user").filter(pl.col("user_since") == pl.col("block")).n_unique().alias("new_users"),
             pl.col("user").filter(pl.col("user_since") < pl.col("block")).n_unique().alias("returning_users"),
             pl.col("item").n_unique().alias("items"),
@@ -175,6 +233,7 @@ def check_stream(stream: Stream) -> dict[str, Any]:
         .select(
             "block",
             "users",
+            "tested",
             "new_users",
             "returning_users",
             "items",

@@ -1,7 +1,8 @@
 """Each user's chronological events, cut block by block into context, training targets, validation and test.
 
-Leave-one-out inside a block: the user's last event there is the test target, the one before it the validation target,
-the others are training targets; everything from earlier blocks, their targets included, is context.
+Leave-one-out inside a block: the last event of a user with enough events there (`Stream.min_events`) is the test
+target, the one before it the validation target, all others are training targets; a user with fewer is learned from and
+not tested. Everything from earlier blocks, their targets included, is context.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ import numpy as np
 
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
-
-MIN_HELD_OUT = 3  # events in the block below which a user has no validation and test target
 
 Target = Literal["valid", "test"]
 FROM_END = {"valid": 2, "test": 1}  # place of a target, counted from the end of the user's events
@@ -48,8 +47,7 @@ class BlockSplit:
         if not self.held_out[i]:
             count = self.offsets[i + 1] - self.start[i]
             raise DataError(
-                f"user row {i} of block {self.block} has no {before} target: {count} events there, "
-                f"{MIN_HELD_OUT} needed",
+                f"user row {i} of block {self.block} has no {before} target: its {count} events there are too few",
                 "ask for `test_users` only",
             )
         return self.events[self.offsets[i] : self.offsets[i + 1] - FROM_END[before]]
@@ -88,7 +86,7 @@ def split_block(stream: Stream, block: int) -> BlockSplit:
         events=stream.item_index[active[stream.user_index] & (stream.block <= block)],
         offsets=offsets,
         start=offsets[1:] - count,
-        held_out=count >= MIN_HELD_OUT,
+        held_out=count >= stream.min_events,
     )
 
 
@@ -98,7 +96,7 @@ def training_sequences(stream: Stream, upto: int) -> TrainingLog:
     keys, _ = _keys(stream)
     stop = np.searchsorted(keys, keys, side="right")
     count = stop - np.searchsorted(keys, keys)
-    held_out = (count >= MIN_HELD_OUT) & (np.arange(len(keys)) >= stop - FROM_END["valid"])
+    held_out = (count >= stream.min_events) & (np.arange(len(keys)) >= stop - FROM_END["valid"])
     kept = ~held_out & (stream.block <= upto)
     return TrainingLog(stream.user_index[kept], stream.item_index[kept], stream.block[kept])
 

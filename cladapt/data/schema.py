@@ -31,6 +31,7 @@ ITEMS = {
     "first_block": pl.Int32(),  # first block in whose raw log it occurs: its catalogue has it from then on
 }
 FILES = ("interactions.parquet", "items.parquet")
+LEAST_TESTED = 3  # a validation target, a test target and an event before them
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Stream:
     def weighted(self) -> bool:
         """Whether the interactions carry weights."""
         return "weight" in self.interactions.columns
+
+    @property
+    def min_events(self) -> int:
+        """Events in a block from which a user is tested there: the import's `min_events`, and never below 3."""
+        return max(LEAST_TESTED, int(self.manifest.get("config", {}).get("min_events", LEAST_TESTED)))
 
     @property
     def n_blocks(self) -> int:

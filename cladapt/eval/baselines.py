@@ -1,6 +1,7 @@
 """Recommenders that only count, for every table: what a model must beat before its machinery matters.
 
-They rank items, not semantic IDs, so their rows have share 1 and no log-likelihood.
+They rank items, not semantic IDs, so their rows have no place of an ID, no share and no log-likelihood. Equal scores
+are ties, broken at random in expectation like those of items that share an ID.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from cladapt.data.histories import Target, TrainingLog, split_block, training_sequences, user_kinds
+from cladapt.data.histories import TrainingLog, training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
+from cladapt.eval.cases import Cases
 from cladapt.eval.metrics import ROWS
 
 _BATCH = 128
@@ -91,63 +93,51 @@ MODELS: dict[str, type[CountsModel]] = {
 
 def rank_targets(
     scores: np.ndarray, target: np.ndarray, catalogue: np.ndarray, seen: Sequence[np.ndarray] | None = None
-) -> np.ndarray:
-    """Place of each target, from 0, among the allowed items; equal scores go by item index. int64 [users].
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rank, ties) of each target among the allowed items: how many score better, and how many as it does, itself
+    included; int64 [users], -1 where the target itself is not allowed.
 
-    `scores` [users, items], `target` int [users], `catalogue` bool [items], `seen` the items a user must not be given;
-    -1 where the target itself is not allowed.
+    `scores` [users, items], `target` int [users], `catalogue` bool [items], `seen` the items a user must not be given.
     """
     users = np.arange(len(target))
     allowed = np.broadcast_to(catalogue, scores.shape).copy()
     if seen is not None:
         user = np.repeat(users, [len(items) for items in seen])
         allowed[user, np.concatenate([np.empty(0, np.int64), *seen]).astype(np.int64)] = False
-    own = scores[users, target][:, None]
-    earlier = np.arange(scores.shape[1]) < target[:, None]
-    ahead = (scores > own) | ((scores == own) & earlier)
-    return np.where(allowed[users, target], (ahead & allowed).sum(axis=1), -1)
+    own, known = scores[users, target][:, None], allowed[users, target]
+    rank, ties = ((here & allowed).sum(axis=1) for here in (scores > own, scores == own))
+    return np.where(known, rank, -1), np.where(known, ties, -1)
 
 
 def evaluate_counts(
-    stream: Stream,
-    model_name: str,
-    model_block: int,
-    block: int,
-    exclude_seen: bool = True,
-    beams: int = 20,
-    targets: Target = "test",
+    stream: Stream, model_name: str, model_block: int, cases: Cases, exclude_seen: bool = True, beams: int = 20
 ) -> pl.DataFrame:
-    """Rows (schema ROWS) of a model counted on the training parts of blocks 1..`model_block`, tested on `block`."""
+    """Rows (schema ROWS) of a model counted on the training parts of blocks 1..`model_block`, tested on `cases`.
+
+    Its lists hold `beams` items, as those of a model with so many beams hold at least.
+    """
     if model_name not in MODELS:
         raise ConfigError(f"no counts-only model {model_name!r}", f"choose from {', '.join(MODELS)}")
     model = MODELS[model_name]().fit(training_sequences(stream, model_block), stream.n_items)
-    split = split_block(stream, block)
-    if not split.n_test:
-        raise DataError(f"block {block} has no test user", "lower blocks.min_events, or merge blocks")
-    target = split.targets(targets)
-    histories = [split.history(int(i), before=targets) for i in split.test_users]
     catalogue = np.zeros(stream.n_items, dtype=bool)
-    catalogue[stream.catalogue(block)] = True
-    ranks = []
-    for first in range(0, split.n_test, _BATCH):
+    catalogue[cases.catalogue] = True
+    parts = []
+    for first in range(0, len(cases.target), _BATCH):
         batch = slice(first, first + _BATCH)
-        seen = histories[batch] if exclude_seen else None
-        ranks.append(rank_targets(model.scores(histories[batch]), target[batch], catalogue, seen))
-    rank = pl.Series(np.concatenate(ranks), dtype=pl.Int32)
-    frequency = np.bincount(training_sequences(stream, block).item, minlength=stream.n_items)
-    columns = {
-        "model_block": [model_block] * len(target),
-        "block": [block] * len(target),
-        "user": [stream.users[u] for u in split.user[split.held_out]],
-        "item": stream.items["item"].gather(target),
-        "rank": rank.set((rank < 0) | (rank >= beams), None),
-        "share": [1] * len(target),
-        "log_likelihood": [None] * len(target),
-        "frequency": frequency[target],
-        "user_kind": user_kinds(stream, block)[split.held_out].tolist(),
-        "new_item": stream.items["first_block"].gather(target) == block,
-    }
-    return pl.DataFrame(columns, schema_overrides=ROWS)
+        histories = cases.histories[batch]
+        seen = histories if exclude_seen else None
+        parts.append(rank_targets(model.scores(histories), cases.target[batch], catalogue, seen))
+    rank, ties = (np.concatenate(part) for part in zip(*parts, strict=True))
+    returned = (rank >= 0) & (rank < beams)
+    place = pl.when(pl.Series(returned))
+    return cases.frame.with_columns(
+        model_block=pl.lit(model_block, pl.Int32),
+        rank=place.then(pl.Series(rank, dtype=pl.Int32)),
+        ties=place.then(pl.Series(ties, dtype=pl.Int32)),
+        id_rank=pl.lit(None, pl.Int32),
+        share=pl.lit(None, pl.Int32),
+        log_likelihood=pl.lit(None, pl.Float64),
+    ).select(list(ROWS))
 
 
 def _check(log: TrainingLog, n_items: int) -> None:

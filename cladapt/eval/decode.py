@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cladapt.errors import CheckFailed, ConfigError
+from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.model.packed import Softmax, TrieSoftmax
 
 if TYPE_CHECKING:
@@ -31,6 +31,17 @@ class Beams:
     leaf: Tensor
     score: Tensor
     target: Tensor
+
+
+class ScoresNotFinite(DataError):
+    """Scores from which no list can be made; `rows` are the prompts that have them."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__(
+            "the model's scores are not finite, or too large to be compared,",
+            "look for NaN, infinite or huge weights in the base and the adapter; train again with a lower train.lr",
+        )
+        self.rows = tuple(rows)
 
 
 class Decoder:
@@ -90,7 +101,18 @@ class Decoder:
             if step.shape[1] < self.beams:  # keep the column arithmetic of `own` right while the trie is narrow
                 step = torch.nn.functional.pad(step, (0, self.beams - step.shape[1]), value=self.pad)
             next_logits = self._append(step, ancestors, length, width, level, cache)[:, : node.shape[1]]
+        self._check_finite(score, seen, None if targets is None else target_score)
         return self._result(node, score, target_score)
+
+    def _check_finite(self, score: Tensor, seen: Sequence[np.ndarray] | None, target: Tensor | None) -> None:
+        """`ScoresNotFinite` where a list is shorter than the catalogue allows, which only overflow or NaN can do."""
+        consumed = [0] * len(score) if seen is None else [len(leaves) for leaves in seen]
+        open_leaves = self.trie.n_leaves - torch.tensor(consumed, device=self.device)
+        wrong = torch.isfinite(score).sum(dim=1) < open_leaves.clamp_max(self.beams)
+        if target is not None:
+            wrong |= ~torch.isfinite(target)
+        if bool(wrong.any()):
+            raise ScoresNotFinite(wrong.nonzero()[:, 0].tolist())
 
     def _prefill(self, tokens: Tensor, length: Tensor, extra: Tensor) -> tuple[Tensor, Any]:
         """Run histories and targets; logits at the last history token and after each target token."""

@@ -1,7 +1,7 @@
 """Ranking metrics from per-user rows: user by user, averaged, and sliced by item frequency and kind of user.
 
-A semantic ID may stand for m items, of which one is the target: a returned ID then counts 1/m, the expected value when
-the tie is broken at random. The figure of the ID alone (m = 1), as most papers report it, stands beside it.
+A target's place in a list is known up to ties (items that share a semantic ID, items with equal counts); every metric
+is its expectation when they are broken at random. The figure of the ID alone, as most papers report it, is added.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,16 @@ ROWS = {
     "block": pl.Int32(),  # s: the block tested
     "user": pl.String(),
     "item": pl.String(),  # the target
-    "rank": pl.Int32(),  # place of the target's semantic ID in the returned list, from 0; null: not returned
-    "share": pl.Int32(),  # m: items of the catalogue with this semantic ID
-    "log_likelihood": pl.Float64(),  # of the target; null for a model without one
+    "allowed": pl.Boolean(),  # it may be recommended: in the catalogue, and unseen where seen items are left out
+    "rank": pl.Int32(),  # items of the returned list with a better score, from 0; null: the target is not in the list
+    "ties": pl.Int32(),  # items of the list with the target's score, itself included; null where rank is
+    "id_rank": pl.Int32(),  # place of the target's semantic ID among the returned IDs, from 0; null where rank is
+    "share": pl.Int32(),  # items of the catalogue with this semantic ID, 0 outside it; null for a model without IDs
+    "log_likelihood": pl.Float64(),  # of the target; null for a model without one, and outside the catalogue
     "frequency": pl.Int32(),  # of the target in the training parts of blocks 1..s
     "user_kind": pl.String(),  # one of USER_KINDS
     "new_item": pl.Boolean(),  # the target first occurs in block s
+    "one_hop": pl.Boolean(),  # somewhere in the training data the target follows the last item of the history
 }
 USER_KINDS = ("new", "returning", "dormant")
 
@@ -37,21 +41,39 @@ def metric_names(top_k: Sequence[int]) -> list[str]:
 def user_metrics(rows: pl.DataFrame, top_k: Sequence[int], beams: int | None = None) -> pl.DataFrame:
     """`rows` with one column per metric.
 
-    HR@k = [rank < k] / m,  NDCG@k = [rank < k] / (m log2(rank + 2)),  MRR = 1 / (m (rank + 1));  all 0 when the target
-    was not returned; the `(ID)` columns have m = 1. `beams`, the length of the returned lists, bounds k when given.
+    The target is at each of the places rank, …, rank + ties - 1 (from 0) with equal probability: HR@k = share of them
+    below k, NDCG@k = their mean of [place < k] / log2(place + 2), MRR = their mean of [place < beams] / (place + 1); 0
+    when the target is not in the list. The `(ID)` columns have the place id_rank, and are null for a model without
+    IDs. `beams`, the length of the lists, bounds k and MRR when given.
     """
     check_top_k(top_k, beams)
     check_rows(rows)
-    rank, share = pl.col("rank"), pl.col("share")
-    item_level: dict[str, pl.Expr] = {}
+    end = int((rows["rank"] + rows["ties"]).max() or 1)  # type: ignore[arg-type]
+    gains = _gains(top_k, end if beams is None else beams)
+    item = {name: _mean_gain(rows["rank"], rows["ties"], gain) for name, gain in gains.items()}
+    one = pl.repeat(1, rows.height, dtype=pl.Int32, eager=True)
+    of_ids = rows["share"].is_not_null()
+    ident = {name: _mean_gain(rows["id_rank"], one, gain).set(~of_ids, None) for name, gain in gains.items()}
+    return rows.with_columns(**item, **{f"{name} (ID)": values for name, values in ident.items()})
+
+
+def _gains(top_k: Sequence[int], length: int) -> dict[str, np.ndarray]:
+    """What the first n places of a list are worth together, float64 [places + 1], by metric."""
+    worth: dict[str, np.ndarray] = {}
     for k in top_k:
-        item_level[f"HR@{k}"] = (rank < k).cast(pl.Float64)
-        item_level[f"NDCG@{k}"] = (rank < k).cast(pl.Float64) / (rank + 2).log(2)
-    item_level["MRR"] = 1.0 / (rank + 1)
-    return rows.with_columns(
-        **{name: (value / share).fill_null(0.0) for name, value in item_level.items()},
-        **{f"{name} (ID)": value.fill_null(0.0) for name, value in item_level.items()},
-    )
+        worth[f"HR@{k}"] = np.ones(k)
+        worth[f"NDCG@{k}"] = 1.0 / np.log2(np.arange(k) + 2)
+    worth["MRR"] = 1.0 / (np.arange(length) + 1)
+    return {name: np.concatenate([[0.0], np.cumsum(value)]) for name, value in worth.items()}
+
+
+def _mean_gain(first: pl.Series, ties: pl.Series, gain: np.ndarray) -> pl.Series:
+    """Mean worth of the places first, …, first + ties - 1; 0 where there is none."""
+    known = (first.is_not_null() & ties.is_not_null()).to_numpy()
+    start, count = first.fill_null(0).to_numpy().astype(np.int64), ties.fill_null(1).to_numpy().astype(np.int64)
+    beyond = len(gain) - 1
+    total = gain[np.minimum(start + count, beyond)] - gain[np.minimum(start, beyond)]
+    return pl.Series(np.where(known, total / count, 0.0))
 
 
 def summarise(
@@ -85,6 +107,9 @@ def slices(
         "head items": pl.col("frequency") >= threshold,
         "tail items": pl.col("frequency") < threshold,
         "new items": pl.col("new_item"),
+        "one-hop successors": pl.col("one_hop"),
+        "no one-hop successors": ~pl.col("one_hop"),
+        "not allowed": ~pl.col("allowed"),
         **{f"{kind} users": pl.col("user_kind") == kind for kind in USER_KINDS},
     }
     measured = user_metrics(rows, top_k, beams)
@@ -125,13 +150,18 @@ def check_rows(rows: pl.DataFrame) -> None:
     wrong = [f"{name}: {rows.schema.get(name, 'missing')}" for name in ROWS if rows.schema.get(name) != ROWS[name]]
     if wrong:
         raise DataError(f"per-user rows have wrong columns ({'; '.join(wrong)})", "make them again with `cladapt eval`")
-    known = pl.col("user_kind").is_in(USER_KINDS)
-    possible = (pl.col("rank").fill_null(0) >= 0) & (pl.col("share") >= 1) & (pl.col("frequency") >= 0) & known
-    bad = rows.filter(~possible.fill_null(False)).select("block", "user", "rank", "share", "frequency", "user_kind")
+    rank, ties = pl.col("rank"), pl.col("ties")
+    placed = pl.when(rank.is_null()).then(ties.is_null()).otherwise((rank >= 0) & (ties >= 1) & pl.col("allowed"))
+    counted = (pl.col("share").fill_null(0) >= 0) & (pl.col("id_rank").fill_null(0) >= 0) & (pl.col("frequency") >= 0)
+    possible = placed & counted & pl.col("user_kind").is_in(USER_KINDS)
+    bad = rows.filter(~possible.fill_null(False)).select(
+        "block", "user", "allowed", "rank", "ties", "id_rank", "share", "frequency", "user_kind"
+    )
     if not bad.is_empty():
         raise DataError(
             f"{bad.height} per-user rows have impossible values, the first {bad.row(0, named=True)}",
-            f"expected rank >= 0 or null, share >= 1, frequency >= 0, user_kind one of {', '.join(USER_KINDS)}",
+            "expected rank >= 0 and ties >= 1 or both null, a rank for allowed targets alone, id_rank, share and "
+            f"frequency >= 0, user_kind one of {', '.join(USER_KINDS)}",
         )
 
 

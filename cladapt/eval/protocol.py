@@ -1,4 +1,8 @@
-"""The evaluation protocol: which model meets which block, tables and summaries, counts-only rows beside them."""
+"""The evaluation protocol: which model meets which block, tables and summaries, and the counts-only rows.
+
+The model of block t is tested on the held-out events of every block s, and on the first events of block t + 1, which is
+what it meets when it is served.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +27,18 @@ if TYPE_CHECKING:
 COUNTS = ("block popularity", "markov")
 FROZEN = "frozen"
 CEILING = "ceiling"
+NOT_ALLOWED = "targets not allowed"
+"""Column of a table: targets that may not be recommended, a miss for every line alike."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Per-user rows of one run's models and of what stands beside them.
+    """Per-user rows of one run's models and of the reference models.
 
     `rows`: the run's own, every model block t (the base's row included) on every tested block s. `beside`: rows of
     reference models on the blocks they were made for. `ceiling`: the best reachable score per block, where it is known.
+    `lag`: how far the tested block is ahead of the model that is judged by it. `next`: the same run on the first events
+    of the block after each model's, with a lag of 1; None where it was not measured.
     """
 
     name: str
@@ -39,17 +47,20 @@ class Measures:
     base_block: int
     config: EvalConfig
     ceiling: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    lag: int = 0
+    next: "Measures | None" = None
 
     @property
     def current(self) -> pl.DataFrame:
-        """The run's rows on the block each model was just adapted to."""
+        """The run's rows on the block each model is judged by: the one it was just adapted to, or the next."""
         adapted = pl.col("model_block") > self.base_block
-        return self.rows.filter(adapted & (pl.col("model_block") == pl.col("block")))
+        return self.rows.filter(adapted & (pl.col("model_block") + self.lag == pl.col("block")))
 
     @property
     def frozen(self) -> pl.DataFrame:
         """The base's rows on the later blocks."""
-        return self.rows.filter((pl.col("model_block") == self.base_block) & (pl.col("block") > self.base_block))
+        later = pl.col("block") > self.base_block + self.lag
+        return self.rows.filter((pl.col("model_block") == self.base_block) & later)
 
     @property
     def own(self) -> pl.DataFrame:
@@ -62,33 +73,47 @@ def measure_run(
     models: Iterable[tuple[int, "PreTrainedModel"]],
     blocks: Sequence[int],
     note: Callable[[str], None],
-) -> pl.DataFrame:
-    """Rows of the base, then of each adapted model, given with the block after which it was made, on `blocks`."""
-    frames = []
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows of the base, then of each adapted model, given with the block after which it was made.
+
+    On the held-out events of `blocks`, and on the first events of those of them that come next.
+    """
+    config = evaluator.config
+    frames: list[pl.DataFrame] = []
+    following: list[pl.DataFrame] = []
     for index, (model_block, lm) in enumerate(models):
+        # the first model is the base: its row is the frozen line of every table
         for block in blocks:
-            # the first model is the base: its row is the frozen line of every table
             skipped = block <= model_block if index == 0 else block != model_block
-            if evaluator.config.scope == "current" and skipped:
-                continue
-            frames.append(evaluator.rows(lm, model_block, block))
-            note(f"tested the model of block {model_block} on block {block}: {frames[-1].height} users")
+            if not (config.scope == "current" and skipped):
+                frames.append(evaluator.rows(lm, model_block, block))
+                note(f"tested the model of block {model_block} on block {block}: {frames[-1].height} users")
+            follows = block > model_block + 1 if index == 0 else block == model_block + 1
+            if tests_next(config) and follows:
+                following.append(evaluator.rows(lm, model_block, block, first=True))
+                note(f"and on the first events of block {block}: {following[-1].height} users")
     if not frames:
         raise ConfigError(f"no model is tested on {blocks} with scope=current", "use scope=matrix, or a later block")
-    return pl.concat(frames)
+    return pl.concat(frames), pl.concat(following) if following else frames[0].clear()
 
 
-def measure_counts(
-    stream: Stream, rows: pl.DataFrame, blocks: Sequence[int], config: EvalConfig
-) -> dict[str, pl.DataFrame]:
-    """Rows of the counts-only models, each counted up to the block it is tested on, for the users of `rows`."""
-    users = rows.select("block", "user").unique()
+def tests_next(config: EvalConfig) -> bool:
+    """Whether first events are tested: they come after a block, so nothing may be chosen by them."""
+    return config.next_block and config.targets == "test"
+
+
+def measure_counts(evaluator: Evaluator, blocks: Sequence[int], lag: int = 0) -> dict[str, pl.DataFrame]:
+    """Rows of the counts-only models on the held-out events of each block, counted up to it; with a lag of 1 on the
+    first events, counted up to the block before."""
+    config, stream = evaluator.config, evaluator.stream
     found = {}
     for name in COUNTS:
         frames = [
-            evaluate_counts(stream, name, b, b, config.exclude_seen, config.beams, config.targets) for b in blocks
+            evaluate_counts(stream, name, b - lag, evaluator.cases(b, first=lag > 0), config.exclude_seen, config.beams)
+            for b in blocks
         ]
-        found[name] = pl.concat(frames).join(users, on=["block", "user"], how="semi", maintain_order="left")
+        if frames:
+            found[name] = pl.concat(frames)
     return found
 
 
@@ -99,20 +124,19 @@ def metric_columns(config: EvalConfig) -> list[str]:
 
 def table_columns(config: EvalConfig) -> list[str]:
     """All numbers of a line of the table."""
-    return ["users", *metric_columns(config), f"HR@{max(config.top_k)} (ID)"]
+    return ["users", NOT_ALLOWED, *metric_columns(config), f"HR@{max(config.top_k)} (ID)"]
 
 
 def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
     """One line of a table: each metric as the mean over blocks of block means, with intervals over users for two."""
     measured = user_metrics(rows, config.top_k, config.beams)
-    columns = [c for c in metric_columns(config) if measured[c].null_count() == 0]
-    means = measured.group_by("block").agg(pl.col(columns).mean()).select(pl.col(columns).mean()).row(0, named=True)
-    row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique()}
-    row |= {column: means.get(column) for column in metric_columns(config)}
     main = f"HR@{max(config.top_k)}"
-    row[f"{main} (ID)"] = measured.group_by("block").agg(pl.col(f"{main} (ID)").mean())[f"{main} (ID)"].mean()
+    columns = [*metric_columns(config), f"{main} (ID)"]
+    means = measured.group_by("block").agg(pl.col(columns).mean()).select(pl.col(columns).mean()).row(0, named=True)
+    row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), NOT_ALLOWED: int((~rows["allowed"]).sum())}
+    row |= means
     for column in (main, "log_likelihood"):
-        effect = block_mean_interval(measured, column, config.bootstrap) if column in columns else None
+        effect = block_mean_interval(measured, column, config.bootstrap)
         row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"
     return row
 
@@ -123,7 +147,8 @@ def pool(by_seed: Mapping[int, pl.DataFrame]) -> pl.DataFrame:
 
 
 def block_mean_interval(measured: pl.DataFrame, column: str, resamples: int) -> Effect | None:
-    """Interval of the mean over blocks of the block means; None for fewer than two users."""
+    """Interval of the mean over blocks of the block means, of rows that have it; None for fewer than two users."""
+    measured = measured.drop_nulls(column)
     if measured["user"].n_unique() < 2:
         return None
     return interval(block_weighted(measured, column)[column].to_numpy(), measured["user"].to_numpy(), resamples)
@@ -174,14 +199,14 @@ def differences(measures: Sequence[Measures]) -> list[dict[str, Any]]:
 
 
 def effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Iterable[str]) -> dict[str, Effect | None]:
-    """Paired difference of the rows `a` minus `b` (by block, user and seed) in each metric; None where one lacks it."""
+    """Paired difference of the rows `a` minus `b` (by block, user and seed) in each metric, over the rows that have it;
+    None where one side lacks it."""
     left, right = (user_metrics(rows, config.top_k, config.beams) for rows in (a, b))
     found: dict[str, Effect | None] = {}
     for metric in metrics:
-        if left[metric].null_count() or right[metric].null_count():
-            found[metric] = None
-            continue
-        found[metric] = compare(block_weighted(left, metric), block_weighted(right, metric), metric, config.bootstrap)
+        one, other = (block_weighted(rows.drop_nulls(metric), metric) for rows in (left, right))
+        has_it = one.height and other.height
+        found[metric] = compare(one, other, metric, config.bootstrap) if has_it else None
     return found
 
 

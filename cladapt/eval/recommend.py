@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from cladapt.data.readers import to_seconds
 from cladapt.errors import ConfigError, DataError
-from cladapt.eval.evaluate import Catalogue, decode_in_batches, make_decoder
+from cladapt.eval.lists import Catalogue, decode_in_batches, make_decoder
 from cladapt.model.load import Base
 from cladapt.model.packed import Softmax
 from cladapt.tokens.prompts import Form
@@ -20,8 +21,14 @@ MOST_BEAMS = 2**16
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
-def read_histories(path: Path) -> dict[str, list[str]]:
-    """User -> items, oldest first: jsonl of {"user", "history"}, or csv/parquet rows `user,item` in time order."""
+def read_histories(
+    path: Path, user: str = "user", item: str = "item", timestamp: str = "timestamp"
+) -> dict[str, list[str]]:
+    """User -> items, oldest first: jsonl of {user, "history": [items]}, or rows of user and item in any of `SUFFIXES`.
+
+    Rows with a column `timestamp` (unix seconds, ISO 8601 or a datetime type) are put in its order, equal times in that
+    of the file; without one, or with `timestamp` empty, the order of the rows is that of time.
+    """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
     if not path.is_file():
@@ -36,33 +43,47 @@ def read_histories(path: Path) -> dict[str, list[str]]:
                 frame = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: not readable as {path.suffix}: {error}", "check the file") from error
-    column = "history" if path.suffix == ".jsonl" else "item"
-    missing = {"user", column} - set(frame.columns)
-    if missing:
+    whole = path.suffix == ".jsonl" and "history" in frame.columns
+    timed = timestamp != "" and (timestamp in frame.columns or timestamp != "timestamp") and not whole
+    wanted = {user, "history" if whole else item, *([timestamp] if timed else [])}
+    if missing := wanted - set(frame.columns):
         raise DataError(
-            f"{path} lacks {', '.join(sorted(missing))}, it has {', '.join(frame.columns)}", "rename the columns"
+            f"{path} lacks {', '.join(sorted(missing))}, it has {', '.join(frame.columns)}",
+            "name the columns with --user, --item and --timestamp",
         )
     if frame.is_empty():
         raise DataError(f"{path} has no rows", "give at least one history")
-    if column == "history":
+    _check_ids(path, user, frame.schema[user])
+    if nobody := frame[user].null_count():
+        raise DataError(f"{path}: {nobody} rows have no user", "fill in the user column")
+    if whole:
         lists = frame.schema["history"]
         if not isinstance(lists, pl.List):
             raise DataError(f"{path}: history is {lists}, expected a list of items", "write a JSON list")
         _check_ids(path, "history", lists.inner)
-        if frame["user"].is_duplicated().any():
-            twice = frame.filter(pl.col("user").is_duplicated())["user"][0]
+        if frame[user].is_duplicated().any():
+            twice = frame.filter(pl.col(user).is_duplicated())[user][0]
             raise DataError(f"{path}: user {twice!r} has several histories", "write one line per user")
-        grouped = frame.with_columns(pl.col("history").cast(pl.List(pl.String)))
+        grouped = frame.select(user, pl.col("history").cast(pl.List(pl.String)))
     else:
-        _check_ids(path, "item", frame.schema["item"])
-        grouped = frame.group_by("user", maintain_order=True).agg(history=pl.col("item").cast(pl.String))
-    _check_ids(path, "user", frame.schema["user"])
-    if grouped["user"].null_count():
-        raise DataError(f"{path}: {grouped['user'].null_count()} rows have no user", "fill in the user column")
-    return {
-        str(user): [i for i in items or [] if i is not None]
-        for user, items in grouped.select("user", "history").iter_rows()
-    }
+        _check_ids(path, item, frame.schema[item])
+        if timed:
+            frame = _by_time(path, frame, timestamp)
+        grouped = frame.group_by(user, maintain_order=True).agg(history=pl.col(item).cast(pl.String))
+    return {str(who): [i for i in items or [] if i is not None] for who, items in grouped.iter_rows()}
+
+
+def _by_time(path: Path, frame: pl.DataFrame, timestamp: str) -> pl.DataFrame:
+    """Rows in the order of their times."""
+    seconds = to_seconds(frame[timestamp], f"{path}: {timestamp}")
+    if unknown := seconds.null_count():
+        shown = frame[timestamp].filter(seconds.is_null())[0]
+        raise DataError(
+            f"{path}: {unknown} rows have no readable {timestamp}, the first {shown!r}",
+            'write unix seconds or ISO dates, or take the order of the rows: --timestamp ""',
+        )
+    ordered = pl.DataFrame({"seconds": seconds, "row": np.arange(frame.height)}).sort("seconds", "row")
+    return frame[ordered["row"]]
 
 
 def _check_ids(path: Path, column: str, dtype: Any) -> None:
@@ -90,16 +111,17 @@ def recommend(
     softmax: Softmax,
     histories: Mapping[str, Sequence[str]],
     allowed: Sequence[str] | None,
-    top_k: int,
+    top_k: int | None,
     beams: int,
     exclude_seen: bool,
     batch: int = 128,
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Best `top_k` items per user, and counts; columns user, rank (from 1), item, semantic_id, score (log-likelihood).
 
-    Items that share a semantic ID follow each other with equal score. Unknown history items are counted and left out.
+    The score is that of the semantic ID; items that share one follow each other with equal score. `top_k` None gives
+    all items behind the beams. Unknown history items are counted and left out.
     """
-    if not 1 <= top_k <= beams <= MOST_BEAMS:
+    if not 1 <= (beams if top_k is None else top_k) <= beams <= MOST_BEAMS:
         raise ConfigError(
             f"top_k={top_k}, beams={beams}", f"use top-k of 1 or more, and beams from top-k to {MOST_BEAMS}"
         )
@@ -116,19 +138,14 @@ def recommend(
         [catalogue.consumed_leaves(items) for items in known] if exclude_seen else None,
         None,
         batch,
+        [*histories],
+        "recommend",
     )
     rows = []
     for user, items, leaves, scores in zip(
         histories, known, beams_found.leaf.tolist(), beams_found.score.tolist(), strict=True
     ):
-        seen = set(items.tolist()) if exclude_seen else set()
-        found = [
-            (int(i), score)
-            for leaf, score in zip(leaves, scores, strict=True)
-            if leaf >= 0
-            for i in catalogue.items_of_leaf[leaf]
-            if int(i) not in seen
-        ]
+        found = catalogue.listed(leaves, scores, items if exclude_seen else ())
         rows += [(user, rank, base.sids.items[i], i, score) for rank, (i, score) in enumerate(found[:top_k], start=1)]
     tokens = base.sids.tokens
     names = ["".join(tokens[t] for t in base.sids.token_index[row[3]]) for row in rows]
@@ -144,7 +161,7 @@ def recommend(
     return frame, {
         "users": len(histories),
         "recommendations": frame.height,
-        "users_with_fewer": int((frame.group_by("user").len()["len"] < top_k).sum())
+        "users_with_fewer": int((frame.group_by("user").len()["len"] < (top_k or 1)).sum())
         + len(histories)
         - frame["user"].n_unique(),
         "unknown_history_items": sum(map(len, histories.values())) - sum(map(len, known)),

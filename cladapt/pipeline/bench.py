@@ -21,7 +21,7 @@ from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import CheckFailed
 from cladapt.eval.decode import left_pad
-from cladapt.eval.evaluate import Catalogue, make_decoder
+from cladapt.eval.lists import Catalogue, make_decoder
 from cladapt.methods import Context, available, build
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
 from cladapt.model.load import Base, new_model

@@ -52,8 +52,7 @@ def compare_runs(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
             }
             for group in pooled
         ],
-        "summary": comparison.summary(),
-        "differences": comparison.differences(pooled[0].name),
+        **tables(comparison, pooled[0].name),
     }
     if out is not None:
         write_comparison(out, comparison, result, _workload(pooled).note)
@@ -101,18 +100,31 @@ def group_runs(evaluated: Sequence[Evaluated]) -> list[Pooled]:
     return pooled
 
 
+def tables(comparison: Comparison[Any], reference: str) -> dict[str, list[dict[str, Any]]]:
+    """Summary and differences of the groups, and of what else they are judged by under prefixed names."""
+    found = {"summary": comparison.summary(), "differences": comparison.differences(reference)}
+    for name, (_, more) in comparison.further.items():
+        found |= {f"{name}_{table}": rows for table, rows in tables(more, reference).items()}
+    return found
+
+
 def write_comparison(out: Path, comparison: Comparison[Any], result: Mapping[str, Any], note: str) -> None:
     """The tables as csv and one HTML page with the curves of every line."""
+    titles = {"": "Seeds pooled", **{f"{name}_": title for name, (title, _) in comparison.further.items()}}
+    summaries = [rows_table(title, result[f"{prefix}summary"], note) for prefix, title in titles.items()]
+    differences = [
+        rows_table(f"{title}: paired differences", result[f"{prefix}differences"], note)
+        for prefix, title in titles.items()
+    ]
     sections: list[Section] = [
-        rows_table("Seeds pooled", result["summary"], note),
-        rows_table("Paired differences", result["differences"], note),
+        *(table for pair in zip(summaries, differences, strict=True) for table in pair),
         *comparison.charts(),
         KeyValues("Runs", {group["name"]: ", ".join(group["runs"]) for group in result["groups"]}),
         KeyValues("Provenance", {"stream": result["stream"], "evaluation": comparison.config.model_dump(mode="json")}),
     ]
     title = "cladapt: " + " against ".join(group.name for group in comparison.groups)
     with atomic_dir(out) as folder:
-        for name in ("summary", "differences"):
+        for name in (f"{prefix}{table}" for prefix in titles for table in ("summary", "differences")):
             table = pl.DataFrame(result[name], infer_schema_length=None).write_csv(float_precision=6)
             (folder / f"{name}.csv").write_text(table, encoding="utf-8")
         (folder / REPORT).write_text(render_report(title, sections), encoding="utf-8")

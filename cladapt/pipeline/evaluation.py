@@ -22,7 +22,7 @@ from cladapt.workloads._base import FittedBase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METRICS_SCHEMA_VERSION = 1
+METRICS_SCHEMA_VERSION = 2
 
 
 def evaluate(

@@ -126,7 +126,12 @@ class Comparison(ABC, Generic[M]):
 
     @abstractmethod
     def charts(self) -> list[Section]:
-        """Sections of the report beside the two tables."""
+        """Sections of the report that are no table."""
+
+    @property
+    def further(self) -> "Mapping[str, tuple[str, Comparison[M]]]":
+        """More tables of the same groups, judged by something else: name -> (title, comparison)."""
+        return {}
 
 
 class Workload(ABC, Generic[C, S, B, M]):

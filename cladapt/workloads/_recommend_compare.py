@@ -1,7 +1,7 @@
 """Recommendations of several runs in one table, and the charts of one run or of many."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,10 +25,15 @@ from cladapt.eval.protocol import (
     model_row,
     pool,
 )
-from cladapt.eval.report import Curves, HeatMap, Section, Series
+from cladapt.eval.report import Curves, HeatMap, Section, Series, Table, rows_table
 from cladapt.eval.significance import Effect
 from cladapt.workloads._base import Comparison
+from cladapt.workloads._recommend_rows import NEXT
 
+NEXT_TITLE = "The next block: each model on the first events of the block after its own"
+NEXT_NOTE = (
+    "Over the catalogue at the end of the model's own block: an item born later cannot be recommended, and is a miss."
+)
 BySeed = Mapping[int, pl.DataFrame]
 
 
@@ -67,6 +72,17 @@ class Lines(Comparison[Measures]):
             for name, by_seed in found.items()
             if all(rows is not None for rows in by_seed.values())
         }
+
+    @property
+    def further(self) -> "Mapping[str, tuple[str, Lines]]":
+        """The same groups on the first events of the block after each model's own, where all have it."""
+        groups = []
+        for group in self.groups:
+            after = {s: e.next for s, e in group.by_seed.items() if e.next is not None and not e.next.own.is_empty()}
+            if after.keys() != group.by_seed.keys():
+                return {}
+            groups.append(replace(group, by_seed=after))
+        return {NEXT: (NEXT_TITLE, Lines(groups))}
 
     @property
     def _transferred(self) -> tuple[str, str]:
@@ -116,6 +132,16 @@ def heat_map(measures: Measures, metric: str) -> HeatMap:
     note = ", ".join(f"{name} {mean.value:.4f}" for name, mean in summaries(grid).items() if mean.used)
     values = [[None if np.isnan(v) else float(v) for v in row] for row in grid.values]
     return HeatMap(f"R[t][s]: {metric}", grid.model_blocks, grid.blocks, values, "model after t \\ block s", note)
+
+
+def next_block_tables(found: Mapping[str, Any]) -> list[Table]:
+    """The tables of the first events of the block after each model's own, where they were tested."""
+    if not found["table"]:
+        return []
+    return [
+        rows_table(NEXT_TITLE, found["table"], NEXT_NOTE),
+        rows_table("Paired differences on the next block", found["differences"]),
+    ]
 
 
 def block_curves(

@@ -5,15 +5,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 import torch
-from pydantic import BaseModel, StringConstraints
 from torch import nn
 
 from cladapt import ops, ranks
-from cladapt.artifacts import atomic_dir, read_parquet
+from cladapt.artifacts import atomic_dir
 from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
@@ -21,7 +20,7 @@ from cladapt.data.simulate import ceiling, load_truth, simulate
 from cladapt.errors import DataError
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
-from cladapt.eval.metrics import ROWS, summarise
+from cladapt.eval.metrics import summarise
 from cladapt.eval.protocol import (
     CEILING,
     COUNTS,
@@ -48,25 +47,13 @@ from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, make_feed, make_form, training_documents
-from cladapt.workloads._base import Group, MetricsRecord, Workload
-from cladapt.workloads._recommend_compare import Lines, block_curves, headline, heat_map
+from cladapt.workloads._base import Group, Workload
+from cladapt.workloads._recommend_compare import Lines, block_curves, headline, heat_map, next_block_tables
+from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-class CellRecord(BaseModel):
-    """A row of R[t][s]: the block that the model was tested on."""
-
-    block: int
-
-
-class RecommendRecord(MetricsRecord):
-    """What metrics.json must hold of an evaluation of recommendations."""
-
-    ceiling: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], dict[str, float]]
-    matrix: list[CellRecord]
 
 
 class Recommend(Workload[RunConfig, Stream, Base, Measures]):
@@ -77,9 +64,13 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     embedded = "the embedded stream and its tiny base"
     embedded_folder = "embedded"
     rows_folder = "users"
-    note = "Means over the blocks after the base's. Intervals are 95 %, bootstrap over users."
+    note = (
+        "Means over the blocks after the base's. Intervals are 95 %, bootstrap over users. Hits are of items, ties "
+        "broken at random in expectation; a target that may not be recommended is a miss for every line. (ID): of the "
+        "semantic ID alone. log_likelihood: of the item."
+    )
     one_block = True
-    same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users")
+    same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
 
     def open_inputs(self, config: RunConfig) -> tuple[Stream, Base]:
         stream = Stream.load(Path(config.data))
@@ -106,6 +97,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             "window": config.train.window,
             "softmax": config.train.softmax,
             "from_adapter": config.from_adapter or None,
+            "beams": config.eval.beams,
         }
 
     def base_recipe(self, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -165,40 +157,18 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         later = [b for b in blocks if b > learned]
         truth = truth_of(Path(config.data)) if settings.targets == "test" else None
         best = {} if truth is None else {b: ceiling(truth, stream, b, settings.top_k) for b in later}
-        rows = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
-        counts = measure_counts(stream, rows, later, settings)
-        return Measures(config.method.name, rows, counts, learned, settings, best)
+        rows, first = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
+        name, after = config.method.name, None
+        if first.height:
+            counts = measure_counts(evaluator, [b for b in later if b > learned + 1], lag=1)
+            after = Measures(name, first, counts, learned, settings, lag=1)
+        return Measures(name, rows, measure_counts(evaluator, later), learned, settings, best, next=after)
 
     def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
-        tested = measures.rows["block"].unique().sort().to_list()
-        blocks = {block_file(s): measures.rows.filter(pl.col("block") == s) for s in tested}
-        return {**blocks, **{counts_file(name): rows for name, rows in measures.beside.items()}}
+        return frames_of(measures)
 
     def read(self, folder: Path, metrics: Mapping[str, Any], name: str, settings: EvalConfig, again: str) -> Measures:
-        tested = sorted(folder.glob("block_*.parquet"))
-        written = {f"{block_file(cell['block'])}.parquet" for cell in metrics["matrix"]}
-        if apart := sorted(written ^ {path.name for path in tested}):
-            raise DataError(
-                f"{folder} and {folder.parent / 'metrics.json'} are of two evaluations: "
-                f"{', '.join(apart)} in one alone",
-                again,
-            )
-        counts = {name: folder / f"{counts_file(name)}.parquet" for name in COUNTS}
-        measures = Measures(
-            name,
-            pl.concat([read_parquet(path, ROWS) for path in tested]),
-            {name: read_parquet(path, ROWS) for name, path in counts.items() if path.is_file()},
-            metrics["base_block"],
-            settings,
-            {int(block): values for block, values in metrics["ceiling"].items()},
-        )
-        if measures.own.is_empty():
-            raise DataError(
-                f"{folder.parent} is evaluated on the blocks {measures.rows['block'].unique().sort().to_list()} alone, "
-                f"its base has seen block {measures.base_block}",
-                again,
-            )
-        return measures
+        return read_measures(folder, metrics, name, settings, again)
 
     def figures(self, measures: Measures, stream: Stream) -> dict[str, Any]:
         return {
@@ -208,10 +178,15 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             "continual": continual_summary(measures, headline(measures.config)),
             "slices": slice_table(measures, stream),
             "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
+            "next_block": {
+                "table": table([measures.next]) if measures.next else [],
+                "differences": differences([measures.next]) if measures.next else [],
+            },
         }
 
     def printed(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().printed(figures), "continual": figures["continual"]}
+        more = {"continual": figures["continual"], "next_block": figures["next_block"]["table"]}
+        return {**super().printed(figures), **more}
 
     def table_names(self, method: str, settings: EvalConfig) -> tuple[Sequence[str], Sequence[str]]:
         return (method, FROZEN, *COUNTS, CEILING), table_columns(settings)
@@ -228,6 +203,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             *block_curves(lines, measures.config, measures.ceiling),
             rows_table("Summaries of R[t][s]", figures["continual"]),
             rows_table("Slices of the current blocks", figures["slices"]),
+            *next_block_tables(figures["next_block"]),
             KeyValues("Semantic IDs", base.sids.collisions()),
         ]
 
@@ -247,16 +223,6 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
 def form_of(config: RunConfig, base: Base) -> Form:
     """How a run's histories become tokens."""
     return make_form(config.train.form, base, config.train.window, config.train.row_tokens)
-
-
-def block_file(block: int) -> str:
-    """Name of the file with the rows of a block."""
-    return f"block_{block:03d}"
-
-
-def counts_file(name: str) -> str:
-    """Name of the file with the rows of a counts-only model."""
-    return f"counts_{name.replace(' ', '_')}"
 
 
 def truth_of(folder: Path) -> pl.DataFrame | None:

@@ -312,7 +312,7 @@ BAD: list[tuple[str, int, str]] = [
     ("data import log.csv --out new --format nope", 2, "unknown format 'nope'"),
     ("data import log.csv --out new --fractions 0.5,0.4", 2, "the fractions sum to 0.9"),
     ("data import log.csv --out new --fractions=", 2, "fractions.0=''"),
-    ("data import log.csv --out new --min-events 99", 3, "min_events=99 keeps none"),
+    ("data import log.csv --out new --k-core 99", 3, "k_core=99 leaves none"),
     ("data check file", 3, "file is not a stream directory"),
     ("data simulate --out stream", 2, "stream exists and is not empty"),
     ("data simulate --out new -o usres=3", 2, "unknown key 'usres', did you mean 'users'"),

@@ -85,29 +85,83 @@ def test_a_date_opens_its_block_at_midnight_utc() -> None:
     assert stream.block.tolist() == [1, 1, 2, 3]
 
 
-def test_the_least_events_apply_inside_each_block_and_the_catalogue_ignores_them() -> None:
-    rows = [("a", "x", 0), ("a", "y", 1), ("b", "rare", 2), ("a", "x", 3), ("b", "rare", 4), ("b", "y", 5)]
+def test_the_least_events_decide_who_is_tested_and_drop_nothing() -> None:
+    rows = [("a", i, t) for t, i in enumerate("xyxzyx")] + [("b", "rare", 6), ("b", "y", 7)]
+    rows += [("b", i, 8 + t) for t, i in enumerate("xyzx")] + [("a", "x", 12), ("c", "rare", 13), ("c", "y", 14)]
     log = replace(timed(rows), items=pl.DataFrame({"item": ["y", "never", "x"], "text": ["why", "no", None]}))
-    stream = build_stream(replace(log, rejects=rejected({"no_time": 3}), notes={"odd": 1}), cut(0.5, 0.5, min_events=2))
-    assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 1), ("b", "rare", 2), ("b", "y", 2)]
-    # `rare` is kept in block 2 only, but block 1's log had it already
-    assert list(stream.items.iter_rows()) == [("x", "", 1), ("y", "why", 1), ("rare", "", 1)]
-    assert stream.manifest["dropped"] == {"no_time": 3, "k_core": 0, "min_events": 2}
-    assert stream.manifest["notes"] == {"odd": 1, "items_never_used": 1, "items_without_text": 2}
+    log = replace(log, rejects=rejected({"no_time": 3}), notes={"odd": 1})
+    stream = build_stream(log, cut(8 / 15, 7 / 15, min_events=4))
+    assert stream.interactions.height == len(rows)
+    assert [row["tested"] for row in stream.manifest["blocks"]] == [1, 1]
+    for block, user in ((1, "a"), (2, "b")):
+        split = split_block(stream, block)
+        assert [stream.users[u] for u in split.user[split.held_out]] == [user]
+    # b was there before block 2, with too few events to be tested then
+    kinds = dict(zip([stream.users[u] for u in split_block(stream, 2).user], user_kinds(stream, 2), strict=True))
+    assert kinds == {"a": "returning", "b": "returning", "c": "new"}
+    untested = split_block(stream, 2)
+    short = [stream.users[u] for u in untested.user].index("c")
+    assert len(untested.training(short)[0]) == 2  # both are learned
+    assert list(stream.items.iter_rows()) == [("x", "", 1), ("y", "why", 1), ("z", "", 1), ("rare", "", 1)]
+    assert stream.manifest["dropped"] == {"no_time": 3, "k_core": 0}
+    assert stream.manifest["notes"] == {"odd": 1, "items_never_used": 1, "items_without_text": 3}
 
 
-def test_fractions_count_the_log_before_the_least_events_and_after_the_core() -> None:
+def test_losses_are_counted_in_events_and_users_and_large_ones_warned_of() -> None:
+    rows = [("a", "x", t) for t in range(6)] + [("b", "x", 6), ("c", "once", 7), ("b", "x", 8), ("d", "x", 9)]
+    stream = build_stream(timed(rows), cut(0.6, 0.4, min_events=5, k_core=2))
+    # block 1: a alone; block 2: c and d have one event, once is one item's only; b has two
+    assert stream.interactions["user"].unique().sort().to_list() == ["a", "b"]
+    dropped, untested = stream.manifest["losses"]
+    assert dropped == {"loss": "dropped by k_core", "events": 2, "events_share": 0.2, "users": 2, "users_share": 0.5}
+    assert untested == {
+        "loss": "kept, never tested", "events": 2, "events_share": 0.2, "users": 1, "users_share": 0.25
+    }  # fmt: skip
+    assert stream.manifest["warnings"] == [
+        "k_core=2 drops 20% of the events and 50% of the users: lower it to keep them",
+        "1 users (25%) have fewer than 5 events in every block: they are learned from and never tested; lower "
+        "min_events to test more of them",
+        "block 2 tests nobody: none of its 1 users has 5 events there; lower min_events, or cut larger blocks",
+    ]
+    assert build_stream(timed(rows[:6]), cut(1.0)).manifest["warnings"] == []
+
+
+def test_a_user_needs_three_events_to_be_tested_whatever_the_least() -> None:
+    rows = [("a", "x", 0), ("a", "y", 1), ("b", "x", 2), ("b", "y", 3), ("b", "z", 4)]
+    stream = build_stream(timed(rows), cut(1.0, min_events=1))
+    assert stream.min_events == 3
+    assert stream.manifest["blocks"][0]["tested"] == 1
+
+
+def test_the_core_of_a_block_knows_the_blocks_before_it_and_none_after() -> None:
     pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
-    rows = [("lone", "once", 0), *((u, i, 1 + k) for k, (u, i) in enumerate(pairs * 2))]
-    stream = build_stream(timed(rows), cut(0.5, 0.5, k_core=2))
-    assert stream.manifest["dropped"] == {"k_core": 1, "min_events": 0}
-    assert Counter(stream.block.tolist()) == {1: 4, 2: 4}
-    assert set(stream.items["item"]) == {"x", "y"}
+    later = [("lone", "x"), ("a", "x"), ("b", "y"), ("lone", "y"), ("new", "x"), ("a", "fresh")]
+    rows = [(u, i, k) for k, (u, i) in enumerate([*pairs, ("lone", "once"), *later])]
+    stream = build_stream(timed(rows), cut(5 / 11, 6 / 11, k_core=2))
+    # `lone` has two events later, which block 1 cannot know; `new` and `fresh` never have two
+    assert blocks_of(stream) == [
+        ("a", "x", 1), ("a", "y", 1), ("a", "x", 2), ("b", "x", 1), ("b", "y", 1), ("b", "y", 2), ("lone", "x", 2),
+        ("lone", "y", 2),
+    ]  # fmt: skip
+    assert stream.manifest["dropped"] == {"k_core": 3}
+    first = build_stream(timed(rows[:5]), cut(1.0, k_core=2))
+    assert blocks_of(first) == [row for row in blocks_of(stream) if row[2] == 1]
 
 
-def brute_core(rows: list[tuple[str, str, int]], k: int) -> list[tuple[str, str, int]]:
+def test_fractions_within_a_rounding_of_one_are_scaled() -> None:
+    rows = [("a", f"i{t}", t) for t in range(9)]
+    stream = build_stream(timed(rows), cut(0.333, 0.333, 0.333))
+    assert Counter(stream.block.tolist()) == {1: 3, 2: 3, 3: 3}
+    assert sum(cut(0.3334, 0.3334, 0.3333).fractions) == pytest.approx(1.0, abs=1e-12)
+
+
+Row = tuple[str, str, int]
+
+
+def brute_core(rows: list[Row], k: int, before: list[Row]) -> list[Row]:
+    """The rows whose user and item have k events among them and those before, by a plain loop."""
     while True:
-        users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
+        users, items = (Counter(row[place] for row in [*before, *rows]) for place in (0, 1))
         kept = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k]
         if len(kept) == len(rows):
             return rows
@@ -124,7 +178,7 @@ def brute_core(rows: list[tuple[str, str, int]], k: int) -> list[tuple[str, str,
 def test_agrees_with_a_plain_loop(
     pairs: list[tuple[str, str, int]], sizes: list[int], min_events: int, k_core: int
 ) -> None:
-    rows = sorted(brute_core(pairs, k_core), key=lambda row: row[2])
+    rows = sorted(pairs, key=lambda row: row[2])
     total = sum(sizes)
     bounds = [(2 * len(rows) * sum(sizes[: k + 1]) + total) // (2 * total) for k in range(len(sizes) - 1)]
     block = []
@@ -133,8 +187,10 @@ def test_agrees_with_a_plain_loop(
         while tied and rows[tied - 1][2] == row[2]:
             tied -= 1
         block.append(1 + sum(tied >= max(bound, 1) for bound in bounds))
-    counts = Counter((row[0], b) for row, b in zip(rows, block, strict=True))
-    expected = [(*row, b) for row, b in zip(rows, block, strict=True) if counts[row[0], b] >= min_events]
+    expected: list[tuple[Any, ...]] = []
+    for b in range(1, len(sizes) + 1):
+        own = [row for row, of in zip(rows, block, strict=True) if of == b]
+        expected += [(*row, b) for row in brute_core(own, k_core, [row[:3] for row in expected])]
     config = cut(*(size / sum(sizes) for size in sizes), min_events=min_events, k_core=k_core)
     if {row[3] for row in expected} != set(range(1, len(sizes) + 1)):
         with pytest.raises(DataError, match=r"is empty|leaves none"):
@@ -144,9 +200,14 @@ def test_agrees_with_a_plain_loop(
     found = list(stream.interactions.select("user", "item", "timestamp", "block").iter_rows())
     assert found == sorted(expected, key=lambda row: row[0])
     first: dict[str, int] = {}
-    for row, b in zip(rows, block, strict=True):
-        first.setdefault(row[1], b)
+    for row in expected:
+        first.setdefault(row[1], row[3])
     assert dict(stream.items.select("item", "first_block").iter_rows()) == first
+    counts = Counter((row[0], row[3]) for row in expected)
+    for b in range(1, len(sizes) + 1):
+        split = split_block(stream, b)
+        tested = {stream.users[u] for u in split.user[split.held_out]}
+        assert tested == {u for (u, of), n in counts.items() if of == b and n >= max(3, min_events)}
     assert check_stream(stream)["blocks"] == stream.manifest["blocks"]
 
 
@@ -156,9 +217,12 @@ def test_ready_made_blocks_are_kept_as_they_are() -> None:
     assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 2), ("b", "z", 1), ("b", "x", 2)]
 
 
-def test_ready_made_blocks_with_a_gap_are_refused() -> None:
-    with pytest.raises(DataError, match=r"ready-made blocks are 1, 3, expected 1, 2, … without a gap"):
-        build_stream(make_log([("a", "x", None, 1), ("a", "y", None, 3)]), BlocksConfig(min_events=1))
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 3), (2013, 2020), (-1, 0)])
+def test_ready_made_blocks_are_numbered_anew_in_their_order(numbers: tuple[int, int]) -> None:
+    first, second = numbers
+    stream = build_stream(make_log([("a", "y", None, second), ("a", "x", None, first)]), BlocksConfig(min_events=1))
+    assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 2)]
+    assert stream.manifest["notes"]["blocks_renumbered_from_1"] == 2
 
 
 @pytest.mark.parametrize("config", [BlocksConfig(dates=("2024-01-01",)), cut(0.5, 0.5)], ids=["dates", "fractions"])
@@ -174,19 +238,28 @@ def test_ready_made_blocks_that_overlap_in_time_leak() -> None:
         build_stream(make_log([("a", "x", 9, 1), ("b", "y", 8, 2)]), BlocksConfig(min_events=1))
 
 
-def test_an_empty_block_is_named_with_its_counts() -> None:
-    rows = [("a", "x", t) for t in range(6)] + [("b", "x", 6), ("c", "y", 7), ("c", "x", 8)]
-    message = (
-        r"block 2 of 2 is empty: it has 3 interactions of 2 users, the most active with 2, and min_events=3 keeps none"
+def test_a_block_that_equal_times_leave_empty_says_so() -> None:
+    rows = [("a", f"i{k}", 7 if k else 0) for k in range(6)]
+    with pytest.raises(DataError, match="block 2 of 2 is empty: no interaction falls into it") as error:
+        build_stream(timed(rows), cut(0.5, 0.5))
+    assert error.value.hint == (
+        'the log has 2 distinct times, and equal times are never parted: use other fractions, or --timestamp "" to go '
+        "by the order of the rows"
     )
-    with pytest.raises(DataError, match=message) as error:
-        build_stream(timed(rows), cut(2 / 3, 1 / 3, min_events=3))
-    assert error.value.hint == "lower min_events, or cut fewer or larger blocks"
 
 
-def test_a_date_after_the_log_leaves_an_empty_block() -> None:
-    with pytest.raises(DataError, match="block 2 of 2 is empty: it has 0 interactions of 0 users"):
-        build_stream(timed([("a", "x", 0)]), BlocksConfig(dates=("2024-01-01",), min_events=1))
+def test_a_date_after_the_log_leaves_an_empty_block_and_the_hint_says_its_span() -> None:
+    with pytest.raises(DataError, match="block 2 of 2 is empty") as error:
+        build_stream(timed([("a", "x", 0), ("a", "x", DAY)]), BlocksConfig(dates=("2024-01-01",), min_events=1))
+    assert error.value.hint == (
+        "the log is from 1970-01-01 00:00:00 to 1970-01-02 00:00:00 UTC: choose dates inside it"
+    )
+
+
+def test_too_few_events_for_the_fractions_say_so() -> None:
+    with pytest.raises(DataError, match="block 2 of 3 is empty") as error:
+        build_stream(timed([("a", "x", 0), ("a", "y", 1)]), cut(0.5, 0.1, 0.4))
+    assert error.value.hint == "2 interactions are too few for these fractions: cut fewer or larger blocks"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +281,7 @@ def test_dates_need_times() -> None:
 
 
 def test_a_core_that_leaves_nothing_is_named() -> None:
-    with pytest.raises(DataError, match="k_core=5 leaves none of the 2 interactions"):
+    with pytest.raises(DataError, match="k_core=5 leaves none of the 2 interactions of block 1 of 1"):
         build_stream(timed([("a", "x", 0), ("a", "y", 1)]), cut(1.0, k_core=5))
 
 
@@ -243,12 +316,22 @@ GOOD = [("a", "x", 1, 0, 1), ("a", "y", 5, 1, 2), ("b", "x", 2, 0, 1), ("c", "y"
 def test_counts_of_a_block() -> None:
     report = check_stream(stream_of(GOOD, {"x": 1, "y": 1, "z": 2, "unused": 2}))
     assert list(report["blocks"][0]) == [
-        *("block", "users", "new_users", "returning_users", "items", "new_items", "catalogue", "interactions"),
+        *(
+            "block",
+            "users",
+            "tested",
+            "new_users",
+            "returning_users",
+            "items",
+            "new_items",
+            "catalogue",
+            "interactions",
+        ),
         *("first", "last"),
     ]
     assert [list(row.values()) for row in report.pop("blocks")] == [
-        [1, 2, 2, 0, 1, 1, 2, 2, 1, 2],
-        [2, 2, 1, 1, 2, 1, 4, 3, 5, 7],
+        [1, 2, 0, 2, 0, 1, 1, 2, 2, 1, 2],
+        [2, 2, 0, 1, 1, 2, 1, 4, 3, 5, 7],
     ]
     assert report == {"users": 3, "items": 4, "interactions": 5}
 
@@ -291,7 +374,7 @@ def weigh(events: pl.DataFrame) -> pl.DataFrame:
 
 def test_weights_stay_with_their_events_and_change_nothing_else() -> None:
     rows = [("b", "x", 5), ("a", "x", 0), ("a", "y", 9), ("lone", "z", 1), ("b", "y", 2), ("a", "y", 4), ("b", "x", 8)]
-    log, config = timed(rows), cut(0.5, 0.5, min_events=1, k_core=2)
+    log, config = timed(rows), cut(0.85, 0.15, min_events=1, k_core=2)
     plain, stream = build_stream(log, config), build_stream(replace(log, events=weigh(log.events)), config)
     weight_of = {row: 1 + k / 8 for k, row in enumerate(rows)}
     kept = stream.interactions.select("user", "item", "timestamp").rows()
@@ -348,7 +431,7 @@ def test_movietweetings_fits_the_protocol(shared_data: Path) -> None:
         pytest.skip(f"no folder {source}")
     stream = build_stream(read(source), BlocksConfig())
     blocks = stream.manifest["blocks"]
-    assert [row["users"] for row in blocks[1:]] == [723, 717, 732, 817]
-    assert stream.interactions.height + stream.manifest["dropped"]["min_events"] == 141_695
+    assert [row["tested"] for row in blocks[1:]] == [723, 717, 732, 817]
+    assert stream.interactions.height == 141_695
     assert blocks[-1]["catalogue"] == 12_611
     assert all(a["last"] < b["first"] for a, b in pairwise(blocks))

@@ -142,7 +142,7 @@ def test_a_block_outside_the_stream_is_named(block: int) -> None:
 
 def test_a_user_without_held_out_events_has_no_test_history() -> None:
     split = split_block(make_stream(HAND_MADE), 3)
-    with pytest.raises(DataError, match=r"user row 0 of block 3 has no test target: 1 events there, 3 needed"):
+    with pytest.raises(DataError, match=r"user row 0 of block 3 has no test target: its 1 events there are too few"):
         split.history(0, "test")
 
 

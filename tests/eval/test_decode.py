@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from cladapt.errors import ConfigError, DataError
-from cladapt.eval.decode import Decoder, left_pad
+from cladapt.eval.decode import Decoder, ScoresNotFinite, left_pad
 from cladapt.model.packed import Softmax, TrieSoftmax
 from cladapt.tokens.trie import Trie
 
@@ -312,3 +312,35 @@ def test_left_padding() -> None:
     tokens, length = left_pad([np.array([5]), np.array([1, 2, 3])], 9, torch.device("cpu"))
     assert tokens.tolist() == [[9, 9, 5], [1, 2, 3]]
     assert length.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_name_the_prompts_that_have_them(softmax: Softmax, value: float) -> None:
+    case = Case(random_codes((3, 4, 3), 14), (3, 4, 3))
+    prompts = [np.array([1, 2]), np.array([2, 2, 2]), np.array([2, 1])]
+    with torch.no_grad():
+        case.lm.get_input_embeddings().weight[1] = value
+    with pytest.raises(ScoresNotFinite, match="scores are not finite, or too large to be compared") as error:
+        case.decoder(5, softmax).decode(prompts)
+    assert error.value.rows == (0, 2)  # token 1 occurs there
+    targets = torch.tensor([case.leaves[0]])
+    with pytest.raises(ScoresNotFinite):
+        case.decoder(5, softmax).decode(prompts[:1], targets)
+    case.decoder(5, softmax).decode(prompts[1:2], targets)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_finite_weights_whose_scores_overflow_are_found(softmax: Softmax) -> None:
+    case = Case(random_codes((3, 4, 3), 14), (3, 4, 3))
+    with torch.no_grad():
+        case.lm.get_output_embeddings().weight[int(case.levels[1][2])] = 3e38
+    with pytest.raises(ScoresNotFinite):
+        case.decoder(14, softmax).decode(prompts_of(case, 2, 3, 4))
+
+
+def test_a_list_is_as_long_as_what_is_unseen_allows() -> None:
+    case = Case(random_codes((3, 4, 3), 14), (3, 4, 3))
+    seen = [np.arange(14), np.arange(12), np.array([], dtype=np.int64)]
+    beams = case.decoder(5).decode(prompts_of(case, 2, 3, 4), seen=seen)
+    assert (beams.leaf >= 0).sum(dim=1).tolist() == [0, 2, 5]

@@ -12,7 +12,7 @@ from cladapt.config import EvalConfig
 from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
 from cladapt.errors import DataError, EnvironmentProblem
 from cladapt.eval.decode import Beams, Decoder
-from cladapt.eval.evaluate import Catalogue, Evaluator
+from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import ROWS
 from cladapt.model.load import Base, new_model
 from cladapt.tokens.prompts import PackedForm
@@ -80,74 +80,107 @@ def id_scores(base: Base, history: str, alive: Sequence[str]) -> dict[tuple[int,
     return {code: log_p((), path[0]) + log_p(path[:1], path[1]) for path, code in living.items()}
 
 
-def expected_rank(base: Base, history: str, target: str, alive: str, exclude_seen: bool) -> tuple[int | None, float]:
+Place = tuple[int, int, int] | None
+
+
+def expected_place(base: Base, history: str, target: str, alive: str, exclude_seen: bool) -> tuple[Place, float]:
+    """(rank, ties, id_rank) of the target in the list of items, None where it is not; and its log-probability."""
     scores = id_scores(base, history, alive)
-    allowed = {CODES[item] for item in alive if not (exclude_seen and item in history)}
-    order = sorted(allowed, key=lambda code: -scores[code])
-    return (order.index(CODES[target]) if CODES[target] in order else None), scores[CODES[target]]
+    given = [item for item in alive if not (exclude_seen and item in history)]
+    own = scores[CODES[target]]
+    log_p = own - np.log(sum(CODES[item] == CODES[target] for item in alive))
+    if target not in given:
+        return None, log_p
+    rank = sum(scores[CODES[item]] > own for item in given)
+    ties = sum(CODES[item] == CODES[target] for item in given)
+    ids = sorted({CODES[item] for item in given}, key=lambda code: -scores[code])
+    return (rank, ties, ids.index(CODES[target])), log_p
+
+
+def check_places(rows: pl.DataFrame, expected: list[tuple[Place, float]]) -> None:
+    places = [row if row != (None, None, None) else None for row in rows.select("rank", "ties", "id_rank").rows()]
+    assert places == [place for place, _ in expected]
+    np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
+
+
+COUNTED = ["model_block", "block", "user", "item", "allowed", "share", "frequency", "user_kind", "new_item", "one_hop"]
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_rows_of_block_2_by_hand(stream: Stream, base: Base, exclude_seen: bool) -> None:
     rows = make_evaluator(stream, base, exclude_seen=exclude_seen).rows(base.model, 1, 2)
     assert rows.schema == ROWS
-    assert rows.drop("rank", "log_likelihood").rows() == [
-        # model, block, user, target, share, frequency, kind, new
-        (1, 2, "ada", "c", 1, 2, "returning", False),
-        (1, 2, "cy", "c", 1, 2, "new", False),
+    assert rows.select(COUNTED).rows() == [
+        # ada has had c before; e follows a nowhere, a c is a step of ada's block 1 but e c is none
+        (1, 2, "ada", "c", not exclude_seen, 1, 2, "returning", False, False),
+        (1, 2, "cy", "c", True, 1, 2, "new", False, False),
     ]
     # f is born in block 3: no row of block 2 ranks it
-    expected = [expected_rank(base, history, "c", "abcdeg", exclude_seen) for history in ("acdbae", "dg")]
-    assert rows["rank"].to_list() == [rank for rank, _ in expected]
-    np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
-    assert (rows["rank"][0] is None) == exclude_seen  # ada has had c before
+    check_places(rows, [expected_place(base, history, "c", "abcdeg", exclude_seen) for history in ("acdbae", "dg")])
 
 
 def test_rows_of_block_3_by_hand(stream: Stream, base: Base) -> None:
     rows = make_evaluator(stream, base).rows(base.model, 2, 3)
-    assert rows.drop("rank", "log_likelihood").rows() == [
-        (2, 3, "bob", "d", 2, 1, "dormant", False),
-        (2, 3, "cy", "f", 1, 0, "returning", True),
+    assert rows.select(COUNTED).rows() == [
+        # bob has had d, so it may not be given to him, although e of the same ID may
+        (2, 3, "bob", "d", False, 2, 1, "dormant", False, False),
+        (2, 3, "cy", "f", True, 1, 0, "returning", True, False),
     ]
-    expected = [expected_rank(base, "cdabf", "d", "abcdefg", True), expected_rank(base, "dgcab", "f", "abcdefg", True)]
-    assert rows["rank"].to_list() == [rank for rank, _ in expected]
-    np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
+    histories = (("cdabf", "d"), ("dgcab", "f"))
+    check_places(rows, [expected_place(base, history, item, "abcdefg", True) for history, item in histories])
+
+
+def test_a_shared_id_ties_the_items_that_may_be_given_alone(stream: Stream, base: Base) -> None:
+    rows = make_evaluator(stream, base, exclude_seen=False).rows(base.model, 2, 3)
+    assert rows.select("user", "ties", "share").rows() == [("bob", 2, 2), ("cy", 1, 1)]
+    check_places(rows[:1], [expected_place(base, "cdabf", "d", "abcdefg", False)])
+
+
+def test_first_events_meet_the_catalogue_and_the_histories_of_the_block_before(stream: Stream, base: Base) -> None:
+    rows = make_evaluator(stream, base).rows(base.model, 2, 3, first=True)
+    # bob's first event of block 3 is b after c d a, cy's is a after d g c; everyone active is tested
+    assert rows.select(COUNTED).rows() == [
+        (2, 3, "bob", "b", True, 2, 1, "dormant", False, True),  # di: a b in block 2
+        (2, 3, "cy", "a", True, 2, 3, "returning", False, True),  # ada: a c, then a in block 2
+    ]
+    check_places(
+        rows, [expected_place(base, "cda", "b", "abcdeg", True), expected_place(base, "dgc", "a", "abcdeg", True)]
+    )
+    second = make_evaluator(stream, base).rows(base.model, 1, 2, first=True)
+    assert second.select("user", "item", "allowed", "user_kind").rows() == [
+        ("ada", "a", False, "returning"),
+        ("cy", "d", True, "new"),
+        ("di", "a", True, "new"),
+    ]
+    place, log_p = expected_place(base, "", "d", "abcdg", True)  # e is not born yet: d is alone with its ID
+    assert second.select("rank", "ties", "id_rank").rows()[1] == place
+    assert second["log_likelihood"][1] == pytest.approx(log_p, abs=1e-4)
+
+
+def test_an_item_born_in_the_block_is_outside_the_list_of_the_model_before_it(base: Base, stream: Stream) -> None:
+    events = stream.interactions.with_columns(
+        item=pl.when((pl.col("user") == "cy") & (pl.col("position") == 3)).then(pl.lit("f")).otherwise("item")
+    )
+    rows = make_evaluator(Stream(events, stream.items), base).rows(base.model, 2, 3, first=True)
+    line = rows.filter(pl.col("user") == "cy").row(0, named=True)
+    assert (line["item"], line["allowed"], line["new_item"], line["share"]) == ("f", False, True, 0)
+    assert (line["rank"], line["ties"], line["id_rank"], line["log_likelihood"]) == (None, None, None, None)
 
 
 def test_validation_targets_are_the_events_before_the_test_s(stream: Stream, base: Base) -> None:
     rows = make_evaluator(stream, base, targets="valid").rows(base.model, 1, 2)
-    assert rows.drop("rank", "log_likelihood").rows() == [
-        (1, 2, "ada", "e", 2, 0, "returning", True),
-        (1, 2, "cy", "g", 1, 0, "new", False),
+    assert rows.select("user", "item", "share", "frequency", "user_kind", "new_item").rows() == [
+        ("ada", "e", 2, 0, "returning", True),
+        ("cy", "g", 1, 0, "new", False),
     ]
-    expected = [expected_rank(base, "acdba", "e", "abcdeg", True), expected_rank(base, "d", "g", "abcdeg", True)]
-    assert rows["rank"].to_list() == [rank for rank, _ in expected]
-    np.testing.assert_allclose(rows["log_likelihood"], [score for _, score in expected], atol=1e-4)
+    histories = (("acdba", "e"), ("d", "g"))
+    check_places(rows, [expected_place(base, history, item, "abcdeg", True) for history, item in histories])
 
 
 def test_frequency_counts_the_training_parts_of_all_blocks_so_far(stream: Stream, base: Base) -> None:
     # training events: ada a c, bob c; ada a, cy d, di a b; bob b, cy a
     rows = make_evaluator(stream, base).rows(base.model, 1, 1)
     assert dict(rows.select("user", "frequency").rows()) == {"ada": 0, "bob": 1}
-
-
-def test_a_shared_id_stays_open_until_all_its_items_are_seen(base: Base) -> None:
-    catalogue = Catalogue(base.sids, np.arange(len(CODES)))
-    leaf = dict(zip(CODES, catalogue.leaf(np.arange(len(CODES))).tolist(), strict=True))
-    assert leaf["a"] == leaf["b"]
-    history = [list(CODES).index(item) for item in "aacd"]
-    assert catalogue.consumed_leaves(np.array(history)).tolist() == [leaf["c"]]
-    assert catalogue.consumed_leaves(np.array([0, 1, 1])).tolist() == [leaf["a"]]
-    assert catalogue.consumed_leaves(np.array([], dtype=np.int64)).tolist() == []
-    members = [[list(CODES)[i] for i in items] for items in catalogue.items_of_leaf]
-    assert members == [["a", "b"], ["c"], ["d", "e"], ["g"], ["f"]]
-
-
-def test_a_smaller_catalogue_knows_its_own_items_alone(base: Base) -> None:
-    catalogue = Catalogue(base.sids, np.array([1, 3]))  # b, d
-    assert catalogue.leaf(np.arange(len(CODES))).tolist() == [-1, 0, -1, 1, -1, -1, -1]
-    assert catalogue.consumed_leaves(np.array([0, 3])).tolist() == [1]
-    assert [items.tolist() for items in catalogue.items_of_leaf] == [[1], [3]]
 
 
 def test_a_sample_of_users_is_seeded_and_part_of_the_whole(stream: Stream, base: Base) -> None:

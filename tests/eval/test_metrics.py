@@ -20,12 +20,16 @@ def make_rows(**columns: list) -> pl.DataFrame:
         "block": [2] * n,
         "user": [f"u{i}" for i in range(n)],
         "item": [f"i{i}" for i in range(n)],
+        "allowed": [True] * n,
         "rank": [0] * n,
+        "ties": [None if rank is None else 1 for rank in columns.get("rank", [0] * n)],
+        "id_rank": columns.get("rank", [0] * n),
         "share": [1] * n,
         "log_likelihood": [-1.0] * n,
         "frequency": [0] * n,
         "user_kind": ["new"] * n,
         "new_item": [False] * n,
+        "one_hop": [False] * n,
     }
     return pl.DataFrame({**default, **columns}, schema_overrides=ROWS)
 
@@ -36,38 +40,45 @@ def log_of(frequencies: list[int]) -> TrainingLog:
 
 
 def test_values_by_hand():
-    measured = user_metrics(make_rows(rank=[0, 6, 12, None], share=[1, 2, 4, 1]), K)
-    assert measured["HR@5"].to_list() == [1.0, 0.0, 0.0, 0.0]
-    assert measured["HR@10"].to_list() == [1.0, 0.5, 0.0, 0.0]
-    assert measured["HR@10 (ID)"].to_list() == [1.0, 1.0, 0.0, 0.0]
-    assert measured["NDCG@10"].to_list() == pytest.approx([1.0, 0.5 / 3.0, 0.0, 0.0])
-    assert measured["NDCG@10 (ID)"].to_list() == pytest.approx([1.0, 1 / 3.0, 0.0, 0.0])
-    assert measured["MRR"].to_list() == pytest.approx([1.0, 1 / 14, 1 / 52, 0.0])
-    assert measured["MRR (ID)"].to_list() == pytest.approx([1.0, 1 / 7, 1 / 13, 0.0])
+    rows = make_rows(rank=[0, 8, 12, None, 4], ties=[1, 4, 4, None, 2], id_rank=[0, 6, 12, None, 2])
+    measured = user_metrics(rows, K)
+    # ties at 8, 9, 10, 11: two of four are below 10; at 4 and 5: one of two is below 5
+    assert measured["HR@5"].to_list() == [1.0, 0.0, 0.0, 0.0, 0.5]
+    assert measured["HR@10"].to_list() == [1.0, 0.5, 0.0, 0.0, 1.0]
+    assert measured["HR@10 (ID)"].to_list() == [1.0, 1.0, 0.0, 0.0, 1.0]
+    first, second = 1 / math.log2(10), 1 / math.log2(11)
+    assert measured["NDCG@10"].to_list()[:4] == pytest.approx([1.0, (first + second) / 4, 0.0, 0.0])
+    assert measured["NDCG@10 (ID)"].to_list()[:4] == pytest.approx([1.0, 1 / 3.0, 0.0, 0.0])
+    assert measured["MRR"][1] == pytest.approx((1 / 9 + 1 / 10 + 1 / 11 + 1 / 12) / 4)
+    assert measured["MRR (ID)"].to_list() == pytest.approx([1.0, 1 / 7, 1 / 13, 0.0, 1 / 3])
+    assert user_metrics(rows, (5,), beams=10)["MRR"][1] == pytest.approx((1 / 9 + 1 / 10) / 4)
 
 
-cases = st.lists(st.tuples(st.none() | st.integers(0, 19), st.integers(1, 7)), min_size=1, max_size=12)
+places = st.none() | st.tuples(st.integers(0, 19), st.integers(1, 7))
 
 
 @settings(max_examples=30, deadline=None)
-@given(cases, st.lists(st.integers(1, 20), min_size=1, max_size=3, unique=True))
-def test_metrics_agree_with_a_loop(cases: list[tuple[int | None, int]], top_k: list[int]):
-    rank, share = [c[0] for c in cases], [c[1] for c in cases]
-    measured = user_metrics(make_rows(rank=rank, share=share), top_k)
-    for i, (r, m) in enumerate(cases):
+@given(st.lists(places, min_size=1, max_size=12), st.lists(st.integers(1, 20), min_size=1, max_size=3, unique=True))
+def test_metrics_are_means_over_the_places_of_a_tie(cases: list[tuple[int, int] | None], top_k: list[int]):
+    rank, ties = [c and c[0] for c in cases], [c and c[1] for c in cases]
+    measured = user_metrics(make_rows(rank=rank, ties=ties), top_k, beams=20)
+    for i, case in enumerate(cases):
+        where = range(case[0], case[0] + case[1]) if case else []
         for k in top_k:
-            hit = r is not None and r < k
-            assert measured[f"HR@{k}"][i] == pytest.approx((1 / m) if hit else 0.0)
-            assert measured[f"NDCG@{k} (ID)"][i] == pytest.approx(1 / math.log2(r + 2) if hit else 0.0)
-            assert measured[f"NDCG@{k}"][i] == pytest.approx(measured[f"NDCG@{k} (ID)"][i] / m)
-        assert measured["MRR"][i] == pytest.approx(0.0 if r is None else 1 / (m * (r + 1)))
+            below = [j for j in where if j < k]
+            assert measured[f"HR@{k}"][i] == pytest.approx(len(below) / max(len(where), 1))
+            gains = [1 / math.log2(j + 2) for j in below]
+            assert measured[f"NDCG@{k}"][i] == pytest.approx(sum(gains) / max(len(where), 1))
+            hit = case is not None and case[0] < k
+            assert measured[f"NDCG@{k} (ID)"][i] == pytest.approx(1 / math.log2(case[0] + 2) if hit else 0.0)  # type: ignore[index]
+        reciprocal = [1 / (j + 1) for j in where if j < 20]
+        assert measured["MRR"][i] == pytest.approx(sum(reciprocal) / max(len(where), 1))
 
 
-def test_a_tie_broken_at_random_hits_as_often_as_the_item_level_metric_says():
-    rng = np.random.default_rng(0)
-    m, draws = 4, 40_000
-    hits = rng.integers(m, size=draws) == 0
-    assert user_metrics(make_rows(rank=[0], share=[m]), (1,))["HR@1"][0] == pytest.approx(hits.mean(), abs=0.01)
+def test_a_model_without_ids_has_no_figures_of_ids():
+    measured = user_metrics(make_rows(rank=[0, None], share=[None, None], id_rank=[None, None]), K)
+    assert measured["HR@5"].to_list() == [1.0, 0.0]
+    assert measured["HR@5 (ID)"].to_list() == measured["MRR (ID)"].to_list() == [None, None]
 
 
 def test_summary_has_the_means_of_each_cell_and_counts_users():
@@ -95,6 +106,8 @@ def test_slices_hold_the_users_their_names_say():
         frequency=[9, 3, 2, 0],
         user_kind=["new", "returning", "dormant", "dormant"],
         new_item=[False, False, False, True],
+        one_hop=[True, False, False, True],
+        allowed=[True, True, True, False],
     )
     parts = {row["slice"]: row for row in slices(rows, K, {2: 3}).iter_rows(named=True)}
     assert {name: (row["users"], row["HR@5"]) for name, row in parts.items()} == {
@@ -102,6 +115,9 @@ def test_slices_hold_the_users_their_names_say():
         "head items": (2, 0.5),
         "tail items": (2, 0.5),
         "new items": (1, 0.0),
+        "one-hop successors": (2, 0.5),
+        "no one-hop successors": (2, 0.5),
+        "not allowed": (1, 0.0),
         "new users": (1, 1.0),
         "returning users": (1, 0.0),
         "dormant users": (2, 0.5),
@@ -124,7 +140,7 @@ def test_an_empty_slice_is_listed_with_null_means():
 
 
 def test_slices_of_no_rows_are_all_empty():
-    assert slices(make_rows(rank=[]), K, {})["users"].to_list() == [0] * 7
+    assert slices(make_rows(rank=[]), K, {})["users"].to_list() == [0] * 10
 
 
 def test_slices_need_a_threshold_for_every_block():
@@ -176,7 +192,19 @@ def test_wrong_columns_are_named():
         user_metrics(make_rows(rank=[0]).with_columns(pl.col("rank").cast(pl.Int64)).drop("share"), K)
 
 
-@pytest.mark.parametrize("column", [{"rank": [0, -1]}, {"share": [1, 0]}, {"user_kind": ["new", "old"]}])
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"rank": [0, -1]},
+        {"ties": [1, 0]},
+        {"ties": [1, None]},
+        {"rank": [0, None], "ties": [1, 2]},
+        {"allowed": [True, False]},
+        {"share": [1, -1]},
+        {"id_rank": [0, -1]},
+        {"user_kind": ["new", "old"]},
+    ],
+)
 def test_impossible_values_are_counted_and_shown(column: dict[str, list]):
     with pytest.raises(DataError, match=r"1 per-user rows have impossible values, the first .*'u1'"):
         user_metrics(make_rows(**column), K)

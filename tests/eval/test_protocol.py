@@ -15,9 +15,11 @@ from cladapt.config import EvalConfig, SimulateConfig
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError
 from cladapt.eval.baselines import evaluate_counts
+from cladapt.eval.cases import first_event_cases, held_out_cases
 from cladapt.eval.metrics import ROWS
 from cladapt.eval.protocol import (
     COUNTS,
+    NOT_ALLOWED,
     Measures,
     backward_effects,
     backward_rows,
@@ -51,12 +53,16 @@ def make_rows(seed: int, model_blocks: Sequence[int] = (1, 2, 3), likelihood: bo
                     "block": s,
                     "user": user,
                     "item": "i",
+                    "allowed": True,
                     "rank": rank if rank < 6 else None,
-                    "share": 1 + (u + s) % 2,
+                    "ties": 1 + (u + s) % 2 if rank < 6 else None,
+                    "id_rank": rank // 2 if rank < 6 and likelihood else None,
+                    "share": 1 + (u + s) % 2 if likelihood else None,
                     "log_likelihood": -1.0 - 0.1 * rank - 0.01 * t if likelihood else None,
                     "frequency": u,
                     "user_kind": "new",
                     "new_item": False,
+                    "one_hop": u == 0,
                 }
             )
     return pl.DataFrame(rows, schema=ROWS)
@@ -73,15 +79,17 @@ def make_measures(name: str, seed: int, model_blocks: Sequence[int] = (1, 2, 3),
 
 
 def value(row: dict[str, Any], metric: str) -> float:
-    rank, share = row["rank"], row["share"]
     if metric == "log_likelihood":
         return row["log_likelihood"]
     if metric.endswith(" (ID)"):
-        return value({**row, "share": 1}, metric.removesuffix(" (ID)"))
+        return value({**row, "rank": row["id_rank"], "ties": 1}, metric.removesuffix(" (ID)"))
     name, _, k = metric.partition("@")
-    if rank is None or (k and rank >= int(k)):
+    if row["rank"] is None:
         return 0.0
-    return {"HR": 1.0, "NDCG": 1 / math.log2(rank + 2), "MRR": 1 / (rank + 1)}[name] / share
+    places = range(row["rank"], row["rank"] + row["ties"])
+    cut = int(k) if k else CONFIG.beams
+    worth = {"HR": lambda j: 1.0, "NDCG": lambda j: 1 / math.log2(j + 2), "MRR": lambda j: 1 / (j + 1)}[name]
+    return sum(worth(j) for j in places if j < cut) / row["ties"]
 
 
 def mean_of_block_means(rows: pl.DataFrame, metric: str) -> float:
@@ -97,6 +105,7 @@ def test_a_line_is_the_mean_over_blocks_of_block_means() -> None:
         assert line[metric] == pytest.approx(mean_of_block_means(rows, metric)), metric
     assert line["model"] == "m"
     assert line["users"] == 5  # a..d and e; a has a row in both blocks
+    assert line[NOT_ALLOWED] == 0
     assert metric_columns(CONFIG) == ["HR@2", "HR@4", "NDCG@2", "NDCG@4", "MRR", "log_likelihood"]
 
 
@@ -116,9 +125,30 @@ def test_one_user_has_values_but_no_interval_and_a_model_without_likelihood_says
     line = model_row("m", rows, CONFIG)
     assert line["HR@4"] == pytest.approx(mean_of_block_means(rows, "HR@4"))
     assert (line["users"], line["HR@4 95 %"]) == (1, None)
-    counts = model_row("markov", rows.with_columns(log_likelihood=pl.lit(None, pl.Float64)), CONFIG)
+    without = {"log_likelihood": pl.lit(None, pl.Float64), "share": pl.lit(None, pl.Int32)}
+    counts = model_row("markov", rows.with_columns(**without), CONFIG)
     assert counts["log_likelihood"] is None
+    assert counts["HR@4 (ID)"] is None
     assert counts["HR@4"] == line["HR@4"]
+
+
+def test_targets_that_may_not_be_recommended_are_counted_and_missed() -> None:
+    rows = make_measures("m", 0).current
+    refused = pl.col("user") == "a"
+    nothing = {name: pl.when(~refused).then(pl.col(name)) for name in ("rank", "ties", "id_rank")}
+    line = model_row("m", rows.with_columns(allowed=~refused, **nothing), CONFIG)
+    assert line[NOT_ALLOWED] == 2  # in both blocks
+    missed = [{**row, "rank": None} if row["user"] == "a" else row for row in rows.to_dicts()]
+    expected = fmean(fmean(value(row, "HR@4") for row in missed if row["block"] == b) for b in (2, 3))
+    assert line["HR@4"] == pytest.approx(expected)
+
+
+def test_a_target_without_a_likelihood_is_left_out_of_its_mean_alone() -> None:
+    rows = make_measures("m", 0).current
+    unknown = pl.col("user") == "b"
+    line = model_row("m", rows.with_columns(log_likelihood=pl.when(~unknown).then(pl.col("log_likelihood"))), CONFIG)
+    assert line["log_likelihood"] == pytest.approx(mean_of_block_means(rows.filter(~unknown), "log_likelihood"))
+    assert line["HR@4"] == pytest.approx(mean_of_block_means(rows, "HR@4"))
 
 
 def test_current_and_frozen_rows() -> None:
@@ -203,31 +233,65 @@ def test_continual_summaries_by_hand() -> None:
     assert nothing["average"] is None
 
 
-def test_every_model_meets_every_block_in_order() -> None:
-    asked: list[tuple[str, int, int]] = []
-    notes: list[str] = []
+class Asked:
+    """Stands for an evaluator and remembers what it was asked."""
 
-    def rows(lm: str, model_block: int, block: int) -> pl.DataFrame:
-        asked.append((lm, model_block, block))
+    def __init__(self, **config: Any) -> None:
+        self.config = EvalConfig(**{"top_k": (2, 4), "beams": 6, "bootstrap": 200, **config})
+        self.held_out: list[tuple[str, int, int]] = []
+        self.first: list[tuple[str, int, int]] = []
+
+    def rows(self, lm: str, model_block: int, block: int, first: bool = False) -> pl.DataFrame:
+        (self.first if first else self.held_out).append((lm, model_block, block))
         return make_rows(0, [model_block]).filter(pl.col("block") == block)
 
-    evaluator: Any = SimpleNamespace(rows=rows, config=CONFIG)
-    models: Any = iter([(1, "base"), (2, "second")])
-    found = measure_run(evaluator, models, [1, 3], notes.append)
-    assert asked == [("base", 1, 1), ("base", 1, 3), ("second", 2, 1), ("second", 2, 3)]
-    assert found.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 1), (1, 3), (2, 1), (2, 3)]
-    assert notes[1] == "tested the model of block 1 on block 3: 2 users"
+
+def test_every_model_meets_every_block_in_order_and_the_first_events_of_the_next() -> None:
+    asked, notes = Asked(), []  # type: ignore[var-annotated]
+    models: Any = iter([(1, "base"), (2, "second"), (3, "third")])
+    found, following = measure_run(asked, models, [1, 2, 3], notes.append)  # type: ignore[arg-type]
+    names = ("base", "second", "third")
+    assert asked.held_out == [(name, t, s) for t, name in enumerate(names, 1) for s in (1, 2, 3)]
+    # the base stands beside the model of block 2 on block 3; block 4 does not exist
+    assert asked.first == [("base", 1, 3), ("second", 2, 3)]
+    assert found.select("model_block", "block").unique(maintain_order=True).rows() == [*product((1, 2, 3), repeat=2)]
+    assert following.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 3), (2, 3)]
+    assert notes[1] == "tested the model of block 1 on block 2: 4 users"
+    assert notes[3] == "and on the first events of block 3: 2 users"
 
 
-def test_counts_are_made_up_to_the_tested_block_for_the_run_s_users() -> None:
+@pytest.mark.parametrize("config", [{"next_block": False}, {"targets": "valid"}])
+def test_nothing_is_chosen_by_the_next_block(config: dict[str, Any]) -> None:
+    asked = Asked(**config)
+    models: Any = [(1, "base"), (2, "second")]
+    _, following = measure_run(asked, models, [1, 2, 3], lambda _: None)  # type: ignore[arg-type]
+    assert following.is_empty()
+    assert asked.first == []
+
+
+def test_counts_are_made_up_to_the_tested_block_or_to_the_one_before() -> None:
     stream = simulate(SimulateConfig(users=40, items=40, topics=4, blocks=3)).stream
-    everyone = {b: evaluate_counts(stream, "markov", b, b, True, CONFIG.beams) for b in (2, 3)}
-    chosen = pl.concat([everyone[2].head(3), everyone[3].head(2)])
-    found = measure_counts(stream, chosen, [2, 3], CONFIG)
-    assert list(found) == list(COUNTS)
-    assert found["markov"].equals(chosen)
-    for name in COUNTS:
-        assert found[name].select("block", "user").equals(chosen.select("block", "user"))
+    evaluator: Any = SimpleNamespace(
+        stream=stream,
+        config=CONFIG,
+        cases=lambda b, first: first_event_cases(stream, b, True) if first else held_out_cases(stream, b, "test", True),
+    )
+    for lag, blocks in ((0, [2, 3]), (1, [3])):
+        found = measure_counts(evaluator, blocks, lag)
+        assert list(found) == list(COUNTS)
+        for name in COUNTS:
+            expected = [evaluate_counts(stream, name, b - lag, evaluator.cases(b, lag > 0), True, 6) for b in blocks]
+            assert found[name].equals(pl.concat(expected))
+    assert measure_counts(evaluator, []) == {}
+
+
+def test_the_rows_of_the_next_block_are_judged_a_block_later() -> None:
+    rows = make_rows(0)
+    after = Measures("m", rows, {}, BASE, CONFIG, lag=1)
+    assert set(after.current.select("model_block", "block").rows()) == {(2, 3)}
+    assert set(after.frozen.select("model_block", "block").rows()) == {(1, 3)}
+    assert [line["model"] for line in table([after])] == ["m", "frozen"]
+    assert table([after])[0]["HR@4"] == pytest.approx(mean_of_block_means(after.current, "HR@4"))
 
 
 def test_slices_take_the_run_s_current_rows_or_the_base_s() -> None:
@@ -242,16 +306,13 @@ def test_slices_take_the_run_s_current_rows_or_the_base_s() -> None:
 
 
 def test_the_current_scope_tests_each_model_on_its_own_block_and_the_base_on_the_later_ones() -> None:
-    def rows(lm: str, model_block: int, block: int) -> pl.DataFrame:
-        return make_rows(0, [model_block]).filter(pl.col("block") == block)
-
-    config = EvalConfig(top_k=(2,), scope="current")
-    evaluator: Any = SimpleNamespace(rows=rows, config=config)
+    asked = Asked(scope="current")
     models: Any = [(1, "base"), (2, "second"), (3, "third")]
-    found = measure_run(evaluator, models, [1, 2, 3], lambda _: None)
+    found, following = measure_run(asked, models, [1, 2, 3], lambda _: None)  # type: ignore[arg-type]
     assert found.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 2), (1, 3), (2, 2), (3, 3)]
+    assert following.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 3), (2, 3)]
     with pytest.raises(ConfigError, match=r"no model is tested on \[1\] with scope=current"):
-        measure_run(evaluator, models, [1], lambda _: None)
+        measure_run(asked, models, [1], lambda _: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("metric", ["HR@2", "log_likelihood"])

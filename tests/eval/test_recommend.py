@@ -147,6 +147,51 @@ def test_every_format_gives_the_same_histories(kind: str, tmp_path: Path) -> Non
     assert read_histories(path) == {"u": ["a", "b"], "v": []}
 
 
+def test_a_time_column_orders_the_rows_whatever_their_place(tmp_path: Path) -> None:
+    newest_first = {"user": ["u", "v", "u", "u"], "item": ["c", "x", "b", "a"], "timestamp": [30, 5, 20, 10]}
+    iso = ["2024-01-03", "2024-01-09", "2024-01-02 10:00", "2024-01-02 09:00"]
+    for kind, times in (("parquet", newest_first["timestamp"]), ("csv", iso), ("jsonl", newest_first["timestamp"])):
+        path = tmp_path / f"h.{kind}"
+        frame = pl.DataFrame({**newest_first, "timestamp": times})
+        {"parquet": frame.write_parquet, "csv": frame.write_csv, "jsonl": frame.write_ndjson}[kind](path)
+        assert read_histories(path)["u"] == ["a", "b", "c"], kind
+        assert read_histories(path, timestamp="")["u"] == ["c", "b", "a"]
+    renamed = pl.DataFrame(newest_first).rename({"user": "who", "item": "sku", "timestamp": "at"})
+    renamed.write_csv(tmp_path / "r.csv")
+    assert read_histories(tmp_path / "r.csv", "who", "sku", "at")["u"] == ["a", "b", "c"]
+
+
+def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    pl.DataFrame({"user": ["u"] * 3, "item": list("bca"), "timestamp": [7, 7, 1]}).write_csv(tmp_path / "h.csv")
+    assert read_histories(tmp_path / "h.csv") == {"u": ["a", "b", "c"]}
+
+
+def test_an_unreadable_time_is_no_order(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text("user,item,timestamp\nu,a,1\nu,b,soon\n")
+    with pytest.raises(DataError, match=r"1 rows have no readable timestamp, the first 'soon' \(write unix seconds"):
+        read_histories(tmp_path / "h.csv")
+    with pytest.raises(DataError, match=r"lacks when, it has user, item, timestamp"):
+        read_histories(tmp_path / "h.csv", timestamp="when")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_scores_that_are_no_numbers_are_an_error_that_names_the_users(base: Base, value: float) -> None:
+    head = base.model.get_output_embeddings().weight
+    token = int(base.item_tokens()[ITEMS.index("g"), 0])
+    kept = head[token].detach().clone()
+    try:
+        with torch.no_grad():
+            head[token] = value
+        with pytest.raises(
+            DataError, match=r"recommend: the model's scores are not finite.* the first 'w', 'u'"
+        ) as error:
+            run(base, {"u": "a", "v": "ad", "w": ""})
+        assert error.value.hint.startswith("look for NaN, infinite or huge weights")
+    finally:
+        with torch.no_grad():
+            head[token] = kept
+
+
 def test_numbers_as_ids_become_text(tmp_path: Path) -> None:
     path = tmp_path / "h.jsonl"
     path.write_text('{"user": 1, "history": [10, 9]}\n{"user": 2, "history": ["x"]}\n')
@@ -171,7 +216,7 @@ BAD = [
     ("h.jsonl", b"", DataError, r"not readable as \.jsonl"),
     ("h.jsonl", b"\x00\xff\x01", DataError, r"not readable as \.jsonl"),
     ("h.jsonl", b'{"user": "u", "history": ["a"]}\nnot json\n', DataError, r"not readable as \.jsonl"),
-    ("h.jsonl", b'{"user": "u", "items": ["a"]}\n', DataError, r"lacks history, it has user, items \(rename"),
+    ("h.jsonl", b'{"user": "u", "items": ["a"]}\n', DataError, r"lacks item, it has user, items \(name the columns"),
     ("h.jsonl", b'{"user": "u", "history": "a"}\n', DataError, "history is String, expected a list of items"),
     ("h.jsonl", b'{"user": "u", "history": [["a"]]}\n', DataError, r"history holds List\(String\), expected text"),
     ("h.jsonl", b'{"user": "u", "history": [1.5]}\n', DataError, "history holds Float64, expected text or integers"),

@@ -276,3 +276,10 @@ def test_the_trie_softmax_speaks_the_vocabulary_of_the_base() -> None:
     assert softmax.token.tolist() == [[4, 5, 6], [7, 8, 0]]
     assert softmax.level.tolist() == [-1] * 4 + [0] * 3 + [1] * 2
     assert softmax.code.tolist() == [0] * 4 + [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_heads_of_every_preset_are_wide_enough_for_servers(preset: str) -> None:
+    sizes = PRESETS[preset]
+    width, rest = divmod(sizes["hidden_size"], sizes["num_attention_heads"])
+    assert (width >= 32, rest) == (True, 0)

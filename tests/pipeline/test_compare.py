@@ -134,9 +134,13 @@ def test_the_tables_and_a_page_are_written(world: Path, tmp_path: Path) -> None:
     result = compare_runs(paths(world, "peso", "finetune"), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "differences.csv",
+        "next_block_differences.csv",
+        "next_block_summary.csv",
         "report.html",
         "summary.csv",
     ]
+    after = pl.read_csv(tmp_path / "out" / "next_block_summary.csv")
+    assert after["model"].to_list() == ["peso", "finetune", "frozen", "block popularity", "markov"]
     summary = pl.read_csv(tmp_path / "out" / "summary.csv")
     assert summary["model"].to_list() == [row["model"] for row in result["summary"]]
     assert pl.read_csv(tmp_path / "out" / "differences.csv").height == len(result["differences"])

@@ -42,11 +42,13 @@ def measures(run: Run) -> Measures:
 def test_metrics_are_the_tables_of_the_protocol(run: Run, measures: Measures) -> None:
     stream, _ = run.workload.open_inputs(run.config)
     metrics = read_json(run.path / "metrics.json")
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     assert (metrics["method"], metrics["base_block"], metrics["stream"]) == ("peso", 1, stream.fingerprint)
     assert EvalConfig(**metrics["config"]) == EVAL
     assert metrics["table"] == table([measures])
     assert metrics["differences"] == differences([measures])
+    assert measures.next is not None
+    assert metrics["next_block"] == {"table": table([measures.next]), "differences": differences([measures.next])}
     assert metrics["continual"] == continual_summary(measures, ["HR@10", "NDCG@10", "log_likelihood"])
     assert metrics["slices"] == slice_table(measures, stream)
     for line in metrics["spectrum"]:

@@ -186,7 +186,7 @@ def test_evaluation_writes_rows_of_every_model_on_every_block(world: Path) -> No
             (t, split_block(stream, block).n_test) for t in (1, 2, 3)
         ]
     metrics = read_json(world / "peso" / "metrics.json")
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     assert metrics["matrix"] == summarise(pl.concat(frames), (5, 10), beams=20).to_dicts()
     truth = load_truth(world / "stream")
     assert metrics["ceiling"] == {str(b): ceiling(truth, stream, b, (5, 10)) for b in (2, 3)}
@@ -203,9 +203,13 @@ def test_the_latest_run_is_evaluated_by_default_and_settings_override_the_run_s(
     assert "HR@3" in result["table"][0]
     assert result["table"][0]["users"] == 10
     notes = [e["text"] for e in sink.events if e["kind"] == "note"]
-    assert notes == [f"tested the model of block {t} on block 3: 10 users" for t in (1, 2, 3)]
+    tested = [f"tested the model of block {t} on block 3: 10 users" for t in (1, 2, 3)]
+    first = "and on the first events of block 3: 10 users"
+    assert notes == [tested[0], first, tested[1], first, tested[2]]
+    assert [line["model"] for line in result["next_block"]] == ["peso", "frozen", "block popularity", "markov"]
     names = sorted(path.name for path in (tmp_path / "mine" / "users").iterdir())
-    assert names == ["block_003.parquet", "counts_block_popularity.parquet", "counts_markov.parquet"]
+    counts = ["counts_block_popularity.parquet", "counts_markov.parquet"]
+    assert names == ["block_003.parquet", *counts, "next_block.parquet", *(f"next_{name}" for name in counts)]
 
 
 def test_ranges_are_checked_after_all_is_written(world: Path, tmp_path: Path) -> None:

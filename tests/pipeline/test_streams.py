@@ -53,10 +53,10 @@ def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -
 def test_what_was_dropped_is_reported(log: Path, tmp_path: Path) -> None:
     with log.open("a") as handle:
         handle.write("rare,i1,0\n")
-    config = BlocksConfig(fractions=(0.52, 0.48), min_events=3)
+    config = BlocksConfig(fractions=(0.52, 0.48), k_core=2)
     report = streams.import_data(str(log), tmp_path / "out", "csv", Columns(), config)
-    assert (report["users"], report["interactions"]) == (4, 24)
-    assert sum(report["dropped"].values()) == 1
+    assert (report["users"], report["interactions"]) == (4, 23)
+    assert report["dropped"] == {"k_core": 2}  # of `rare`, and of the item that block 1 has once
 
 
 def test_weights_come_along_and_change_nothing_else(log: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_checking_a_source_tells_what_importing_it_does(log: Path, tmp_path: Pat
     report = streams.check_source(str(log), "auto", Columns(), tmp_path / "rejects.csv")
     imported = streams.import_data(str(log), tmp_path / "out", "auto", Columns(), HALVES)
     assert report["dropped"] == {"bad_time": 1, "duplicate": 1, "no_user": 1}
-    assert {**report["dropped"], "k_core": 0, "min_events": 0} == imported["dropped"]
+    assert {**report["dropped"], "k_core": 0} == imported["dropped"]
     assert [report[key] for key in ("users", "items", "interactions")] == [4, 6, 24]
     assert (report["first"], report["last"]) == (0, 1005)
     assert (report["out_of_order"], report["weighted"], report["semantic_ids"]) == (0, False, 0)
@@ -184,8 +184,8 @@ def test_a_folder_that_holds_something_is_never_taken(log: Path, tmp_path: Path)
 
 
 def test_a_log_that_cannot_be_cut_leaves_no_folder(log: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="min_events=100 keeps none"):
-        streams.import_data(str(log), tmp_path / "out", "csv", Columns(), BlocksConfig(min_events=100))
+    with pytest.raises(DataError, match="k_core=100 leaves none"):
+        streams.import_data(str(log), tmp_path / "out", "csv", Columns(), HALVES.model_copy(update={"k_core": 100}))
     assert not (tmp_path / "out").exists()
 
 

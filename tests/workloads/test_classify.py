@@ -92,7 +92,7 @@ def test_a_run_leaves_adapters_rows_measures_and_a_report(name: str, world: Path
         assert cell["probe"] == pytest.approx(probe[at])
         seen = cell["block"] <= cell["model_block"]
         assert cell["accuracy"] == (pytest.approx(accuracy[at]) if seen else None)
-    assert (metrics["schema_version"], metrics["task"], metrics["method"]) == (1, "classify", name)
+    assert (metrics["schema_version"], metrics["task"], metrics["method"]) == (2, "classify", name)
     assert (metrics["base_block"], metrics["stream"]) == (1, stream.fingerprint)
     assert metrics["config"]["bootstrap"] == 100
     (line,) = metrics["table"]

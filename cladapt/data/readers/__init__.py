@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 
 from cladapt.data.readers._base import DEFAULT_COLUMNS, REJECTS, Columns, NoRows, RawLog, Reader, files_of
+from cladapt.data.readers._parse import to_seconds
 from cladapt.data.readers.lcrec import LcRecReader
 from cladapt.data.readers.minionerec import MiniOneRecReader
 from cladapt.data.readers.movielens import MovieLensReader
@@ -12,7 +13,7 @@ from cladapt.data.readers.recbole import RecBoleReader
 from cladapt.data.readers.tables import CSV, PARQUET
 from cladapt.errors import ConfigError, DataError
 
-__all__ = ["READERS", "REJECTS", "Columns", "NoRows", "RawLog", "Reader", "read", "reader_for"]
+__all__ = ["READERS", "REJECTS", "Columns", "NoRows", "RawLog", "Reader", "read", "reader_for", "to_seconds"]
 
 _ALL: tuple[Reader, ...] = (
     PesoReader(),
