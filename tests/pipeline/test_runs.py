@@ -264,6 +264,18 @@ def test_a_method_that_does_not_train_has_base_rows_alone(world: Path, tmp_path:
     assert [line["model"] for line in table] == ["frozen", "block popularity", "markov", "ceiling"]
 
 
+def test_adapters_of_a_method_that_does_not_train_are_refused(world: Path, tmp_path: Path) -> None:
+    runs.train(config_of(world, "frozen"), tmp_path / "run", MemorySink())
+    shutil.copytree(world / "peso" / "adapters", tmp_path / "run" / "adapters")
+    with pytest.raises(DataError, match=r"run has adapters for the blocks \[2, 3\], frozen leaves none"):
+        evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink())
+
+
+def test_a_run_of_another_task_is_not_resumed_as_this_one(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--task classify: .*peso is a run of --task recommend \(leave out --task\)"):
+        runs.resume(world / "peso", MemorySink(), {}, "classify")
+
+
 def test_a_run_starts_from_an_adapter_and_remembers_it(world: Path, tmp_path: Path) -> None:
     start = str(world / "peso" / "adapters" / "block_002")
     config = config_of(world, "finetune").model_copy(update={"from_adapter": start})
