@@ -4,6 +4,7 @@ A recipe is YAML with the same nesting as the models here; `-o train.lr=1e-4` ov
 reported at once, unknown keys with the nearest known name.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,17 +20,22 @@ Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+_TRACKER = "(tensorboard|wandb|trackio|mlflow)"
+Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    shown_by: ClassVar[str] = "config show"
+    """The command that prints every key."""
 
 
 class BlocksConfig(Settings):
     """How a log is cut into time blocks."""
 
+    shown_by = "config show --for import"
     fractions: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.6, 0.1, 0.1, 0.1, 0.1)
     """Share of the interactions in each block, in time order; a sum within 1 % of 1 is scaled to 1."""
     dates: tuple[str, ...] = ()
@@ -52,6 +58,7 @@ class BlocksConfig(Settings):
 class SimulateConfig(Settings):
     """A seeded stream of drifting preferences whose true next-item distribution is known."""
 
+    shown_by = "config show --for simulate"
     seed: Seed = 0
     """Seed of everything random."""
     users: Positive = 600
@@ -79,6 +86,7 @@ class SimulateConfig(Settings):
 class TokensConfig(Settings):
     """How items get semantic IDs."""
 
+    shown_by = "config show --for tokens"
     embedding: str = "tfidf"
     """`tfidf`, or the name or path of a sentence-transformers model."""
     dimensions: Positive = 64
@@ -96,6 +104,7 @@ class TokensConfig(Settings):
 class BaseConfig(Settings):
     """How a base model is made."""
 
+    shown_by = "config show --for pretrain"
     preset: Literal["tiny", "small", "medium"] = "tiny"
     """Size of a base trained from scratch."""
     tie_embeddings: bool = False
@@ -215,6 +224,7 @@ class ImageTrainConfig(FitConfig):
 class EvalConfig(Settings):
     """How a model is measured."""
 
+    shown_by = "config show --for eval"
     top_k: tuple[Width, ...] = (5, 10)
     """Cut-offs of HR and NDCG."""
     beams: Width = 20
@@ -256,6 +266,8 @@ class RunSettings(Settings):
     """Base directory."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
+    track: Trackers = "none"
+    """Where figures go too: `tensorboard`, `wandb`, `trackio`, `mlflow`, several joined by `+`, or `none`; local."""
     adapter: AdapterConfig = AdapterConfig()
     method: MethodConfig = MethodConfig()
     train: FitConfig = FitConfig()
@@ -279,6 +291,7 @@ class RunConfig(RunSettings):
 class ImagesConfig(Settings):
     """How images become a stream of blocks of classes."""
 
+    shown_by = "config show --for images"
     blocks: Positive = 10
     """Blocks of classes."""
     size: Annotated[int, Field(ge=1, le=1024)] = 28
@@ -294,6 +307,7 @@ class ImagesConfig(Settings):
 class VitConfig(Settings):
     """How a small vision transformer is made and trained, as the base of class-incremental learning."""
 
+    shown_by = "config show --for vision"
     hidden: Positive = 64
     """Width; its heads are 16 wide."""
     layers: Positive = 4
@@ -327,6 +341,7 @@ class VitConfig(Settings):
 class ClassEvalConfig(Settings):
     """How class-incremental learning is measured."""
 
+    shown_by = "config show --for eval --task classify"
     batch_images: Positive = 256
     """Images at once."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
@@ -339,6 +354,7 @@ class ClassifyConfig(RunSettings):
     """A whole run of `cladapt train --task classify`."""
 
     task: ClassVar[str] = "classify"
+    shown_by = "config show --task classify"
     data: str = ""
     """Image stream directory; empty = scikit-learn's digits in 5 blocks."""
     base: str = ""
@@ -350,14 +366,18 @@ class ClassifyConfig(RunSettings):
 S = TypeVar("S", bound=Settings)
 
 
-def resolve(model: type[S], values: Mapping[str, Any], where: str = "config") -> S:
-    """Validate `values` against `model`; one `ConfigError` lists every mistake, unknown keys with the nearest name."""
+def resolve(model: type[S], values: Mapping[str, Any], where: str = "config", shown_by: str = "") -> S:
+    """Validate `values` against `model`; one `ConfigError` lists every mistake, unknown keys with the nearest name.
+
+    `shown_by`: the command that prints the keys, where it is not the model's own.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = [_describe(model, dict(problem)) for problem in error.errors()]
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-    raise ConfigError(f"{where}: {count}: " + "; ".join(problems), "`cladapt config show` prints every key and default")
+    hint = f"`cladapt {shown_by or model.shown_by}` prints every key and default"
+    raise ConfigError(f"{where}: {count}: " + "; ".join(problems), hint)
 
 
 def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
@@ -430,7 +450,7 @@ def _reason(error: Exception) -> str:
 
 def merge_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return `values` with each `a.b=c` of `overrides` applied; values parse as YAML (numbers, lists, booleans)."""
-    merged = _copy(values)
+    merged = copy.deepcopy(dict(values))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -459,10 +479,6 @@ def _parse(text: str) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def describe(settings: Settings, prefix: str = "") -> list[dict[str, Any]]:

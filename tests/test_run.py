@@ -1,14 +1,17 @@
 """The run directory: created once, found again, identified by what shapes its adapters."""
 
+import errno
+import fcntl
 import json
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
 from cladapt.config import EvalConfig, MethodConfig, RunConfig, TrainConfig
-from cladapt.errors import ConfigError, DataError
-from cladapt.run import Run, environment, new_run_path
+from cladapt.errors import ConfigError, DataError, EnvironmentProblem
+from cladapt.run import Run, environment, locked, new_run_path
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +112,7 @@ def test_the_hash_follows_what_shapes_the_adapters_and_ignores_the_evaluation() 
     hashed = Run(Path("a"), CONFIG).config_hash
     assert Run(Path("b"), CONFIG).config_hash == hashed
     assert Run(Path("a"), CONFIG.model_copy(update={"eval": EvalConfig(beams=50)})).config_hash == hashed
+    assert Run(Path("a"), CONFIG.model_copy(update={"track": "wandb"})).config_hash == hashed
     for change in ({"seed": 4}, {"train": TrainConfig(lr=0.2)}, {"method": MethodConfig(options={"strength": 0.2})}):
         assert Run(Path("a"), CONFIG.model_copy(update=change)).config_hash != hashed
 
@@ -119,3 +123,59 @@ def test_a_new_path_names_method_and_seed_and_is_fresh() -> None:
     assert first.name.endswith("-peso_eisam-s7")
     first.mkdir(parents=True)
     assert new_run_path("peso+eisam", 7) != first
+
+
+def test_a_run_is_held_by_one_command_which_the_other_hears_of() -> None:
+    path = Path("runs/a")
+    with locked(path):
+        with pytest.raises(EnvironmentProblem) as caught, locked(path):
+            pytest.fail("two at once")
+        assert caught.value.message == (f"{path} is in use: process {os.getpid()} on {platform.node()} writes into it")
+        assert caught.value.hint == "wait until it ends, or stop it; then try again"
+        (path / "config.json").touch()
+    assert [p.name for p in path.iterdir()] == ["config.json"]
+    with locked(path):
+        pass
+
+
+def test_a_lock_leaves_no_folder_where_no_run_was_begun_and_none_of_a_dead_process_counts() -> None:
+    with pytest.raises(KeyboardInterrupt), locked(Path("new/run")):
+        raise KeyboardInterrupt
+    assert [*Path("new").iterdir()] == []
+    Path("left").mkdir()
+    Path("left/.lock").write_text("process 1 on elsewhere")  # as after a kill
+    Run.refuse_existing(Path("left"))
+    with locked(Path("left")):
+        assert Path("left/.lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+    assert [*Path("left").iterdir()] == []
+
+
+def test_a_lock_that_cannot_be_written_names_the_file() -> None:
+    Path("file").touch()
+    with pytest.raises(EnvironmentProblem, match=r"^cannot write file/\.lock: "), locked(Path("file")):
+        pytest.fail("held")
+
+
+def test_a_lock_removed_while_it_was_waited_for_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, tries = Path("run"), fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        real(handle, how)
+        tries.append(how)
+        if len(tries) == 1:  # the holder ends between our opening and our locking
+            (path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(path):
+        assert len(tries) == 2
+        with pytest.raises(EnvironmentProblem), locked(path):
+            pytest.fail("two at once")
+
+
+def test_where_locks_are_not_known_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"run cannot be locked \(No locks available\)"), locked(Path("run")):
+        pass

@@ -42,7 +42,8 @@ def build(config: MethodConfig) -> Method:
     if len(set(names)) < len(names):
         raise ConfigError(f"method.name={config.name!r} names a method twice", "name each method once")
     options = _split_options(config.options, names)
-    methods = [(n, known[n](resolve(known[n].Config, options[n], f"method.options of {n}"))) for n in names]
+    configs = {n: resolve(known[n].Config, options[n], f"method.options of {n}", "methods") for n in names}
+    methods = [(n, known[n](config)) for n, config in configs.items()]
     _check_together(config.name, dict(methods))
     return methods[0][1] if len(methods) == 1 else Compose(methods)
 

@@ -202,7 +202,7 @@ def _check_bases(pooled: Sequence[Pooled]) -> None:
 
 def _settings(run: Run[Any]) -> dict[str, Any]:
     """All that shapes a run but its seed and its stream, by dotted key; the method's options with their defaults."""
-    apart = ("seed", "data", "base", "from_adapter", "method.options")
+    apart = ("seed", "data", "base", "from_adapter", "method.options", "track")
     found = {r["key"]: r["value"] for r in describe(run.config) if r["key"] not in apart}
     found = {key: value for key, value in found.items() if not key.startswith("eval.")}
     _, recipe = _made(run)

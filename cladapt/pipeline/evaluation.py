@@ -15,7 +15,7 @@ from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
 from cladapt.model.saved import load_adapter
 from cladapt.pipeline.report import METRICS, REPORT, run_report
-from cladapt.run import Run, latest_run, open_run
+from cladapt.run import Run, latest_run, locked, open_run
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import FittedBase
 
@@ -41,7 +41,8 @@ def evaluate(
     config = resolve(type(run.config.eval), {**run.config.eval.model_dump(), **settings}, "eval")
     lines, columns = run.workload.table_names(run.config.method.name, config)
     expected = read_expected(expect, columns, lines) if expect else {}
-    _, result = evaluate_run(run, config, block, sink)
+    with locked(run.path):
+        _, result = evaluate_run(run, config, block, sink)
     check_expected(expected, result["table"])
     return {
         "run": str(run.path),

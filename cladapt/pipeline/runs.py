@@ -17,10 +17,11 @@ from cladapt.model.anchors import module_of
 from cladapt.model.history import unload
 from cladapt.model.load import weights_hash
 from cladapt.model.saved import ADAPTER_FILE, adapter_block, start_from
-from cladapt.run import RUNS, Run, new_run_path, open_run
+from cladapt.run import RUNS, Run, locked, new_run_path, open_run
 from cladapt.train.checkpoint import clear_checkpoints
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Fan, JsonlSink, Sink
+from cladapt.train.track import require, tracking
 from cladapt.workloads._base import FittedBase
 
 FOLDERS = ("data", "base", "from_adapter")
@@ -35,9 +36,12 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
     stream, base = work.open_inputs(config)
     _prepare(config, stream, base)
     work.blocks(config, stream, base)
+    require(config.track)
     inputs = _fingerprints(config, stream, base)
-    run = ranks.once(lambda: Run.create(out or new_run_path(config.method.name, config.seed), config, inputs))
-    return _learn(run, stream, base, sink)
+    path = ranks.once(lambda: out or new_run_path(config.method.name, config.seed))
+    with locked(path):
+        run = ranks.once(lambda: Run.create(path, config, inputs))
+        return _learn(run, stream, base, sink)
 
 
 def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None, task: str | None = None) -> dict[str, Any]:
@@ -50,6 +54,11 @@ def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None, task:
     if task not in (None, run.task):
         raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
     _refuse_changes(run, asked or {})
+    with locked(run.path):
+        return _continue(run, sink)
+
+
+def _continue(run: Run[Any], sink: Sink) -> dict[str, Any]:
     stream, base = run.workload.open_inputs(run.config)
     notes = [*_verify_inputs(run, stream, base), *ranks.once(lambda: _mend(run))]
     if not build(run.config.method).trains or set(run.workload.blocks(run.config, stream, base)) <= set(run.adapters):
@@ -189,6 +198,7 @@ def _verify_inputs(run: Run[Any], stream: Any, base: FittedBase) -> list[str]:
 
 def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequence[str] = ()) -> dict[str, Any]:
     config, work = run.config, run.workload
+    sink.emit({"kind": "run", "path": str(run.path)})
     log: Sink = JsonlSink(run.path / "log.jsonl") if ranks.is_main() else Fan([])
     backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(config.kernels).items()}
     log.emit({"kind": "kernels", "ops": backends})
@@ -202,7 +212,10 @@ def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequ
         "seed": config.seed,
         **work.provenance(config),
     }
-    return _summary(run, work.learn(run.path, config, stream, base, everywhere, run.config_hash, provenance))
+    with tracking(config.track if ranks.is_main() else "none", run.path, config) as tracked:
+        sinks = Fan([everywhere, tracked])
+        results = work.learn(run.path, config, stream, base, sinks, run.config_hash, provenance)
+    return _summary(run, results)
 
 
 def _summary(run: Run[Any], results: Mapping[int, FitResult]) -> dict[str, Any]:

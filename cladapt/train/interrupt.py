@@ -1,31 +1,51 @@
-"""Ctrl-C, put off to a moment from which an exact continuation can start."""
+"""Ctrl-C and SIGTERM, put off to a moment from which an exact continuation can start."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function true; a second one interrupts at once.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send some time before they kill: it is obeyed as Ctrl-C is."""
 
-    Nothing is put off in other threads than the main one, nor where SIGINT already has a handler of its own.
+
+def terminate(*_: Any) -> None:
+    """Signal handler that raises `Terminated`, as Python's own for SIGINT raises `KeyboardInterrupt`."""
+    raise Terminated
+
+
+STOPS: Mapping[signal.Signals, type[KeyboardInterrupt]] = {
+    signal.SIGTERM: Terminated,
+    signal.SIGINT: KeyboardInterrupt,
+}
+"""Signals that stop a command, and what they raise."""
+_PLAIN = (signal.default_int_handler, signal.SIG_DFL, terminate)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Inside, the first signal of `STOPS` is only returned by the yielded function; a second one acts at once.
+
+    Nothing is put off in other threads than the main one, nor where a signal already has a handler of its own.
     """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    asked = False
+    before = {s: handler for s in STOPS if main and (handler := signal.getsignal(s)) in _PLAIN}
+    came: signal.Signals | None = None
 
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    signal.signal(signal.SIGINT, ask)
+    def remember(number: int, _: Any) -> None:
+        nonlocal came
+        came = signal.Signals(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, remember)
     try:
-        yield lambda: asked
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()

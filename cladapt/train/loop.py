@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from signal import Signals
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from cladapt import ops, ranks
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.train.feeds import Batch, Feed, shard
-from cladapt.train.interrupt import deferred_interrupt
+from cladapt.train.interrupt import STOPS, deferred_interrupt
 from cladapt.train.sinks import Sink
 
 
@@ -118,7 +119,7 @@ class Fit:
     ) -> FitResult:
         """Train to the end and leave the kept epoch's values in the parameters.
 
-        Ctrl-C takes effect after the step it comes in, and after a checkpoint.
+        Ctrl-C and SIGTERM take effect after the step they come in, and after a checkpoint.
         """
         began, used = time.perf_counter(), 0
         seed = self.settings.seed * 1009 + self.ctx.block
@@ -162,18 +163,19 @@ class Fit:
         unchanged = all(torch.equal(p, kept[name]) for name, p in self.ctx.parameters.items())
         return self.position.best_score if unchanged else self.score()
 
-    def _pause(self, stop: bool, due: bool, checkpoint: Callable[[Snapshot], None] | None) -> None:
-        """Between two steps: write a checkpoint where one is due or Ctrl-C came, which is then obeyed.
+    def _pause(self, came: Signals | None, due: bool, checkpoint: Callable[[Snapshot], None] | None) -> None:
+        """Between two steps: write a checkpoint where one is due or a signal to stop came, which is then obeyed.
 
-        Ctrl-C reaches several processes at different steps: all stop where the first of them has it.
+        It reaches several processes at different steps: all stop where the first of them has it.
         """
-        stop = bool(self._over_ranks([float(stop)])[0])
-        if checkpoint and (stop or due):
+        counts = self._over_ranks([float(came == signal) for signal in STOPS])
+        raised = next((kind for kind, count in zip(STOPS.values(), counts, strict=True) if count), None)
+        if checkpoint and (raised or due):
             snapshot = self.snapshot()
             if self.accelerator.is_main_process:
                 checkpoint(snapshot)
-        if stop:
-            raise KeyboardInterrupt
+        if raised:
+            raise raised
 
     def _over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sums of figures over the processes."""

@@ -7,18 +7,29 @@ import functools
 import inspect
 import json as jsonlib
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from cladapt import ranks
 from cladapt.errors import CladaptError, ConfigError
+from cladapt.train.interrupt import Terminated
+from cladapt_cli._help import documented, plain
 
 SCHEMA_VERSION = 1
+INTERRUPTED, TERMINATED = 130, 143
 SEVERAL_PROCESSES = ("train", "eval", "recommend")
+KEPT = {
+    "eval": "the run keeps its adapters; this evaluation has to start again",
+    "init": "no base is written",
+    "vision": "no base is written",
+    "pretrain": "no base is written",
+}
+"""What is left when these are stopped; `train` names the run to resume."""
 Command = Callable[..., dict[str, Any] | None]
 
 _SHARED = {
@@ -34,6 +45,8 @@ class Output:
     json = False
     quiet = False
     debug = False
+    run: str | None = None
+    """The run that is being trained, once there is one."""
     progress: Any = None
     """What shows progress now; it is closed however a command ends, or the terminal would keep its hidden cursor."""
 
@@ -41,26 +54,43 @@ class Output:
 output = Output()
 
 
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM ended the running command: its exit code, and what is left of the work."""
+
+    def __init__(self, command: str, error: KeyboardInterrupt) -> None:
+        self.exit_code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        if command != "train":
+            kept = KEPT.get(command, "what was finished is kept, and no file is half written")
+        elif output.run is None:
+            kept = "no run was begun"
+        else:
+            kept = f"what was finished is kept; continue the run: cladapt train --resume {shlex.quote(output.run)}"
+        super().__init__(f"{'terminated' if self.exit_code == TERMINATED else 'interrupted'}: {kept}")
+
+
 def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Command]:
     """Register a function as a command with the shared options; its returned dict is the result."""
 
     def decorate(function: Command) -> Command:
         signature = inspect.signature(function)
+        command = name or function.__name__
 
         @functools.wraps(function)
         def wrapped(**arguments: Any) -> None:
             output.json, output.quiet, output.debug = (arguments.pop(key) for key in _SHARED)
             output.quiet = output.quiet or not ranks.is_main()
-            command = name or function.__name__
+            output.run = None
             if ranks.ranks() > 1 and command not in SEVERAL_PROCESSES:
                 raise ConfigError(
                     f"`{command}` was started in {ranks.ranks()} processes, it works in one",
                     f"start it without torchrun; {', '.join(SEVERAL_PROCESSES)} work in several",
                 )
-            if command in SEVERAL_PROCESSES:
-                ranks.start()
             try:
+                if command in SEVERAL_PROCESSES:
+                    ranks.start()
                 result = function(**arguments)
+            except KeyboardInterrupt as error:  # typer would make one exit code of all that stops
+                raise Stopped(command, error) from error
             finally:
                 if output.progress is not None:
                     output.progress.close()
@@ -72,30 +102,21 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Comma
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[kind, option])
             for key, (kind, option) in _SHARED.items()
         ]
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
-        for parameter in own:
-            _refuse_empty_paths(parameter.annotation)
-        wrapped.__signature__ = signature.replace(parameters=[*own, *shared], return_annotation=None)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
-        app.command(name)(wrapped)
+        parameters = [documented(p) for p in (*signature.parameters.values(), *shared)]
+        wrapped.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name, help=plain(inspect.getdoc(function) or ""))(wrapped)
         return function
 
     return decorate
 
 
-def _refuse_empty_paths(annotation: Any) -> None:
-    """An empty path would be this folder: it is an unset variable of a script more often than it is meant."""
-    kind, *told = get_args(annotation) if hasattr(annotation, "__metadata__") else (annotation,)
-    if Path in (kind, *get_args(kind), *(part for each in get_args(kind) for part in get_args(each))):
-        for information in told:
-            information.parser = path
-
-
-def path(text: str) -> Path:
-    """A path as it is written; the help shows this function's name as the kind of value."""
-    if not text:
-        raise typer.BadParameter("the path is empty; write . for this folder")
-    return Path(text)
+def say(text: str) -> None:
+    """Write a line to stderr; where nobody reads it any more, the work goes on unheard."""
+    try:
+        typer.echo(text, err=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - stays open until the interpreter ends
 
 
 def show(result: dict[str, Any]) -> None:
@@ -158,6 +179,6 @@ def _text(value: Any) -> str:
 
 def fail(error: CladaptError) -> int:
     """Print the two lines of an expected failure; returns its exit code."""
-    typer.echo(f"error: {' '.join(error.message.split())}", err=True)
-    typer.echo(f"hint: {' '.join(error.hint.split())}", err=True)
+    say(f"error: {' '.join(error.message.split())}")
+    say(f"hint: {' '.join(error.hint.split())}")
     return error.exit_code

@@ -40,7 +40,9 @@ def export(
     rank: Annotated[
         int | None, typer.Option("--rank", help="Cut the adapter to this rank; the error is stated.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="With vllm: report what servers mind, write nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="With vllm: print what servers would refuse, write nothing.")
+    ] = False,
 ) -> dict[str, Any]:
     """Write an adapter for serving."""
     from cladapt.errors import ConfigError

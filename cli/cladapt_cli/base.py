@@ -19,14 +19,14 @@ def init(
     source: Annotated[str, typer.Option("--from", help="Hugging Face id or checkpoint directory of a causal LM.")],
     data: Data,
     out: Out,
-    form: Annotated[str, typer.Option("--form", help="packed or prompt: how histories are written.")] = "prompt",
+    form: Annotated[str, typer.Option("--form", help="How histories become tokens: packed or prompt.")] = "prompt",
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Add the ID tokens to a pretrained causal LM, fit their rows on block 1 and bake them in."""
+    """Add the ID tokens to a pretrained causal LM, fit their rows on block 1 and write a base+tokens directory."""
     from cladapt.config import BaseConfig, resolve
     from cladapt.pipeline import bases
 
-    config = resolve(BaseConfig, overrides_of(override), "base init")
+    config = resolve(BaseConfig, overrides_of(override, "base"), "base init", "config show --for init")
     return bases.init_base(source, data, out, form, config, Progress())
 
 
@@ -42,11 +42,11 @@ def vision(
     ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Make the base of `train --task classify`; without --source or --from a small one trained on block 1."""
+    """Write the base of `train --task classify`; without --source or --from a small one trained on block 1."""
     from cladapt.config import VitConfig, resolve
     from cladapt.pipeline import images
 
-    config = resolve(VitConfig, overrides_of(override), "base vision")
+    config = resolve(VitConfig, overrides_of(override, "base"), "base vision")
     return images.make_base(data, out, source, init_from, config, Progress())
 
 
@@ -54,12 +54,12 @@ def vision(
 def pretrain(
     data: Data,
     out: Out,
-    preset: Annotated[str | None, typer.Option("--preset", help="tiny, small or medium.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", show_default="tiny", help="tiny, small or medium.")] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Train a small Llama-family model from scratch on block 1."""
+    """Train a small Llama-family model from scratch on block 1 and write a base+tokens directory."""
     from cladapt.config import BaseConfig, resolve
     from cladapt.pipeline import bases
 
-    values = overrides_of(override) | ({} if preset is None else {"preset": preset})
+    values = overrides_of(override, "base") | ({} if preset is None else {"preset": preset})
     return bases.pretrain_base(data, out, resolve(BaseConfig, values, "base pretrain"), Progress())

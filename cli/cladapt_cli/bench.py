@@ -14,9 +14,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure throughput on this machine
 @verb(app)
 def methods(
     runs: Annotated[int, typer.Option("--runs", help="Interleaved runs behind each median.")] = 21,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the rows to this .csv file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the rows to this .csv file.")] = None,
 ) -> dict[str, Any]:
-    """Packed against padded training, our decoding against `generate`, a step of every method against fine-tuning."""
+    """Measure packed against padded training, decoding against `generate`, every method's step against fine-tuning."""
     from cladapt.pipeline import bench
 
     return bench.methods(runs, out, Progress())
@@ -25,9 +25,9 @@ def methods(
 @verb(app)
 def kernels(
     runs: Annotated[int, typer.Option("--runs", help="Interleaved runs behind each median.")] = 51,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the rows to this .csv file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the rows to this .csv file.")] = None,
 ) -> dict[str, Any]:
-    """Each kernel against its peers: measured here on a GPU; on a CPU ratios, and what a model says of an H200."""
+    """Measure each kernel against its peers on a GPU; on a CPU ratios, and what a model predicts of an H200."""
     from cladapt.pipeline import kernels as pipeline
 
     return pipeline.kernels(runs, out, Progress())

@@ -19,7 +19,7 @@ def compare(
         Path | None, typer.Option("--out", help="Also write the tables as csv and a report into this folder.")
     ] = None,
 ) -> dict[str, Any]:
-    """Compare evaluated runs: seeds pooled, paired differences against the first, over users or images."""
+    """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first."""
     from cladapt.pipeline.compare import compare_runs
 
     return compare_runs(runs, out)

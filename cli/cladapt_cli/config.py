@@ -6,22 +6,50 @@ from typing import Annotated, Any
 import typer
 
 from cladapt_cli._verb import verb
-from cladapt_cli.options import Overrides, Task
+from cladapt_cli.options import Overrides, Task, overrides_of
 
 app = typer.Typer(no_args_is_help=True, help="Show settings.")
+COMMANDS = {
+    "train": "",
+    "eval": "EvalConfig",
+    "pretrain": "BaseConfig",
+    "init": "BaseConfig",
+    "vision": "VitConfig",
+    "tokens": "TokensConfig",
+    "import": "BlocksConfig",
+    "images": "ImagesConfig",
+    "simulate": "SimulateConfig",
+}
+"""Commands by the class of their settings in `cladapt.config`; those of `train` depend on the task."""
+SECTIONS = {"pretrain": "base", "init": "base", "vision": "base"}
+"""Sections that the keys may be written in, where it is not the command's name."""
 
 
 @verb(app)
 def show(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe of `train`; default: none.")] = None,
+    command: Annotated[str, typer.Option("--for", help=f"Settings of {', '.join(COMMANDS)}.")] = "train",
     task: Task = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Print every key of a run's configuration with its value and meaning."""
-    from cladapt import workloads
-    from cladapt.config import describe, load_recipe, merge_overrides, resolve
+    """Print every setting of a command with its value, default and meaning."""
+    from cladapt import config, workloads
+    from cladapt.errors import ConfigError
 
-    values = merge_overrides(load_recipe(recipe) if recipe else {}, override or [])
-    named = values.pop("task", None)
-    kind = workloads.get(named if task is None else task).config
-    return {"config": describe(resolve(kind, values, str(recipe) if recipe else "config"))}
+    if command not in COMMANDS:
+        raise ConfigError(f"--for {command}: no such settings", f"use one of {', '.join(COMMANDS)}")
+    if command == "train":
+        values = config.merge_overrides(config.load_recipe(recipe) if recipe else {}, override or [])
+        named = values.pop("task", None)
+        kind: Any = workloads.get(named if task is None else task).config
+        return {"config": config.describe(config.resolve(kind, values, str(recipe) if recipe else "config"))}
+    if recipe is not None:
+        raise ConfigError(f"--for {command} {recipe}: a recipe holds the settings of train", "leave out one of them")
+    if task is not None and command != "eval":
+        raise ConfigError(
+            f"--for {command} --task {task}: its settings are the same for every task", "leave out --task"
+        )
+    kind = type(workloads.get(task).config().eval) if command == "eval" else getattr(config, COMMANDS[command])
+    values = overrides_of(override, SECTIONS.get(command, command))
+    shown_by = "" if command == "eval" else f"config show --for {command}"
+    return {"config": config.describe(config.resolve(kind, values, command, shown_by))}

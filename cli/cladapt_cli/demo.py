@@ -19,7 +19,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of data, base and runs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller stream and fewer epochs: a smoke test.")] = False,
 ) -> dict[str, Any]:
-    """Simulate drifting users, train a tiny base, adapt it with PESO and fine-tuning, test and compare."""
+    """Simulate drifting users, train a tiny base, adapt it with PESO and fine-tuning, compare; writes one folder."""
     from cladapt.pipeline import demo
 
     return demo.demo(out, seed, quick, Progress())

@@ -8,9 +8,8 @@ import typer
 from cladapt import workloads
 
 StreamDir = Annotated[Path, typer.Argument(help="Stream directory.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a setting; repeatable.")
-]
+OVERRIDE = "Override a setting, repeatable; `cladapt config show --for COMMAND` prints all with their defaults."
+Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help=OVERRIDE)]
 
 Task = Annotated[
     str | None,
@@ -18,11 +17,12 @@ Task = Annotated[
 ]
 
 
-def overrides_of(override: list[str] | None) -> dict[str, Any]:
-    """`KEY=VALUE` options as a nested dict."""
+def overrides_of(override: list[str] | None, section: str = "") -> dict[str, Any]:
+    """`KEY=VALUE` options as a nested dict; `SECTION.KEY=VALUE`, as in a recipe, means the same."""
     from cladapt.config import merge_overrides
 
-    return merge_overrides({}, override or [])
+    prefix = f"{section}." if section else ""
+    return merge_overrides({}, [text.lstrip().removeprefix(prefix) for text in override or []])
 
 
 def method_names() -> list[str]:

@@ -4,9 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import typer
-
-from cladapt_cli._verb import output
+from cladapt_cli._verb import output, say
 
 
 class Progress:
@@ -19,19 +17,23 @@ class Progress:
         output.progress = self
 
     def emit(self, event: Mapping[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "run":
+            output.run = event["path"]
         if output.quiet:
             return
-        kind = event["kind"]
-        if kind == "note":
-            self._line(event["text"])
+        if kind == "run":
+            say(f"run: {event['path']}")
+        elif kind == "note":
+            say(event["text"])
         elif not sys.stderr.isatty():
             if kind in ("epoch", "block"):
-                self._line(_plain(event))
+                say(_plain(event))
         elif kind == "step":
             self._step(event)
         elif kind == "block":
             self.close()
-            self._line(_plain(event))
+            say(_plain(event))
 
     def _step(self, event: Mapping[str, Any]) -> None:
         if self._bar is None or self._block != event["block"]:
@@ -50,9 +52,6 @@ class Progress:
         unit = speed.removesuffix("_per_second")
         text = f"loss {event['loss']:.3f}  penalty {penalty:.2e}  {event[speed]:,.0f} {unit}/s"
         self._bar.update(self._task, completed=event["progress"], text=text)
-
-    def _line(self, text: str) -> None:
-        typer.echo(text, err=True)
 
     def close(self) -> None:
         """Take the bar off the terminal."""

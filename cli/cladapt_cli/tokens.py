@@ -14,14 +14,14 @@ app = typer.Typer(no_args_is_help=True, help="Build and inspect semantic IDs.")
 @verb(app)
 def build(
     stream: StreamDir,
-    index: Annotated[Path | None, typer.Option("--index", help="Take the IDs of an index JSON instead.")] = None,
+    index: Annotated[Path | None, typer.Option("--index", help="Take the IDs of this index JSON instead.")] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Give every item a semantic ID: text, embedding, residual k-means fitted on the items of block 1."""
+    """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1."""
     from cladapt.config import TokensConfig, resolve
     from cladapt.pipeline import streams
 
-    return streams.build_tokens(stream, resolve(TokensConfig, overrides_of(override), "tokens build"), index)
+    return streams.build_tokens(stream, resolve(TokensConfig, overrides_of(override, "tokens"), "tokens build"), index)
 
 
 @verb(app)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cladapt_cli._verb import verb
-from cladapt_cli.options import Overrides, Task, method_names
+from cladapt_cli.options import Overrides, Task, method_names, overrides_of
 from cladapt_cli.progress import Progress
 
 
@@ -21,28 +21,33 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
     task: Task = None,
     method: Annotated[
-        str | None, typer.Option("--method", help=f"{', '.join(method_names())}; join several with +.")
+        str | None,
+        typer.Option("--method", show_default="peso", help=f"{', '.join(method_names())}; join several with +."),
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Stream directory; default: the embedded one.")] = None,
     base: Annotated[
         Path | None, typer.Option("--base", help="Base+tokens directory; default: the embedded one.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs per block.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="LoRA rank.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", show_default="0", help="Seed of everything random.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", show_default="0.002", help="Peak learning rate.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", show_default="6; of images 20", help="Epochs per block.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", show_default="8", help="LoRA rank.")] = None,
     override: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory; default: a new one under runs/.")] = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", help="Continue this interrupted run exactly; settings beside it must be its own."),
+        typer.Option(
+            "--resume", help="Continue this interrupted run exactly; settings given with it must equal the run's."
+        ),
     ] = None,
     from_adapter: Annotated[
-        Path | None, typer.Option("--from-adapter", help="Start from this adapter with a fresh optimiser.")
+        Path | None, typer.Option("--from-adapter", show_default="a fresh adapter", help="Start from this adapter.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate and estimate; write nothing.")] = False,
 ) -> dict[str, Any]:
-    """Adapt a base to every new block of a stream, one LoRA adapter per block."""
+    """Adapt a base to every new block of a stream; reads both, writes a run with one LoRA adapter per block."""
     from cladapt import workloads
     from cladapt.config import load_recipe, merge_overrides, resolve
     from cladapt.errors import ConfigError
@@ -80,22 +85,23 @@ def train(
 
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Run directory; default: the latest run.")] = None,
-    block: Annotated[int | None, typer.Option("--block", help="Test on this block alone.")] = None,
-    top_k: Annotated[str | None, typer.Option("--top-k", help="Cut-offs, e.g. 5,10.")] = None,
-    beams: Annotated[int | None, typer.Option("--beams", help="Beam width.")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Override a key of `eval`.")
+    block: Annotated[
+        int | None, typer.Option("--block", show_default="every block", help="Test on this block alone.")
     ] = None,
+    top_k: Annotated[
+        str | None, typer.Option("--top-k", show_default="the run's own", help="Cut-offs, e.g. 5,10.")
+    ] = None,
+    beams: Annotated[int | None, typer.Option("--beams", show_default="the run's own", help="Beam width.")] = None,
+    override: Overrides = None,
     expect: Annotated[
         Path | None,
         typer.Option("--expect", help="YAML or JSON {line: {metric: [low, high]}}; exit 5 when a value is outside."),
     ] = None,
 ) -> dict[str, Any]:
-    """Test every adapter of a run on every block, with the base and the counts-only baselines in the same table."""
+    """Test every adapter of a run on every block; writes rows, metrics.json and report.html into the run."""
     from cladapt.config import merge_overrides
     from cladapt.pipeline import evaluation
 
     flags = {"top_k": None if top_k is None else f"[{top_k}]", "beams": beams}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    settings = merge_overrides({}, [*given, *(override or [])])
-    return evaluation.evaluate(run, settings, block, Progress(), expect)
+    given = merge_overrides({}, [f"{key}={value}" for key, value in flags.items() if value is not None])
+    return evaluation.evaluate(run, {**given, **overrides_of(override, "eval")}, block, Progress(), expect)

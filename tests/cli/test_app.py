@@ -1,11 +1,14 @@
 """The contract of the command line whatever the command: exit codes, two lines per failure, clean output streams."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,12 @@ import pytest
 
 import cladapt
 from cladapt import __version__
-from cladapt.config import RunConfig, describe
 from cladapt.errors import CheckFailed, CladaptError, ConfigError, DataError, EnvironmentProblem
 from cladapt.methods import available
 from cladapt.pipeline import streams
-from cladapt_cli._verb import output
-from cladapt_cli.app import run
+from cladapt.train.interrupt import terminate
+from cladapt_cli._verb import Stopped, output
+from cladapt_cli.app import main, run
 from cladapt_cli.options import method_names
 from cladapt_cli.progress import Progress
 
@@ -78,10 +81,52 @@ def test_debug_shows_the_traceback_and_still_the_two_lines(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_ctrl_c_is_130_and_one_line(command: Callable[[Any], None], capsys: Capture) -> None:
-    command(lambda: signal.raise_signal(signal.SIGINT))
-    assert run(["data", "check", "x"]) == 130
-    assert capsys.readouterr().err == "interrupted: what was finished is kept; continue a run with --resume\n"
+def test_ctrl_c_is_130_and_sigterm_143_and_one_line(
+    command: Callable[[Any], None], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, handler, code, word in (
+        (signal.SIGINT, signal.default_int_handler, 130, "interrupted"),
+        (signal.SIGTERM, terminate, 143, "terminated"),
+    ):
+        previous = signal.signal(number, handler)
+        try:
+            command(partial(signal.raise_signal, number))
+            assert run(["data", "check", "x"]) == code
+        finally:
+            signal.signal(number, previous)
+        assert capsys.readouterr().err == f"{word}: what was finished is kept, and no file is half written\n"
+
+
+def test_the_command_answers_sigterm_unless_it_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cladapt", "--version"])
+    for before, after in ((signal.SIG_DFL, terminate), (signal.SIG_IGN, signal.SIG_IGN)):
+        previous = signal.signal(signal.SIGTERM, before)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 0
+            assert signal.getsignal(signal.SIGTERM) is after
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "text"),
+    [
+        ("train", None, "interrupted: no run was begun"),
+        (
+            "train",
+            "runs/a b",
+            "interrupted: what was finished is kept; continue the run: cladapt train --resume 'runs/a b'",
+        ),
+        ("eval", "runs/a", "interrupted: the run keeps its adapters; this evaluation has to start again"),
+        ("pretrain", None, "interrupted: no base is written"),
+    ],
+)
+def test_who_is_stopped_hears_what_is_left_and_only_train_of_resuming(name: str, told: str | None, text: str) -> None:
+    output.run = told
+    assert str(Stopped(name, KeyboardInterrupt())) == text
+    output.run = None
 
 
 def test_a_reader_that_went_away_is_no_failure(command: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +160,43 @@ def test_a_usage_mistake_is_two_lines_and_two(arguments: list[str], text: str, h
     assert found.out == ""
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["config", "show"], ["config", "show", "--json"], ["--version"]])
+def test_a_closed_pipe_ends_with_zero_and_without_a_word(arguments: list[str], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "cladapt_cli", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_work_goes_on_where_nobody_reads_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Closed())
+        for _ in range(2):
+            Progress().emit({"kind": "note", "text": "hello"})
+        assert sys.stderr.name == os.devnull
+        sys.stderr.close()
+
+
 @pytest.mark.parametrize("arguments", [[], ["data"], ["tokens"], ["base"], ["config"]])
-def test_a_group_alone_shows_its_help_and_is_two(arguments: list[str], capsys: Capture) -> None:
-    assert run(arguments) == 2
+def test_a_group_alone_shows_its_help_and_is_zero(arguments: list[str], capsys: Capture) -> None:
+    assert run(arguments) == 0
     found = capsys.readouterr()
-    assert "Usage:" in found.err + found.out
+    assert (found.out + found.err).count("Usage:") == 1
 
 
 def test_version_and_help(capsys: Capture) -> None:
@@ -211,6 +288,7 @@ def test_progress_is_a_line_per_epoch_away_from_a_terminal_and_a_bar_on_one(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[dict[str, Any]] = [
+        {"kind": "run", "path": "runs/a"},
         {"kind": "note", "text": "hello"},
         STEP,
         {"kind": "epoch", "block": 2, "valid_log_likelihood": -1.23456},
@@ -218,12 +296,13 @@ def test_progress_is_a_line_per_epoch_away_from_a_terminal_and_a_bar_on_one(
     output.quiet = False
     for event in events:
         Progress().emit(event)
-    assert capsys.readouterr().err == "hello\nepoch: block 2, valid_log_likelihood -1.235\n"
-    output.quiet = True
+    assert capsys.readouterr().err == "run: runs/a\nhello\nepoch: block 2, valid_log_likelihood -1.235\n"
+    output.quiet, output.run = True, None
     for event in events:
         Progress().emit(event)
     output.quiet = False
     assert capsys.readouterr().err == ""
+    assert output.run == "runs/a"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress()
     for event in (STEP, {**STEP, "block": 3}, {"kind": "block", "block": 3, "steps": 2}):
@@ -249,20 +328,6 @@ def test_help_answers_without_the_engine_s_libraries() -> None:
 
 def test_the_options_of_train_name_the_methods_of_the_folder() -> None:
     assert method_names() == sorted(available())
-
-
-def test_config_show_has_every_key_with_its_meaning(
-    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(["config", "show", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["config"]
-    assert [row["key"] for row in rows] == [row["key"] for row in describe(RunConfig())]
-    assert all(row["meaning"] for row in rows)
-    Path("recipe.yaml").write_text("seed: 5\ntrain:\n  lr: 1e-3\n")
-    assert run(["config", "show", "recipe.yaml", "-o", "train.lr=0.5", "--json"]) == 0
-    values = {row["key"]: row["value"] for row in json.loads(capsys.readouterr().out)["config"]}
-    assert (values["seed"], values["train.lr"], values["train.epochs"]) == (5, 0.5, 6)
 
 
 def test_methods_and_doctor(capsys: Capture) -> None:

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraModel
 from cladapt.artifacts import read_json
 from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
 from cladapt.workloads import recommend
+from cladapt_cli._verb import output
 from cladapt_cli.app import run
 from cladapt_cli.progress import Progress
 
@@ -165,7 +166,8 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(inside: World, tmp_pat
     answer = cladapt(f"train {INPUTS} --epochs 1 --out {tmp_path / 'run'} --json")
     assert answer.json["run"] == str(tmp_path / "run")
     kinds = [line.split(":")[0] for line in answer.err.splitlines()]
-    assert kinds == ["epoch", "block", "epoch", "block"]
+    assert kinds == ["run", "epoch", "block", "epoch", "block"]
+    assert answer.err.startswith(f"run: {tmp_path / 'run'}\n")
 
 
 def test_the_bare_commands_work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +191,8 @@ def test_ctrl_c_in_a_block_is_130_and_resume_finishes_as_if_nothing_had_happened
     inside: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def emit(self: Progress, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "run":
+            output.run = event["path"]
         if (event["kind"], event.get("block"), event.get("step")) == ("step", 3, 2):
             signal.raise_signal(signal.SIGINT)
 
@@ -196,7 +200,8 @@ def test_ctrl_c_in_a_block_is_130_and_resume_finishes_as_if_nothing_had_happened
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "emit", emit)
         stopped = cladapt(f"{line} --json")
-    assert stopped == Answer(130, "", "interrupted: what was finished is kept; continue a run with --resume\n")
+    message = "interrupted: what was finished is kept"
+    assert stopped == Answer(130, "", f"{message}; continue the run: cladapt train --resume {tmp_path / 'run'}\n")
     assert (tmp_path / "run" / "checkpoints" / "block_003_step_00000002").is_dir()
     answer = cladapt(f"train --resume {tmp_path / 'run'} --json --quiet")
     assert [row["block"] for row in answer.json["blocks"]] == [3]

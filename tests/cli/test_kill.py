@@ -6,6 +6,7 @@ processes are forks of a server that has them.
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import pytest
 from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
 from cladapt.pipeline import bases, streams
 from cladapt.train.sinks import MemorySink
+from cladapt_cli.app import run as cladapt
 
 pytestmark = pytest.mark.slow
 
@@ -147,16 +149,46 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_adapters(whole: Path) -> No
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def test_ctrl_c_ends_with_130_after_a_checkpoint_and_changes_nothing(whole: Path) -> None:
-    run = whole.with_name(f"{whole.name}-interrupted")
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_to_stop_ends_after_a_checkpoint_and_changes_nothing(
+    number: int, code: int, word: str, whole: Path
+) -> None:
+    run = whole.with_name(f"{whole.name}-{word}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "cladapt_cli.app", "train", *fresh(run)]
     with subprocess.Popen(command, cwd=run.parent, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert until(lambda: process.poll() is None, lambda: steps(run) > steps(whole) * 2 // 3)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130, err
-    assert err.endswith("interrupted: what was finished is kept; continue a run with --resume\n")
+    assert process.returncode == code, err
+    assert err.startswith(f"run: {run}\n")
+    assert err.endswith(f"{word}: what was finished is kept; continue the run: cladapt train --resume {run}\n")
     assert {p.name[:9] for p in (run / "checkpoints").iterdir()} == {"block_003"}
     assert ended(start(run, ["--resume", str(run)])) == 0, said(run)
     assert adapters(run) == adapters(whole)
+
+
+def test_a_run_in_use_is_refused_by_a_second_resume_and_by_eval_until_its_holder_is_killed(whole: Path) -> None:
+    run = whole.with_name(f"{whole.name}-held")
+    process = start(run, fresh(run))
+    assert until(process.is_alive, partial(passed, run, 1))
+    os.kill(process.pid or 0, signal.SIGSTOP)
+    log = (run / "log.jsonl").read_bytes()
+    again = ["train", "--resume", str(run)], ["eval", str(run)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parent)
+        for arguments in again:
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                assert cladapt(arguments) == 4
+            assert f"{run} is in use: process {process.pid} on " in err.getvalue()
+    assert (run / "log.jsonl").read_bytes() == log
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    assert ended(start(run, ["--resume", str(run)])) == 0, said(run)
+    assert adapters(run) == adapters(whole)
+    assert not (run / ".lock").exists()

@@ -233,6 +233,7 @@ def stopped(world: Path) -> dict[str, tuple[int, str]]:
     ends = {
         "killed": stop(world, "killed", kill_first_rank),
         "interrupted": stop(world, "interrupted", lambda process: process.send_signal(signal.SIGINT)),
+        "terminated": stop(world, "terminated", lambda process: process.send_signal(signal.SIGTERM)),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
@@ -240,12 +241,12 @@ def stopped(world: Path) -> dict[str, tuple[int, str]]:
         with pytest.raises(KeyboardInterrupt):
             runs.train(config, Path("alone"), Stops())
         shutil.copytree("killed", "handed")
-        newest = max(p.name for p in (world / "interrupted" / "checkpoints").iterdir())
-        (world / "newest").write_text(newest)
-        said = succeed_in_two(world, "resumed", [f"train --resume {n}" for n in ("killed", "interrupted", "alone")])
-    return ends | {
-        f"resumed {n}": (0, err) for n, (_, err) in zip(("killed", "interrupted", "alone"), said, strict=True)
-    }
+        for name in ("interrupted", "terminated"):
+            newest = max(p.name for p in (world / name / "checkpoints").iterdir())
+            (world / f"newest-{name}").write_text(newest)
+        again = ("killed", "interrupted", "terminated", "alone")
+        said = succeed_in_two(world, "resumed", [f"train --resume {n}" for n in again])
+    return ends | {f"resumed {n}": (0, err) for n, (_, err) in zip(again, said, strict=True)}
 
 
 @pytest.mark.slow
@@ -262,15 +263,18 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes_to_the_same_adapters(
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_ranks_at_one_step_with_a_checkpoint(stopped: dict[str, tuple[int, str]], world: Path) -> None:
-    _, err = stopped["interrupted"]
-    assert err.count("interrupted: what was finished is kept") == 1, err
+@pytest.mark.parametrize("name", ["interrupted", "terminated"])
+def test_a_signal_stops_all_ranks_at_one_step_with_a_checkpoint(
+    name: str, stopped: dict[str, tuple[int, str]], world: Path
+) -> None:
+    _, err = stopped[name]
+    assert err.count(f"{name}: what was finished is kept; continue the run: cladapt train --resume {name}") == 1, err
     assert told(err) == []
-    events = [json.loads(line) for line in (world / "interrupted" / "log.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (world / name / "log.jsonl").read_text().splitlines()]
     resumed = next(i for i, e in enumerate(events) if i and e["kind"] == "kernels")
     last = next(e for e in reversed(events[:resumed]) if e["kind"] == "step")
-    assert (world / "newest").read_text() == f"block_{last['block']:03d}_step_{last['step']:08d}"
-    assert adapters(world / "interrupted") == adapters(world / "whole")
+    assert (world / f"newest-{name}").read_text() == f"block_{last['block']:03d}_step_{last['step']:08d}"
+    assert adapters(world / name) == adapters(world / "whole")
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_what_is_saved_is_peft_s_and_loads_without_the_layer(base: nn.Module, tm
 
 
 def test_a_4_bit_base_goes_through_its_own_dequantised_weight() -> None:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the quant extra")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
     def adapted_4_bit(fused: bool) -> Any:
         quantised = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.float32, quant_type="nf4")

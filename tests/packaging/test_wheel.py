@@ -1,6 +1,7 @@
 """The built wheel: exactly our packages, all of their files, the command and its metadata."""
 
 import configparser
+import re
 import subprocess
 import sys
 import zipfile
@@ -64,6 +65,20 @@ def test_metadata_states_version_python_and_licence(wheel: zipfile.ZipFile, meta
     assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("cladapt", __version__, ">=3.11")
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in wheel.read(f"{DIST_INFO}/licenses/LICENSE").decode()
+
+
+def test_every_extra_is_used_by_the_sources(metadata: Message) -> None:
+    names = {"sentence-transformers": "sentence_transformers", "pillow": "PIL"}
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "cladapt").rglob("*.py"))
+    extras: dict[str, list[str]] = {}
+    for line in metadata.get_all("Requires-Dist", []):
+        if match := re.search(r"^([\w.-]+).*extra == '(\w+)'", line):
+            extras.setdefault(match[2], []).append(match[1])
+    del extras["dev"]
+    assert {*extras} == {"embed", "images", "track"}
+    used = re.compile(r"(?:import |from |: \"(?:torch\.utils\.)?)(\w+)")
+    imported = {*used.findall(sources)}
+    assert [p for packages in extras.values() for p in packages if names.get(p, p) not in imported] == []
 
 
 def test_triton_is_asked_for_on_linux_alone(metadata: Message) -> None:

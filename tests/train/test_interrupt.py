@@ -1,18 +1,47 @@
-"""Ctrl-C inside the block that puts it off, real signals throughout."""
+"""Ctrl-C and SIGTERM inside the block that puts them off, real signals throughout."""
 
 import signal
 import threading
+from typing import Any
 
 import pytest
 
-from cladapt.train.interrupt import deferred_interrupt
+from cladapt.train.interrupt import Terminated, deferred_interrupt, terminate
 
 
 def test_the_first_ctrl_c_is_only_remembered() -> None:
     with deferred_interrupt() as interrupted:
-        assert not interrupted()
+        assert interrupted() is None
         signal.raise_signal(signal.SIGINT)
-        assert interrupted()
+        assert interrupted() is signal.SIGINT
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, terminate], ids=["of the system", "of the command"])
+def test_sigterm_is_remembered_as_ctrl_c_is(before: Any) -> None:
+    previous = signal.signal(signal.SIGTERM, before)
+    try:
+        with deferred_interrupt() as interrupted:
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupted() is signal.SIGTERM
+            assert signal.getsignal(signal.SIGTERM) is before  # the second one acts at once
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_second_signal_of_the_other_kind_acts_at_once() -> None:
+    def hurried() -> None:
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(Terminated):
+            hurried()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
@@ -39,7 +68,7 @@ def test_a_handler_of_someone_else_is_left_alone() -> None:
     try:
         with deferred_interrupt() as interrupted:
             signal.raise_signal(signal.SIGINT)
-            assert not interrupted()
+            assert interrupted() is None
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -55,4 +84,4 @@ def test_other_threads_have_no_signals_to_put_off() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [(False, True)]
+    assert found == [(None, True)]
