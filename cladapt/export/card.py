@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel
 
 from cladapt.artifacts import hash_value, read_record
-from cladapt.run import ENVIRONMENT, Run
+from cladapt.config import RunSettings
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
@@ -47,6 +47,20 @@ class ScoresRecord(BaseModel):
     matrix: list[CellRecord] = []
 
 
+class Trained(Protocol):
+    """The run that an adapter is of."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> RunSettings: ...
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        """Versions on the machine that it began on."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a run knows about its data, its scores and its machine; all empty for an adapter without one."""
@@ -57,14 +71,14 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def facts_of(run: Run | None, stream: str | None) -> Facts:
+def facts_of(run: Trained | None, stream: str | None) -> Facts:
     """What `run` knows; its data folder counts only while it still is the stream of that fingerprint."""
     if run is None:
         return Facts()
     manifest = _read(Path(run.config.data) / "manifest.json", ManifestRecord, "restore the stream directory")
     if hash_value(manifest.get("hashes")) != stream:
         manifest = {}
-    packages = run.environment()["packages"] if os.path.lexists(run.path / ENVIRONMENT) else {}
+    packages = run.packages
     return Facts(
         license=str(manifest.get("license") or UNKNOWN),
         source=str(manifest.get("source") or UNKNOWN),

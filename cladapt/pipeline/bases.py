@@ -5,35 +5,25 @@ from typing import Any, cast
 
 from torch import nn
 
-from cladapt import ranks
 from cladapt.config import BaseConfig
-from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.export.targets import refuse_existing
-from cladapt.model.load import Base, extend_model, new_model, save_base
+from cladapt.model.load import Base, extend_model, save_base
 from cladapt.ops import compute_device
-from cladapt.pipeline.streams import load_sids
+from cladapt.tokens.build import load_sids
+from cladapt.train.bases import base_record, first_block, make_base
 from cladapt.train.loop import FitResult
-from cladapt.train.pretrain import fit_token_rows, pretrain
+from cladapt.train.pretrain import fit_token_rows
 from cladapt.train.sinks import Sink
-from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
+from cladapt.train.stream import catalogue_softmax
 
 
 def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict[str, Any]:
     """Train a small model from scratch on block 1 and write it as base+tokens."""
     refuse_existing(out)
     stream = Stream.load(data)
-    sids = load_sids(data, stream)
-    model, tokenizer = new_model(config.preset, sids, config.seed, config.tie_embeddings)
-    cast(nn.Module, model).to(compute_device())  # before the softmax, which lies beside the head
-    base = Base(model, tokenizer, sids, {})
-    form = make_form("packed", base, config.window, config.row_tokens)
-    split = split_block(stream, 1)
-    softmax = catalogue_softmax(base, stream, 1, config.softmax)
-    documents = training_documents(split, form), validation_documents(split, form)
-    result = pretrain(model, softmax, *documents, config, sink)
-    ranks.once(lambda: save_base(out, model, tokenizer, sids, _provenance(stream, config, fitted_block=1)))
+    base, result = make_base(out, stream, load_sids(data, stream), config, sink)
     return _report(out, base, result)
 
 
@@ -52,18 +42,12 @@ def init_base(source: str, data: Path, out: Path, form_name: str, config: BaseCo
     base = Base(model, tokenizer, sids, {})
     result = None
     if config.epochs:
-        form = make_form(form_name, base, config.window, config.row_tokens)
-        split = split_block(stream, 1)
         softmax = catalogue_softmax(base, stream, 1, config.softmax)
-        documents = training_documents(split, form), validation_documents(split, form)
+        documents = first_block(stream, base, form_name, config)
         model, result = fit_token_rows(model, new, softmax, *documents, config, sink)
-    record = {**_provenance(stream, config, fitted_block=0), "source": source, "new_tokens": len(new)}
+    record = {**base_record(stream, config, fitted_block=0), "source": source, "new_tokens": len(new)}
     save_base(out, model, tokenizer, sids, record)
     return {**_report(out, base, result), "new_tokens": len(new)}
-
-
-def _provenance(stream: Stream, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
-    return {"stream": stream.fingerprint, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
 
 
 def _report(out: Path, base: Base, result: FitResult | None) -> dict[str, Any]:

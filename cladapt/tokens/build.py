@@ -3,13 +3,34 @@
 Embedding and codebooks are fitted on the items known at block 1 and then frozen; later items are encoded with them.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
+from cladapt.errors import DataError
 from cladapt.tokens.embed import embed
 from cladapt.tokens.quantize import ResidualKMeans
 from cladapt.tokens.sids import SidTable
+
+SIDS = "sids.parquet"
+CODEBOOKS = "codebooks.safetensors"
+
+
+def load_sids(folder: Path, stream: Stream) -> SidTable:
+    """The IDs of a stream directory in the order of its items."""
+    if not (folder / SIDS).is_file():
+        raise DataError(f"{folder} has no {SIDS}", f"give its items semantic IDs: cladapt tokens build {folder}")
+    return SidTable.load(folder / SIDS).align(stream.items["item"].to_list())
+
+
+def save_sids(folder: Path, stream: Stream, config: TokensConfig) -> SidTable:
+    """Give the items of a stream directory IDs, and write these with their codebooks."""
+    table, codebooks = build_sids(stream, config)
+    codebooks.save(folder / CODEBOOKS)
+    table.save(folder / SIDS)
+    return table
 
 
 def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, ResidualKMeans]:
