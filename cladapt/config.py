@@ -253,23 +253,37 @@ class EvalConfig(Settings):
         return self
 
 
-class RunConfig(Settings):
-    """A whole run: `cladapt train` resolves one, the run directory keeps it."""
+class RunSettings(Settings):
+    """What a run of any task is asked; the tasks are the files of `cladapt.workloads`."""
 
+    task: ClassVar[str]
+    """Name of the workload that these settings are for."""
     seed: Seed = 0
     """Seed of adapter initialisation, order and dropout."""
     data: str = ""
-    """Stream directory; empty = the embedded simulated stream."""
+    """Stream directory."""
     base: str = ""
-    """Base+tokens directory; empty = the embedded tiny base."""
-    from_adapter: str = ""
-    """Adapter directory that the first block starts from; empty = a fresh adapter."""
+    """Base directory."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
     track: Trackers = "none"
     """Where figures go too: `tensorboard`, `wandb`, `trackio`, `mlflow`, several joined by `+`, or `none`; local."""
     adapter: AdapterConfig = AdapterConfig()
     method: MethodConfig = MethodConfig()
+    train: FitConfig = FitConfig()
+    eval: Settings = Settings()
+
+
+class RunConfig(RunSettings):
+    """A whole run: `cladapt train` resolves one, the run directory keeps it."""
+
+    task: ClassVar[str] = "recommend"
+    data: str = ""
+    """Stream directory; empty = the embedded simulated stream."""
+    base: str = ""
+    """Base+tokens directory; empty = the embedded tiny base."""
+    from_adapter: str = ""
+    """Adapter directory that the first block starts from; empty = a fresh adapter."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -336,36 +350,17 @@ class ClassEvalConfig(Settings):
     """`test`: what is reported; `valid`: what hyper-parameters are chosen by."""
 
 
-class ClassifyConfig(Settings):
+class ClassifyConfig(RunSettings):
     """A whole run of `cladapt train --task classify`."""
 
+    task: ClassVar[str] = "classify"
     shown_by = "config show --task classify"
-    seed: Seed = 0
-    """Seed of adapter initialisation, order and dropout."""
     data: str = ""
     """Image stream directory; empty = scikit-learn's digits in 5 blocks."""
     base: str = ""
     """Vision base directory; empty = a small one trained on block 1."""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Which implementation of the ops runs; `CLADAPT_KERNELS` overrides it."""
-    track: Trackers = "none"
-    """Where figures go too: `tensorboard`, `wandb`, `trackio`, `mlflow`, several joined by `+`, or `none`; local."""
-    adapter: AdapterConfig = AdapterConfig()
-    method: MethodConfig = MethodConfig()
     train: ImageTrainConfig = ImageTrainConfig()
     eval: ClassEvalConfig = ClassEvalConfig()
-
-
-TASKS: Mapping[str, type[RunConfig] | type[ClassifyConfig]] = {"recommend": RunConfig, "classify": ClassifyConfig}
-
-
-def task_of(name: Any) -> type[RunConfig] | type[ClassifyConfig]:
-    """The settings of a task; None is recommending."""
-    if name is None:
-        return RunConfig
-    if name not in TASKS:
-        raise ConfigError(f"task={name!r} is not known", f"use {' or '.join(TASKS)}")
-    return TASKS[name]
 
 
 S = TypeVar("S", bound=Settings)

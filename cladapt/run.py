@@ -13,14 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
-from cladapt import __version__, ranks
+from cladapt import __version__, ranks, workloads
 from cladapt.artifacts import check_writable, hash_value, is_leftover, read_record, write_json
-from cladapt.config import TASKS, ClassifyConfig, RunConfig, resolve
+from cladapt.config import RunConfig, RunSettings, resolve
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from cladapt.workloads._base import Workload
 
 RUNS = Path("runs")
 ENVIRONMENT = "environment.json"
@@ -28,11 +31,17 @@ LOCK = ".lock"
 SCHEMA_VERSION = 1
 
 
+def _known(task: str) -> str:
+    if task not in workloads.names():
+        raise ValueError(f"expected {' or '.join(workloads.names())}")
+    return task
+
+
 class RunRecord(BaseModel):
     """What config.json must hold; runs of older versions have no inputs and no task."""
 
     schema_version: Literal[1]
-    task: Literal["recommend", "classify"] = "recommend"
+    task: Annotated[str, AfterValidator(_known)] = workloads.DEFAULT
     config: dict[str, Any]
     inputs: dict[str, str] = {}
 
@@ -49,7 +58,7 @@ class PointerRecord(BaseModel):
     run: str = Field(min_length=1)
 
 
-C = TypeVar("C", bound=RunConfig | ClassifyConfig)
+C = TypeVar("C", bound=RunSettings)
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,13 @@ class Run(Generic[C]):
 
     @property
     def task(self) -> str:
-        """What its base is adapted to do: recommend or classify."""
-        return next(name for name, kind in TASKS.items() if isinstance(self.config, kind))
+        """What its base is adapted to do, as `--task` names it."""
+        return self.config.task
+
+    @property
+    def workload(self) -> "Workload[C, Any, Any, Any]":
+        """What runs of its task differ in from others."""
+        return workloads.get(self.task)
 
     @classmethod
     def create(cls, path: Path, config: C, inputs: Mapping[str, str]) -> "Run[C]":
@@ -110,6 +124,11 @@ class Run(Generic[C]):
         hint = "restore this file; where it is lost, `cladapt train --resume` records the present machine"
         return read_record(self.path / ENVIRONMENT, MachineRecord, hint)
 
+    @property
+    def packages(self) -> Mapping[str, str]:
+        """Versions on the machine that the run began on; none where that is not recorded."""
+        return self.environment()["packages"] if os.path.lexists(self.path / ENVIRONMENT) else {}
+
     def environment_changes(self) -> list[str]:
         """What differs between this machine and the one that the run began on, as `name: then -> now`."""
         if not os.path.lexists(self.path / ENVIRONMENT):
@@ -132,13 +151,13 @@ class Run(Generic[C]):
         return cls.open(latest_run())
 
 
-def open_run(path: Path) -> Run[RunConfig | ClassifyConfig]:
+def open_run(path: Path) -> Run[Any]:
     """Open a run directory of any task."""
     if not (path / "config.json").is_file():
         raise DataError(f"{path} is not a run directory: it has no config.json", "make one with `cladapt train`")
     hint = f"restore this file; this version reads schema_version {SCHEMA_VERSION}"
     record = read_record(path / "config.json", RunRecord, hint)
-    config = resolve(TASKS[record.get("task", "recommend")], record["config"], str(path / "config.json"))
+    config = resolve(workloads.get(record.get("task")).config, record["config"], str(path / "config.json"))
     return Run(path, config, record.get("inputs", {}))
 
 

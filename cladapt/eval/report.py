@@ -132,6 +132,15 @@ class Traces:
 Section = Table | HeatMap | Curves | Traces | KeyValues
 
 
+def rows_table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Table:
+    """A table of dicts; an interval stands beside its metric."""
+    names = list(dict.fromkeys(column for row in rows for column in row))
+    beside = {name: f"{name} 95 %" for name in names}
+    ends = {end for end in beside.values() if end in names}
+    columns = [c for name in names if name not in ends for c in (name, beside[name]) if c == name or c in ends]
+    return Table(title, columns, [[row.get(column) for column in columns] for row in rows], note)
+
+
 def render_report(title: str, sections: Iterable[Section]) -> str:
     """The report as one HTML document."""
     body = "\n".join(_section(section) for section in sections)

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel
 
 from cladapt.artifacts import hash_value, read_record
+from cladapt.config import RunSettings
 from cladapt.model.load import LEFT_OUT
-from cladapt.run import ENVIRONMENT, Run
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
@@ -50,6 +50,20 @@ class ScoresRecord(BaseModel):
     matrix: list[CellRecord] = []
 
 
+class Trained(Protocol):
+    """The run that an adapter is of."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> RunSettings: ...
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        """Versions on the machine that it began on."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a run knows about its data, its scores and its machine; all empty for an adapter without one."""
@@ -60,14 +74,14 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def facts_of(run: Run | None, stream: str | None) -> Facts:
+def facts_of(run: Trained | None, stream: str | None) -> Facts:
     """What `run` knows; its data folder counts only while it still is the stream of that fingerprint."""
     if run is None:
         return Facts()
     manifest = _read(Path(run.config.data) / "manifest.json", ManifestRecord, "restore the stream directory")
     if hash_value(manifest.get("hashes")) != stream:
         manifest = {}
-    packages = run.environment()["packages"] if os.path.lexists(run.path / ENVIRONMENT) else {}
+    packages = run.packages
     return Facts(
         license=str(manifest.get("license") or UNKNOWN),
         source=str(manifest.get("source") or UNKNOWN),

@@ -6,47 +6,27 @@ from typing import Any, cast
 
 from torch import nn
 
-from cladapt import ranks
 from cladapt.config import BaseConfig
-from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.targets import refuse_existing
-from cladapt.model.load import (
-    LEFT_OUT,
-    PROVENANCE,
-    Base,
-    base_provenance,
-    extend_model,
-    new_model,
-    reuse_base,
-    save_base,
-)
+from cladapt.model.load import LEFT_OUT, PROVENANCE, Base, base_provenance, extend_model, reuse_base, save_base
 from cladapt.ops import compute_device
-from cladapt.pipeline.streams import load_sids
+from cladapt.tokens.build import load_sids
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
+from cladapt.train.bases import base_record, first_block, fitted_form, make_base
 from cladapt.train.loop import FitResult
-from cladapt.train.pretrain import fit_token_rows, pretrain
+from cladapt.train.pretrain import fit_token_rows
 from cladapt.train.sinks import Sink
-from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
+from cladapt.train.stream import catalogue_softmax
 
 
 def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict[str, Any]:
     """Train a small model from scratch on block 1 and write it as base+tokens."""
     refuse_existing(out)
     stream = Stream.load(data)
-    sids = load_sids(data, stream)
-    model, tokenizer = new_model(config.preset, sids, config.seed, config.tie_embeddings)
-    cast(nn.Module, model).to(compute_device())  # before the softmax, which lies beside the head
-    base = Base(model, tokenizer, sids, {})
-    form = make_form("packed", base, config.window, config.row_tokens)
-    split = split_block(stream, 1)
-    softmax = catalogue_softmax(base, stream, 1, config.softmax)
-    documents = training_documents(split, form), validation_documents(split, form)
-    result = pretrain(model, softmax, *documents, config, sink)
-    record = {**_provenance(stream, config, fitted_block=1), **(_fitted("packed", config) if config.epochs else {})}
-    ranks.once(lambda: save_base(out, model, tokenizer, sids, record))
+    base, result = make_base(out, stream, load_sids(data, stream), config, sink)
     return _report(out, base, result)
 
 
@@ -71,18 +51,21 @@ def init_base(
     cast(nn.Module, base.model).to(compute_device())  # before the softmax, which lies beside the head
     result, record = None, dict(base.provenance)
     if config.epochs and fitted:
-        form = make_form(form_name, base, config.window, config.row_tokens)
-        split = split_block(stream, 1)
         softmax = catalogue_softmax(base, stream, 1, config.softmax)
-        documents = training_documents(split, form), validation_documents(split, form)
+        documents = first_block(stream, base, form_name, config)
         model, result = fit_token_rows(base.model, fitted, softmax, *documents, config, sink)
         base = replace(base, model=model)
-        record |= _fitted(form_name, config)
-    learned = _provenance(stream, config, int(record.get("fitted_block", 0)))
+        record |= fitted_form(form_name, config)
+    learned = base_record(stream, config, int(record.get("fitted_block", 0)))
     record |= {**learned, "source": source, "new_tokens": len(new)}
     save_base(out, base.model, base.tokenizer, sids, record)
     left_out = base_provenance(out)[LEFT_OUT]
-    return {**_report(out, base, result), "new_tokens": len(new), "fitted_tokens": len(fitted), LEFT_OUT: left_out}
+    return {
+        **_report(out, base, result),
+        "new_tokens": len(new),
+        "fitted_tokens": len(fitted) if result else 0,
+        LEFT_OUT: left_out,
+    }
 
 
 def _start(source: str, sids: SidTable, stream: Stream, config: BaseConfig) -> tuple[Base, list[int]]:
@@ -98,15 +81,6 @@ def _start(source: str, sids: SidTable, stream: Stream, config: BaseConfig) -> t
             "use the stream that it has learned, so that no test event is in its training data",
         )
     return replace(base, provenance={**base.provenance, "parent_base": base.fingerprint}), []
-
-
-def _fitted(form: str, config: BaseConfig) -> dict[str, Any]:
-    """How the histories looked that the ID rows were fitted on."""
-    return {"form": form, "window": config.window, "softmax": config.softmax}
-
-
-def _provenance(stream: Stream, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
-    return {"stream": stream.fingerprint, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
 
 
 def _report(out: Path, base: Base, result: FitResult | None) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from typing import Any
 from cladapt.config import BaseConfig, EvalConfig, MethodConfig, RunConfig, SimulateConfig, TrainConfig
 from cladapt.eval.protocol import differences, table
 from cladapt.export.targets import refuse_existing
-from cladapt.pipeline import runs
+from cladapt.pipeline import evaluation, runs
 from cladapt.pipeline.ship import export
 from cladapt.run import Run, new_run_path
 from cladapt.train.sinks import Sink
+from cladapt.workloads.recommend import make_world
 
 METHODS = ("peso", "finetune")
 
@@ -20,7 +21,7 @@ def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]
     refuse_existing(out)
     simulate = SimulateConfig(seed=seed, users=150, items=100, blocks=3) if quick else SimulateConfig(seed=seed)
     pretrain = BaseConfig(seed=seed, epochs=4) if quick else BaseConfig(seed=seed)
-    runs.make_embedded(out / "stream", out / "base", simulate, pretrain, sink)
+    make_world(out / "stream", out / "base", simulate, pretrain, sink)
     measures, reports = [], {}
     for name in METHODS:
         config = RunConfig(
@@ -32,7 +33,7 @@ def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]
         )
         runs.train(config, out / name, sink)
         run = Run.open(out / name)
-        measured, _ = runs.evaluate_run(run, EvalConfig(), None, sink)
+        measured, _ = evaluation.evaluate_run(run, EvalConfig(), None, sink)
         measures.append(measured)
         reports[name] = str(run.path / "report.html")
     shipped = export(out / METHODS[0], "peft", out / "export", None, None)

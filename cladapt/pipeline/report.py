@@ -8,37 +8,17 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from cladapt.config import EvalConfig
-from cladapt.data.schema import Stream
-from cladapt.eval.continual import summaries
-from cladapt.eval.metrics import summarise, user_metrics
-from cladapt.eval.protocol import (
-    Measures,
-    block_mean_interval,
-    continual_summary,
-    differences,
-    matrix,
-    slice_table,
-    table,
-)
-from cladapt.eval.report import Curves, HeatMap, KeyValues, Section, Series, Table, Trace, Traces, render_report
-from cladapt.eval.significance import Effect
-from cladapt.model.load import Base
+from cladapt.eval.report import KeyValues, Section, Trace, Traces, render_report, rows_table
 from cladapt.model.saved import adapter_provenance
 from cladapt.model.spectrum import Spectrum, saved_spectra, summary
 from cladapt.run import Run
+from cladapt.workloads._base import FittedBase
 
+METRICS = "metrics.json"
+REPORT = "report.html"
 POINTS = 300
 """Points of a curve over steps, above which neighbours are averaged."""
-INTERVALS = (
-    "Intervals are 95 %, bootstrap over users. Hits are of items, ties broken at random in expectation; a target that "
-    "may not be recommended is a miss for every line. (ID): of the semantic ID alone. log_likelihood: of the item."
-)
-NEXT = (
-    "Over the catalogue at the end of the model's own block: an item born later cannot be recommended, and is a miss."
-)
 SPECTRUM = (
     "Means over the modules of the singular values of delta W = scale * B A: Frobenius norm, effective rank "
     "(exponential of the entropy of their shares in the sum), largest over mean of those above 0 (1: all are equal), "
@@ -46,66 +26,34 @@ SPECTRUM = (
 )
 
 
-def run_report(run: Run, measures: Measures, stream: Stream, base: Base) -> tuple[str, dict[str, Any]]:
+def run_report(run: Run[Any], measures: Any, stream: Any, base: FittedBase) -> tuple[str, dict[str, Any]]:
     """The HTML page and the content of metrics.json."""
-    main = f"HR@{max(measures.config.top_k)}"
-    headline = [main, f"NDCG@{max(measures.config.top_k)}", "log_likelihood"]
     spectra = Spectra.read(run)
-    cells = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams)
+    figures = run.workload.figures(measures, stream)
     result: dict[str, Any] = {
+        "task": run.task,
         "method": measures.name,
         "stream": stream.fingerprint,
         "base_block": measures.base_block,
         "config": measures.config.model_dump(mode="json"),
-        "table": table([measures]),
-        "differences": differences([measures]),
-        "matrix": cells.to_dicts(),
-        "continual": continual_summary(measures, headline),
-        "slices": slice_table(measures, stream),
-        "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
-        "next_block": {
-            "table": table([measures.next]) if measures.next else [],
-            "differences": differences([measures.next]) if measures.next else [],
-        },
+        **figures,
         "spectrum": spectra.log(),
     }
-    beside = {"frozen": measures.frozen, **measures.beside}
-    if measures.current.height:
-        beside = {measures.name: measures.current, **beside}
+    provenance = {
+        "run": str(run.path),
+        "config": run.config.model_dump(mode="json"),
+        "environment": run.environment(),
+        "stream": stream.fingerprint,
+        "base": base.fingerprint,
+    }
     sections: list[Section] = [
-        rows_table("Mean over the later blocks", result["table"], INTERVALS),
-        rows_table("Paired differences", result["differences"]),
-        *(_heat(measures, metric) for metric in headline if cells[metric].null_count() == 0),
-        *block_curves(beside, measures.config, measures.ceiling, headline),
-        rows_table("Summaries of R[t][s]", result["continual"]),
-        rows_table("Slices of the current blocks", result["slices"]),
-        *_next_block(result["next_block"]),
+        *run.workload.sections(measures, figures, stream, base),
         rows_table("What the method did", regulariser_log(run)),
         step_curves(run),
         *spectra.sections(),
-        KeyValues("Semantic IDs", base.sids.collisions()),
-        KeyValues(
-            "Provenance",
-            {
-                "run": str(run.path),
-                "config": run.config.model_dump(mode="json"),
-                "environment": run.environment(),
-                "stream": stream.fingerprint,
-                "base": base.fingerprint,
-            },
-        ),
+        KeyValues("Provenance", provenance),
     ]
     return render_report(f"cladapt: {measures.name}, seed {run.config.seed}", sections), result
-
-
-def _next_block(found: Mapping[str, Any]) -> list[Section]:
-    """The tables of the first events of the block after each model's own, where they were tested."""
-    if not found["table"]:
-        return []
-    return [
-        rows_table("The next block: each model on the first events of the block after its own", found["table"], NEXT),
-        rows_table("Paired differences on the next block", found["differences"]),
-    ]
 
 
 @dataclass(frozen=True)
@@ -219,48 +167,3 @@ class Spectra:
 def _values(name: str, found: Mapping[str, Spectrum]) -> Trace:
     lines = [[(i, v) for i, v in enumerate(spectrum.values, 1) if v > 0] for spectrum in found.values()]
     return Trace(name, lines, labels=[module.removeprefix("base_model.model.") for module in found], log=True)
-
-
-def rows_table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Table:
-    """A table of dicts; an interval stands beside its metric."""
-    names = list(dict.fromkeys(column for row in rows for column in row))
-    beside = {name: f"{name} 95 %" for name in names}
-    ends = {end for end in beside.values() if end in names}
-    columns = [c for name in names if name not in ends for c in (name, beside[name]) if c == name or c in ends]
-    return Table(title, columns, [[row.get(column) for column in columns] for row in rows], note)
-
-
-def _heat(measures: Measures, metric: str) -> HeatMap:
-    grid = matrix(measures, metric)
-    note = ", ".join(f"{name} {mean.value:.4f}" for name, mean in summaries(grid).items() if mean.used)
-    values = [[None if np.isnan(v) else float(v) for v in row] for row in grid.values]
-    return HeatMap(f"R[t][s]: {metric}", grid.model_blocks, grid.blocks, values, "model after t \\ block s", note)
-
-
-def block_curves(
-    lines: Mapping[str, pl.DataFrame],
-    config: EvalConfig,
-    ceiling: Mapping[int, Mapping[str, float]],
-    metrics: Sequence[str],
-) -> list[Curves]:
-    """One chart per metric: the mean on each block of each line that has it, and the ceiling where it is known."""
-    measured = {name: user_metrics(rows, config.top_k, config.beams) for name, rows in lines.items()}
-    blocks = sorted({int(b) for rows in measured.values() for b in rows["block"].unique()})
-    charts = []
-    for metric in metrics:
-        series = [
-            Series(name, [_point(rows.filter(pl.col("block") == b), metric, config.bootstrap) for b in blocks])
-            for name, rows in measured.items()
-        ]
-        best = [ceiling.get(b, {}).get(metric) for b in blocks]
-        if any(value is not None for value in best):
-            series.append(Series("ceiling", best))
-        charts.append(Curves(f"{metric} on the block just learned", blocks, series, y_name=metric))
-    return charts
-
-
-def _point(measured: pl.DataFrame, metric: str, resamples: int) -> Effect | float | None:
-    """Mean and interval of one block; one user has no interval, and a model may lack the metric."""
-    if measured.is_empty() or measured[metric].null_count():
-        return None
-    return block_mean_interval(measured, metric, resamples) or float(measured[metric].mean())  # type: ignore[arg-type]

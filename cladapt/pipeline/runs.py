@@ -1,266 +1,237 @@
-"""Runs: adapt block after block, then measure every adapter against every block."""
+"""The life of a run, whatever its task: it begins from checked inputs, learns block after block, and is continued."""
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import polars as pl
 import torch
 
-from cladapt import ops, ranks
-from cladapt.artifacts import atomic_dir, atomic_path, write_json, write_parquet
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, resolve
-from cladapt.data.histories import split_block
-from cladapt.data.schema import Stream
-from cladapt.data.simulate import ceiling
+from cladapt import ops, ranks, workloads
+from cladapt.artifacts import hash_file, recover
+from cladapt.config import RunSettings, describe, resolve
 from cladapt.errors import ConfigError, DataError
-from cladapt.eval.evaluate import Evaluator
-from cladapt.eval.expect import check_expected, read_expected
-from cladapt.eval.protocol import CEILING, COUNTS, FROZEN, Measures, measure_counts, measure_run, table_columns
 from cladapt.methods import Method, build
-from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
+from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.anchors import module_of
 from cladapt.model.history import unload
-from cladapt.model.load import Base, check_form, load_base
-from cladapt.model.saved import adapter_block, load_adapter, start_from
-from cladapt.pipeline import bases, streams
-from cladapt.pipeline.lifecycle import Workload, begin, names_inputs, refuse_unfinished, refuse_unnamed
-from cladapt.pipeline.lifecycle import resume as continue_run
-from cladapt.pipeline.report import run_report
-from cladapt.run import RUNS, Run, locked
-from cladapt.tokens.prompts import Form, pack
-from cladapt.train.sinks import Sink
-from cladapt.train.stream import blocks_to_learn, learned_block, make_form, train_stream, training_documents
+from cladapt.model.load import weights_hash
+from cladapt.model.saved import ADAPTER_FILE, adapter_block, start_from
+from cladapt.run import RUNS, Run, locked, new_run_path, open_run
+from cladapt.train.checkpoint import clear_checkpoints
+from cladapt.train.loop import FitResult
+from cladapt.train.sinks import Fan, JsonlSink, Sink
+from cladapt.train.track import require, tracking
+from cladapt.workloads._base import FittedBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-EMBEDDED = RUNS / "embedded"
-METRICS_SCHEMA_VERSION = 2
+FOLDERS = ("data", "base", "from_adapter")
 
 
-def train(config: RunConfig, out: Path | None, sink: Sink) -> dict[str, Any]:
-    """Start a run: adapt the base to every block that it has not seen."""
+def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
+    """Start a run: adapt the base to every block that it has not learned."""
     if out is not None:
         ranks.once(lambda: Run.refuse_existing(out))
     config = with_embedded(config, sink)
-    stream, base = open_inputs(config)
-    prepare(config, base)
-    return begin(workload(), config, stream, base, out, sink)
+    work = workloads.get(config.task)
+    stream, base = work.open_inputs(config)
+    _prepare(config, stream, base)
+    work.blocks(config, stream, base)
+    require(config.track)
+    inputs = _fingerprints(config, stream, base)
+    path = ranks.once(lambda: out or new_run_path(config.method.name, config.seed))
+    with locked(path):
+        run = ranks.once(lambda: Run.create(path, config, inputs))
+        return _learn(run, stream, base, sink)
 
 
-def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Continue an interrupted run; see `cladapt.pipeline.lifecycle.resume`."""
-    return continue_run(workload(), Run.open(path), sink, asked)
+def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None, task: str | None = None) -> dict[str, Any]:
+    """Continue an interrupted run exactly where its last checkpoint or finished block stands.
+
+    `asked`: settings given beside the run, nested as in a recipe; they must be the run's own, and so must `task`.
+    `DataError` when an input is not what it was when the run began. A finished run is left as it is.
+    """
+    run = open_run(path)
+    if task not in (None, run.task):
+        raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
+    _refuse_changes(run, asked or {})
+    with locked(run.path):
+        return _continue(run, sink)
 
 
-def workload() -> Workload[RunConfig]:
-    """Recommending, as the life of a run sees it."""
-    return Workload(
-        open_inputs,
-        lambda config, stream, base: blocks_to_learn(stream, learned_block(config, base)),
-        train_stream,
-        lambda config: {
-            "form": config.train.form,
-            "window": config.train.window,
-            "softmax": config.train.softmax,
-            "from_adapter": config.from_adapter or None,
-            "beams": config.eval.beams,
-        },
-    )
+def _continue(run: Run[Any], sink: Sink) -> dict[str, Any]:
+    stream, base = run.workload.open_inputs(run.config)
+    notes = [*_verify_inputs(run, stream, base), *ranks.once(lambda: _mend(run))]
+    if not build(run.config.method).trains or set(run.workload.blocks(run.config, stream, base)) <= set(run.adapters):
+        for text in (*notes, f"{run.path} is finished: there is nothing to continue"):
+            sink.emit({"kind": "note", "text": text})
+        return _summary(run, {})
+    if changes := run.environment_changes():
+        other = any(change.startswith("processes:") for change in changes)
+        what = "dropout masks and last bits" if other else "last bits"
+        notes.append(f"this is not the machine the run began on, its {what} may differ: {', '.join(changes)}")
+    ranks.once(run.begin)
+    return _learn(run, stream, base, sink, notes)
 
 
-def prepare(config: RunConfig, base: Base) -> tuple[Method, Form, dict[str, torch.nn.Parameter]]:
-    """Method, form and adapter parameters of a run: mistakes in its settings show before anything is written."""
-    method = build(config.method)
-    form = make_form(config.train.form, base, config.train.window, config.train.row_tokens)
-    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
-    if config.from_adapter:
-        start = Path(config.from_adapter)
-        adapter_block(start)
-        start_from(model, start, base)
-    parameters = adapter_parameters(model)
-    unload(model)
-    return method, form, parameters
-
-
-def plan(config: RunConfig) -> dict[str, Any]:
-    """What a run would do: everything validated, tokens and parameters counted, memory estimated, nothing written."""
-    refuse_unnamed(config)
-    stream, base = open_inputs(config)
-    method, form, parameters = prepare(config, base)
-    blocks = []
-    for block in blocks_to_learn(stream, learned_block(config, base)):
-        documents = training_documents(split_block(stream, block), form)
-        rows = pack(documents, config.train.row_tokens, None)
-        batches = math.ceil(len(rows.tokens) / max(1, config.train.batch_tokens // config.train.row_tokens))
-        blocks.append(
-            {
-                "block": block,
-                "documents": len(documents),
-                "targets": int(sum(d.loss.sum() for d in documents)) // base.sids.levels,
-                "tokens_per_epoch": int((rows.document > 0).sum()),
-                "filled": float((rows.document > 0).mean()),
-                "steps": config.train.epochs * math.ceil(batches / config.train.accumulation),
-            }
-        )
+def plan(config: RunSettings) -> dict[str, Any]:
+    """What a run would do: everything validated, examples and parameters counted, memory estimated, nothing written."""
+    if not config.data or not config.base:
+        raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+    work = workloads.get(config.task)
+    stream, base = work.open_inputs(config)
+    method, parameters = _prepare(config, stream, base)
     trained = sum(p.numel() for p in parameters.values())
     total = sum(p.numel() for p in base.model.parameters())
+    activations = work.activation_bytes(config, base)
+    width = 2 if config.train.precision == "bf16" else 4
+    # weights, and the adapter with its gradient and two moments of Adam
+    memory = {} if activations is None else {"memory_bytes": width * total + 16 * trained + activations}
     return {
         "method": config.method.name,
         "base_parameters": total,
         "trained_parameters": trained,
         "adapted_modules": len({module_of(name) for name in parameters}),
         "method_state_bytes": method.state_bytes(parameters),
-        "memory_bytes": _memory(config, base, total, trained),
+        **memory,
         "kernels": {op: implementation for op, (implementation, _) in ops.backends(config.kernels).items()},
-        "blocks": blocks,
+        "blocks": work.plan(config, stream, base, work.blocks(config, stream, base)),
     }
 
 
-def _memory(config: RunConfig, base: Base, total: int, trained: int) -> int:
-    """Weights, adapter with gradient and two Adam moments, and the activations and logits of one micro-batch."""
-    bytes_per = 2 if config.train.precision == "bf16" else 4
-    settings = base.model.config
-    per_token = settings.num_hidden_layers * (10 * settings.hidden_size + 3 * settings.intermediate_size)
-    attention = settings.num_hidden_layers * settings.num_attention_heads * config.train.row_tokens
-    logits = 2 * settings.vocab_size
-    activations = config.train.batch_tokens * (bytes_per * (per_token + attention) + 4 * logits)
-    return bytes_per * total + 16 * trained + activations
+def with_embedded(config: RunSettings, sink: Sink) -> RunSettings:
+    """Fill in the workload's embedded stream and base where the configuration names none, making them once.
 
-
-def evaluate(
-    path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink, expect: Path | None = None
-) -> dict[str, Any]:
-    """Test every adapter of a run on every block (or on one).
-
-    `expect`: a file of ranges, see `cladapt.eval.expect`; `CheckFailed`, after all is written, when a value is outside.
+    `ConfigError` where it names one of the two alone.
     """
-    run = Run.latest() if path is None else Run.open(path)
-    config = resolve(EvalConfig, {**run.config.eval.model_dump(), **settings}, "eval")
-    lines = (run.config.method.name, FROZEN, *COUNTS, CEILING)
-    expected = read_expected(expect, table_columns(config), lines) if expect else {}
-    with locked(run.path):
-        _, result = evaluate_run(run, config, block, sink)
-    check_expected(expected, result["table"])
-    return {
-        "run": str(run.path),
-        "method": run.config.method.name,
-        "report": str(run.path / "report.html"),
-        "table": result["table"],
-        "differences": result["differences"],
-        "continual": result["continual"],
-        "next_block": result["next_block"]["table"],
-    }
-
-
-def evaluate_run(run: Run, config: EvalConfig, block: int | None, sink: Sink) -> tuple[Measures, dict[str, Any]]:
-    """Measure a run and write its per-user rows, metrics.json and report.html."""
-    stream, base = open_inputs(run.config)
-    if block is not None and not 1 <= block <= stream.n_blocks:
-        raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
-    run.environment()  # the report tells of it: what is damaged shows now
-    measures = measure(run, stream, base, config, block, sink)
-    return measures, ranks.once(lambda: _write_measures(run, measures, stream, base))
-
-
-def _write_measures(run: Run, measures: Measures, stream: Stream, base: Base) -> dict[str, Any]:
-    """Per-user rows, metrics.json and report.html; the content of metrics.json."""
-    html, result = run_report(run, measures, stream, base)  # first: it reads files that may be damaged
-    with atomic_dir(run.path / "users") as users:  # whole, so that no rows of an earlier evaluation stay
-        for s in measures.rows["block"].unique().sort().to_list():
-            write_parquet(users / f"block_{s:03d}.parquet", measures.rows.filter(pl.col("block") == s))
-        for name, rows in measures.beside.items():
-            write_parquet(users / f"counts_{name.replace(' ', '_')}.parquet", rows)
-        if measures.next:
-            write_parquet(users / "next_block.parquet", measures.next.rows)
-            for name, rows in measures.next.beside.items():
-                write_parquet(users / f"next_counts_{name.replace(' ', '_')}.parquet", rows)
-    write_json(run.path / "metrics.json", {"schema_version": METRICS_SCHEMA_VERSION, **result})
-    with atomic_path(run.path / "report.html") as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    return result
-
-
-def measure(run: Run, stream: Stream, base: Base, config: EvalConfig, block: int | None, sink: Sink) -> Measures:
-    """Rows of what the run starts from and of its adapters on every block, and of the counts-only models."""
-    adapters = run.adapters
-    trains = build(run.config.method).trains
-    learned = learned_block(run.config, base)
-    expected = list(blocks_to_learn(stream, learned))
-    if trains:
-        refuse_unfinished(run, expected)
-    start = Path(run.config.from_adapter) if run.config.from_adapter else None
-    for _ in _models(base, start, learned, adapters):
-        pass  # a damaged adapter shows now, not when those before it are measured
-    form = make_form(run.config.train.form, base, run.config.train.window, run.config.train.row_tokens)
-    evaluator = Evaluator(stream, base, form, config, run.config.train.softmax, run.config.seed)
-    blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
-
-    later = [b for b in blocks if b > learned]
-    truth = streams.truth_of(Path(run.config.data)) if config.targets == "test" else None
-    best = {} if truth is None else {b: ceiling(truth, stream, b, config.top_k) for b in later}
-    models = _models(base, start, learned, adapters)
-    rows, first = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
-    name = run.config.method.name
-    following = [b for b in later if b > learned + 1]
-    after = None
-    if first.height:
-        after = Measures(name, first, measure_counts(evaluator, following, lag=1), learned, config, lag=1)
-    return Measures(name, rows, measure_counts(evaluator, later), learned, config, best, next=after)
-
-
-def _models(
-    base: Base, start: Path | None, learned: int, adapters: Mapping[int, Path]
-) -> Iterator[tuple[int, "PreTrainedModel"]]:
-    """What the run starts from, then each of its adapters in turn; the base is bare again at the end."""
-    if start is None:
-        yield learned, base.model
-    for block, folder in {**({} if start is None else {learned: start}), **adapters}.items():
-        model = load_adapter(base, folder)  # each anew: their ranks may differ
-        yield block, adapted_lm(model)
-        unload(model)
-
-
-def open_inputs(config: RunConfig) -> tuple[Stream, Base]:
-    """The stream and the base of a configuration, checked to belong together."""
-    stream = Stream.load(Path(config.data))
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    base = load_base(Path(config.base), dtype)
-    cast(torch.nn.Module, base.model).to(ops.compute_device())
-    aligned = base.sids.align(stream.items["item"].to_list())
-    if base.fitted_block and base.provenance.get("stream") != stream.fingerprint:
-        raise DataError(
-            f"{config.base} was trained on block {base.fitted_block} of the stream {base.provenance.get('stream')}, "
-            f"{config.data} is the stream {stream.fingerprint}",
-            "use the stream that the base was made from, so that no test event is in its training data",
+    work = workloads.get(config.task)
+    if bool(config.data) != bool(config.base):
+        given, missing = ("data", "base") if config.data else ("base", "data")
+        raise ConfigError(
+            f"{given}={getattr(config, given)!r} without {missing}", f"give both, or neither for {work.embedded}"
         )
-    check_form(base, config.train.form)
-    return stream, replace(base, sids=aligned)
-
-
-def with_embedded(config: RunConfig, sink: Sink) -> RunConfig:
-    """Fill in the embedded stream and tiny base where the configuration names none, making them once."""
-    if names_inputs(config, "the embedded stream and its tiny base"):
+    if config.data:
         return config
-    stream, base = EMBEDDED / "stream", EMBEDDED / "base"
-    make_embedded(stream, base, SimulateConfig(), BaseConfig(), sink)
+    folder = RUNS / work.embedded_folder
+    stream, base = folder / "stream", folder / "base"
+    work.make_embedded(stream, base, sink)
     return config.model_copy(update={"data": str(stream), "base": str(base)})
 
 
-def make_embedded(stream: Path, base: Path, simulate: SimulateConfig, pretrain: BaseConfig, sink: Sink) -> None:
-    """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept."""
+def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method, dict[str, torch.nn.Parameter]]:
+    """Method and adapter parameters of a run: mistakes in its settings show before anything is written."""
+    work = workloads.get(config.task)
+    method = build(config.method)
+    work.examples(config, stream, base)
+    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
+    if (start := work.starts_from(config)) is not None:
+        adapter_block(start)
+        start_from(model, start, base)
+    parameters = adapter_parameters(model)
+    unload(model)
+    return method, parameters
 
-    def make_stream() -> None:
-        sink.emit({"kind": "note", "text": f"simulating the embedded stream in {stream}"})
-        with atomic_dir(stream) as folder:
-            streams.simulate_data(folder, simulate)
-            streams.build_tokens(folder, TokensConfig(), None)
 
-    if not ranks.once(stream.is_dir):
-        ranks.once(make_stream)
-    if not ranks.once(base.is_dir):  # all processes train it
-        sink.emit({"kind": "note", "text": f"training the embedded base in {base}"})
-        bases.pretrain_base(stream, base, pretrain, sink)
+def _mend(run: Run[Any]) -> list[str]:
+    """Clean up behind a killed process; returns a sentence for each thing done."""
+    done = recover(run.path)
+    for block in run.adapters:
+        clear_checkpoints(run.path / "checkpoints", block)
+    return done
+
+
+def _refuse_changes(run: Run[Any], asked: Mapping[str, Any]) -> None:
+    """`ConfigError` that names every setting asked for with another value than the run's."""
+    config = resolve(type(run.config), _over(run.config.model_dump(mode="json"), asked), "--resume")
+    own = {row["key"]: row["value"] for row in describe(run.config)}
+    wanted = {row["key"]: row["value"] for row in describe(config)}
+    changed = [
+        f"{key}={wanted[key]!r}, the run has {value!r}"
+        for key, value in own.items()
+        if wanted[key] != value and not (key in FOLDERS and value and _same_folder(wanted[key], value))
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume continues a run as it was configured: {'; '.join(changed)}",
+            "leave these out, or start a new run; evaluation settings are for `cladapt eval RUN -o KEY=VALUE`",
+        )
+
+
+def _over(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in asked.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _over(merged[key], value) if nested else value
+    return merged
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _fingerprints(config: RunSettings, stream: Any, base: FittedBase) -> dict[str, str]:
+    """Content of all that a run starts from, by name."""
+    found = {"data": stream.fingerprint, "base": base.fingerprint, "base weights": weights_hash(base.model)}
+    if (start := workloads.get(config.task).starts_from(config)) is not None:
+        file = start / ADAPTER_FILE
+        if not file.is_file():
+            raise DataError(f"no such file: {file}", "restore the adapter that the run starts from")
+        found["from_adapter"] = hash_file(file)
+    return found
+
+
+def _verify_inputs(run: Run[Any], stream: Any, base: FittedBase) -> list[str]:
+    """`DataError` when an input is not what the run began with; a note when that was not recorded."""
+    if not run.inputs:
+        return [f"{run.path} does not say which inputs it began with, so they are not compared"]
+    found = _fingerprints(run.config, stream, base)
+    changed = [
+        f"{name} ({getattr(run.config, name.split()[0], 'unknown')}) is {found.get(name)}, it was {then}"
+        for name, then in run.inputs.items()
+        if found.get(name) != then
+    ]
+    if changed:
+        raise DataError(
+            f"{run.path} began with other inputs: {'; '.join(changed)}", "restore them, or start a new run from these"
+        )
+    return []
+
+
+def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequence[str] = ()) -> dict[str, Any]:
+    config, work = run.config, run.workload
+    sink.emit({"kind": "run", "path": str(run.path)})
+    log: Sink = JsonlSink(run.path / "log.jsonl") if ranks.is_main() else Fan([])
+    backends = {op: {"implementation": i, "reason": r} for op, (i, r) in ops.backends(config.kernels).items()}
+    log.emit({"kind": "kernels", "ops": backends})
+    everywhere = Fan([log, sink])
+    for text in notes:
+        everywhere.emit({"kind": "note", "text": text})
+    provenance = {
+        "stream": stream.fingerprint,
+        "config": run.config_hash,
+        "method": config.method.name,
+        "seed": config.seed,
+        **work.provenance(config),
+    }
+    with tracking(config.track if ranks.is_main() else "none", run.path, config) as tracked:
+        sinks = Fan([everywhere, tracked])
+        results = work.learn(run.path, config, stream, base, sinks, run.config_hash, provenance)
+    return _summary(run, results)
+
+
+def _summary(run: Run[Any], results: Mapping[int, FitResult]) -> dict[str, Any]:
+    blocks = [
+        {
+            "block": block,
+            "kept_epoch": r.epoch,
+            "valid_log_likelihood": r.score,
+            "steps": r.steps,
+            "seconds": round(r.seconds, 1),
+        }
+        for block, r in results.items()
+    ]
+    return {
+        "run": str(run.path),
+        "method": run.config.method.name,
+        "next": f"cladapt eval {run.path}",
+        "blocks": blocks,
+    }

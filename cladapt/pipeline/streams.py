@@ -15,11 +15,8 @@ from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, rea
 from cladapt.data.schema import FILES, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
-from cladapt.tokens.build import build_sids, shared_texts
+from cladapt.tokens.build import SIDS, load_sids, save_sids, shared_texts
 from cladapt.tokens.sids import SidTable, read_index
-
-SIDS = "sids.parquet"
-CODEBOOKS = "codebooks.safetensors"
 
 
 def import_data(source: str, out: Path, format: str, options: ReadOptions, config: BlocksConfig) -> dict[str, Any]:
@@ -194,10 +191,9 @@ def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict
         raise ConfigError(f"{folder / SIDS} exists: bases were made for it", "remove it to give the items new IDs")
     if index is not None:
         table = read_index(index).align(stream.items["item"].to_list())
+        table.save(folder / SIDS)
     else:
-        table, codebooks = build_sids(stream, config)
-        codebooks.save(folder / CODEBOOKS)
-    table.save(folder / SIDS)
+        table = save_sids(folder, stream, config)
     return _about_tokens(folder, stream, table)
 
 
@@ -210,13 +206,6 @@ def inspect_tokens(folder: Path) -> dict[str, Any]:
 def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:
     texts = shared_texts(stream.items["text"].to_list())
     return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **collision_report(table)}
-
-
-def load_sids(folder: Path, stream: Stream) -> SidTable:
-    """The IDs of a stream directory in the order of its items."""
-    if not (folder / SIDS).is_file():
-        raise DataError(f"{folder} has no {SIDS}", f"give its items semantic IDs: cladapt tokens build {folder}")
-    return SidTable.load(folder / SIDS).align(stream.items["item"].to_list())
 
 
 def collision_report(table: SidTable) -> Mapping[str, Any]:
@@ -232,10 +221,3 @@ def refuse_stream(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty", "choose another --out, or remove it")
     check_writable(out)
-
-
-def truth_of(folder: Path) -> pl.DataFrame | None:
-    """The true next-item distribution of a simulated stream directory, None for a real one."""
-    from cladapt.data.simulate import load_truth
-
-    return load_truth(folder) if os.path.lexists(folder / "truth.parquet") else None

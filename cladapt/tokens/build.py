@@ -6,6 +6,7 @@ Embedding and codebooks are fitted on the items known at block 1 and then frozen
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,9 +17,26 @@ from cladapt.tokens.embed import embed
 from cladapt.tokens.quantize import ResidualKMeans
 from cladapt.tokens.sids import SidTable
 
+SIDS = "sids.parquet"
+CODEBOOKS = "codebooks.safetensors"
 _MANY = 10
 """More items of one text than this are worth a warning."""
 _CURE = "give them texts of their own, or take the IDs of an index with `cladapt tokens build --index FILE`"
+
+
+def load_sids(folder: Path, stream: Stream) -> SidTable:
+    """The IDs of a stream directory in the order of its items."""
+    if not (folder / SIDS).is_file():
+        raise DataError(f"{folder} has no {SIDS}", f"give its items semantic IDs: cladapt tokens build {folder}")
+    return SidTable.load(folder / SIDS).align(stream.items["item"].to_list())
+
+
+def save_sids(folder: Path, stream: Stream, config: TokensConfig) -> SidTable:
+    """Give the items of a stream directory IDs, and write these with their codebooks."""
+    table, codebooks = build_sids(stream, config)
+    codebooks.save(folder / CODEBOOKS)
+    table.save(folder / SIDS)
+    return table
 
 
 def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, ResidualKMeans]:

@@ -1,6 +1,6 @@
 """A run block after block: one adapter evolves, and each block leaves an adapter directory.
 
-What a block's examples and loss are is the caller's: see `cladapt.train.stream` and `cladapt.train.classes`.
+What a block's examples and loss are is the workload's.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
-from cladapt.config import ClassifyConfig, FitConfig, RunConfig
+from cladapt.config import FitConfig, RunSettings
 from cladapt.errors import ConfigError
-from cladapt.methods import Context, Method
+from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
 from cladapt.model.saved import ADAPTER_FILE, place, read_own_factors, save_adapter, start_from
 from cladapt.model.spectrum import saved_spectra, summary
@@ -29,8 +29,8 @@ from cladapt.train.sinks import Sink
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Task = Callable[["PeftModel", int], tuple[nn.Module, Feed]]
-"""The loss module of an adapted model and the examples of a block."""
+Examples = Callable[["PeftModel", Sequence[int]], tuple[nn.Module, Feed]]
+"""The loss module of an adapted model and the examples of some blocks: the last is learned, those before it again."""
 
 
 def adapter_folder(run: Path, block: int) -> Path:
@@ -68,16 +68,21 @@ def blocks_after(learned: int, n_blocks: int) -> Sequence[int]:
 
 def learn_blocks(
     run: Path,
-    config: RunConfig | ClassifyConfig,
-    method: Method,
+    config: RunSettings,
     base: AdaptedBase,
     blocks: Sequence[int],
-    task: Task,
+    examples: Examples,
     sink: Sink,
     config_hash: str,
     provenance: Mapping[str, Any],
 ) -> dict[int, FitResult]:
-    """Adapt to the blocks in order; finished ones of an interrupted run are taken as they are."""
+    """Adapt to the blocks in order; finished ones of an interrupted run are taken as they are.
+
+    A method that learns on past data has every block from the first one on; one that does not train leaves nothing.
+    """
+    method = build(config.method)
+    if not method.trains:
+        return {}
     model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
     initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     if start := provenance.get("from_adapter"):
@@ -96,7 +101,7 @@ def learn_blocks(
             continue
         for parameter in base.beside.values():
             parameter.requires_grad_(True)
-        module, feed = task(model, block)
+        module, feed = examples(model, range(1, block + 1) if method.past_data else (block,))
         ctx = replace(Context.of(model, block, initial, config.kernels), beside=base.beside)
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
         result = results[block] = fit.run(

@@ -1,27 +1,25 @@
-"""Class-incremental learning: blocks of classes, and the training of a small vision base."""
+"""Blocks of classes as examples, and the vision bases that learn them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cladapt.config import ClassifyConfig, VitConfig
-from cladapt.data.images import ImageStream
-from cladapt.methods import build
-from cladapt.model.adapter import adapted_lm
-from cladapt.model.vit import ClassLoss, VisionBase, pixels_of
-from cladapt.train.blocks import blocks_after, learn_blocks
+from cladapt import ops, ranks
+from cladapt.config import VitConfig
+from cladapt.data.images import ImageStream, make_stream, read_image_folder
+from cladapt.errors import ConfigError
+from cladapt.model.vit import ClassLoss, new_vit, pixels_of, pretrained_vit, save_vision_base, with_classes
 from cladapt.train.feeds import Batch, evenly
 from cladapt.train.loop import FitResult
 from cladapt.train.pretrain import fit_base
 from cladapt.train.sinks import Sink
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -66,6 +64,18 @@ class ImageFeed:
             yield self._pixels[piece], self._label[piece], torch.ones(len(piece), dtype=torch.bool)
 
 
+def describe_blocks(stream: ImageStream) -> list[dict[str, Any]]:
+    """One line per block: classes and images by split."""
+    return [
+        {
+            "block": block,
+            "classes": len(stream.classes_of(block)),
+            **{split: len(stream.rows(block, split)) for split in ("train", "valid", "test")},
+        }
+        for block in range(1, stream.n_blocks + 1)
+    ]
+
+
 def warped(pixels: Tensor, amount: float, rng: np.random.Generator) -> Tensor:
     """Each image turned by up to `amount` radians, stretched and shifted by up to that share of it; edges repeat."""
     angle, wide, high, right, down = torch.from_numpy(rng.uniform(-amount, amount, size=(5, len(pixels)))).float()
@@ -73,34 +83,6 @@ def warped(pixels: Tensor, amount: float, rng: np.random.Generator) -> Tensor:
     rows = [(1 + wide) * cos, -sin, right, sin, (1 + high) * cos, down]
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-
-
-def train_classes(
-    run: Path,
-    config: ClassifyConfig,
-    stream: ImageStream,
-    base: VisionBase,
-    sink: Sink,
-    config_hash: str,
-    provenance: Mapping[str, Any],
-) -> dict[int, FitResult]:
-    """Adapt to every block of classes that the base has not learned.
-
-    A method that learns on past data has the images of all blocks, and the softmax over all their classes.
-    """
-    method = build(config.method)
-    if not method.trains:
-        return {}
-
-    def task(model: "PeftModel", block: int) -> tuple[ClassLoss, ImageFeed]:
-        learned = range(1, block + 1) if method.past_data else (block,)
-        train = np.concatenate([stream.rows(b, "train") for b in learned])
-        classes = np.concatenate([stream.classes_of(b) for b in learned])
-        feed = ImageFeed(stream, train, stream.rows(block, "valid"), config.train.batch_images)
-        return ClassLoss(adapted_lm(model), classes), feed
-
-    blocks = blocks_after(base.fitted_block, stream.n_blocks)
-    return learn_blocks(run, config, method, base, blocks, task, sink, config_hash, provenance)
 
 
 def fit_vision(
@@ -117,3 +99,55 @@ def fit_vision(
     )
     feed = ImageFeed(stream, train, valid, config.batch_images, config.warp)
     return fit_base(ClassLoss(model, classes), dict(model.named_parameters()), feed, config, sink)
+
+
+def make_vision_base(
+    stream: ImageStream, out: Path, source: Path | None, init: str | None, config: VitConfig, sink: Sink
+) -> dict[str, Any]:
+    """A vision base for a stream: trained on another image set, on the stream's block 1, or a given checkpoint.
+
+    `source`: the image set, its channels and side those of the stream, all of its classes learned at once. `init`: an
+    image classifier of transformers, taken as it is. Without either a small one learns block 1, and blocks begin at 2.
+    """
+    result: FitResult | None = None
+    fitted = 0
+    if init is not None:
+        model = with_classes(pretrained_vit(init), len(stream.classes))
+        _check_images(model, stream, init)
+    else:
+        known = stream if source is None else _other_images(source, stream, config.seed)
+        model = new_vit(config, stream.images.shape[1], stream.images.shape[3], len(known.classes))
+        cast(nn.Module, model).to(ops.compute_device())
+        result = fit_vision(model, known, [1], config, sink)
+        if source is None:
+            fitted = 1
+        else:
+            model = with_classes(model, len(stream.classes))
+    record = {
+        "stream": stream.fingerprint,
+        "fitted_block": fitted,
+        "config": config.model_dump(mode="json"),
+        "source": None if source is None else source.name,
+        "init": init,
+    }
+    ranks.once(lambda: save_vision_base(out, model, stream.fingerprint, record))
+    report = {"base": str(out), "parameters": sum(p.numel() for p in model.parameters()), "fitted_block": fitted}
+    if result is not None:
+        report |= {"kept_epoch": result.epoch, "valid_log_likelihood": result.score, "seconds": round(result.seconds)}
+    return report
+
+
+def _other_images(source: Path, stream: ImageStream, seed: int) -> ImageStream:
+    """An image set in the form of the stream's images, all classes in one block; its own test images stay unused."""
+    _, size, _, channels = stream.images.shape
+    return make_stream(read_image_folder(source, size, channels, stream.inverted), 1, seed, test=0.0)
+
+
+def _check_images(model: "PreTrainedModel", stream: ImageStream, source: str) -> None:
+    wanted = (getattr(model.config, "num_channels", None), getattr(model.config, "image_size", None))
+    found = (stream.images.shape[3], stream.images.shape[1])
+    if wanted != found:
+        raise ConfigError(
+            f"{source} takes {wanted[0]} channels of {wanted[1]} pixels, the stream has {found[0]} of {found[1]}",
+            f"import the images with --size {wanted[1]} --channels {wanted[0]}",
+        )

@@ -47,10 +47,10 @@ def vision(
 ) -> dict[str, Any]:
     """Write the base of `train --task classify`; without --source or --from a small one trained on block 1."""
     from cladapt.config import VitConfig, resolve
-    from cladapt.pipeline import classify
+    from cladapt.pipeline import images
 
     config = resolve(VitConfig, overrides_of(override, "base"), "base vision")
-    return classify.make_base(data, out, source, init_from, config, Progress())
+    return images.make_base(data, out, source, init_from, config, Progress())
 
 
 @verb(app)

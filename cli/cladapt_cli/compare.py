@@ -20,11 +20,6 @@ def compare(
     ] = None,
 ) -> dict[str, Any]:
     """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first."""
-    from cladapt.config import ClassifyConfig
-    from cladapt.pipeline.classify_report import compare_class_runs
     from cladapt.pipeline.compare import compare_runs
-    from cladapt.run import open_run
 
-    if isinstance(open_run(runs[0]).config, ClassifyConfig):
-        return compare_class_runs(runs, out)
     return compare_runs(runs, out)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cladapt_cli._verb import verb
-from cladapt_cli.options import Overrides, overrides_of
+from cladapt_cli.options import Overrides, Task, overrides_of
 
 app = typer.Typer(no_args_is_help=True, help="Show settings.")
 COMMANDS = {
@@ -29,20 +29,19 @@ SECTIONS = {"pretrain": "base", "init": "base", "vision": "base"}
 def show(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe of `train`; default: none.")] = None,
     command: Annotated[str, typer.Option("--for", help=f"Settings of {', '.join(COMMANDS)}.")] = "train",
-    task: Annotated[
-        str | None, typer.Option("--task", show_default="recommend", help="Task of `train` and `eval`.")
-    ] = None,
+    task: Task = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Print every setting of a command with its value, default and meaning."""
-    from cladapt import config
+    from cladapt import config, workloads
     from cladapt.errors import ConfigError
 
     if command not in COMMANDS:
         raise ConfigError(f"--for {command}: no such settings", f"use one of {', '.join(COMMANDS)}")
     if command == "train":
         values = config.merge_overrides(config.load_recipe(recipe) if recipe else {}, override or [])
-        kind: Any = config.task_of(values.pop("task", None) if task is None else task)
+        named = values.pop("task", None)
+        kind: Any = workloads.get(named if task is None else task).config
         return {"config": config.describe(config.resolve(kind, values, str(recipe) if recipe else "config"))}
     if recipe is not None:
         raise ConfigError(f"--for {command} {recipe}: a recipe holds the settings of train", "leave out one of them")
@@ -50,7 +49,7 @@ def show(
         raise ConfigError(
             f"--for {command} --task {task}: its settings are the same for every task", "leave out --task"
         )
-    kind = type(config.task_of(task)().eval) if command == "eval" else getattr(config, COMMANDS[command])
+    kind = type(workloads.get(task).config().eval) if command == "eval" else getattr(config, COMMANDS[command])
     values = overrides_of(override, SECTIONS.get(command, command))
     shown_by = "" if command == "eval" else f"config show --for {command}"
     return {"config": config.describe(config.resolve(kind, values, command, shown_by))}

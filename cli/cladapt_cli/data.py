@@ -98,11 +98,11 @@ def images(
 ) -> dict[str, Any]:
     """Write a stream for `train --task classify`: blocks of classes, images split into train, valid and test."""
     from cladapt.config import ImagesConfig, resolve
-    from cladapt.pipeline import classify
+    from cladapt.pipeline import images
 
     given = {"blocks": blocks, "size": size, "channels": channels, "invert": invert, "seed": seed}
     config = resolve(ImagesConfig, {key: value for key, value in given.items() if value is not None}, "data images")
-    return classify.import_images(source, out, config, exclude or [])
+    return images.import_images(source, out, config, exclude or [])
 
 
 @verb(app)

@@ -5,9 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from cladapt import workloads
+
 StreamDir = Annotated[Path, typer.Argument(help="Stream directory.")]
 OVERRIDE = "Override a setting, repeatable; `cladapt config show --for COMMAND` prints all with their defaults."
 Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help=OVERRIDE)]
+
+Task = Annotated[
+    str | None,
+    typer.Option("--task", help=f"What is learned: {', '.join(workloads.names())}.", show_default=workloads.DEFAULT),
+]
 
 
 def overrides_of(override: list[str] | None, section: str = "") -> dict[str, Any]:

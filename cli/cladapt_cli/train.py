@@ -2,17 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from cladapt_cli._verb import verb
-from cladapt_cli.options import Overrides, method_names, overrides_of
+from cladapt_cli.options import Overrides, Task, method_names, overrides_of
 from cladapt_cli.progress import Progress
-
-if TYPE_CHECKING:
-    from cladapt.config import ClassifyConfig
-    from cladapt.run import Run
 
 
 def register(app: typer.Typer) -> None:
@@ -23,9 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="recommend (default), or classify: class-incremental images.")
-    ] = None,
+    task: Task = None,
     method: Annotated[
         str | None,
         typer.Option("--method", show_default="peso", help=f"{', '.join(method_names())}; join several with +."),
@@ -54,9 +48,10 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate and estimate; write nothing.")] = False,
 ) -> dict[str, Any]:
     """Adapt a base to every new block of a stream; reads both, writes a run with one LoRA adapter per block."""
-    from cladapt.config import RunConfig, load_recipe, merge_overrides, resolve, task_of
+    from cladapt import workloads
+    from cladapt.config import load_recipe, merge_overrides, resolve
     from cladapt.errors import ConfigError
-    from cladapt.pipeline import classify, runs
+    from cladapt.pipeline import runs
 
     flags = {
         "method.name": method,
@@ -71,7 +66,9 @@ def train(
     # a folder's name is no YAML: `--data 2024` means the folder, not the number
     values = {**merge_overrides(load_recipe(recipe) if recipe else {}, given), **folders}
     values = merge_overrides(values, override or [])
-    kind = task_of(values.pop("task", None) if task is None else task)
+    named = values.pop("task", None)
+    task = named if task is None else task
+    kind = workloads.get(task).config
     if resume is not None:
         elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(resume)
         strange = {"--from-adapter": from_adapter, "--dry-run": dry_run, "--out": elsewhere}
@@ -81,26 +78,9 @@ def train(
                     f"--resume continues a run as it was configured, where it lies: {option} does not fit",
                     f"leave out {option}, or start a new run without --resume",
                 )
-        return taken_up(resume, task, values)
+        return runs.resume(resume, Progress(), values, task)
     config = resolve(kind, values, str(recipe) if recipe else "train")
-    if isinstance(config, RunConfig):
-        return runs.plan(config) if dry_run else runs.train(config, out, Progress())
-    return classify.plan(config) if dry_run else classify.train(config, out, Progress())
-
-
-def taken_up(path: Path, task: str | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """A run of either task, continued."""
-    from cladapt.config import ClassifyConfig
-    from cladapt.errors import ConfigError
-    from cladapt.pipeline import classify, runs
-    from cladapt.run import open_run
-
-    run = open_run(path)
-    if task not in (None, run.task):
-        raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
-    if isinstance(run.config, ClassifyConfig):
-        return classify.resume(cast("Run[ClassifyConfig]", run), Progress(), asked)
-    return runs.resume(path, Progress(), asked)
+    return runs.plan(config) if dry_run else runs.train(config, out, Progress())
 
 
 def evaluate(
@@ -119,20 +99,9 @@ def evaluate(
     ] = None,
 ) -> dict[str, Any]:
     """Test every adapter of a run on every block; writes rows, metrics.json and report.html into the run."""
-    from cladapt.config import ClassifyConfig, merge_overrides
-    from cladapt.errors import ConfigError
-    from cladapt.pipeline import classify, runs
-    from cladapt.run import latest_run, open_run
+    from cladapt.config import merge_overrides
+    from cladapt.pipeline import evaluation
 
-    opened = open_run(latest_run() if run is None else run)
-    if isinstance(opened.config, ClassifyConfig):
-        strange = {"--block": block, "--top-k": top_k, "--beams": beams, "--expect": expect}
-        if used := [option for option, value in strange.items() if value is not None]:
-            raise ConfigError(f"{', '.join(used)}: {opened.path} is a run of --task classify", "leave them out")
-        settings = overrides_of(override, "eval")
-        return classify.evaluate(cast("Run[ClassifyConfig]", opened), settings, Progress())
     flags = {"top_k": None if top_k is None else f"[{top_k}]", "beams": beams}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return runs.evaluate(
-        run, {**merge_overrides({}, given), **overrides_of(override, "eval")}, block, Progress(), expect
-    )
+    given = merge_overrides({}, [f"{key}={value}" for key, value in flags.items() if value is not None])
+    return evaluation.evaluate(run, {**given, **overrides_of(override, "eval")}, block, Progress(), expect)

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraModel
 
 from cladapt.artifacts import read_json
 from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
-from cladapt.pipeline import runs
+from cladapt.workloads import recommend
 from cladapt_cli._verb import output
 from cladapt_cli.app import run
 from cladapt_cli.progress import Progress
@@ -173,9 +173,9 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(inside: World, tmp_pat
 def test_the_bare_commands_work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = SimulateConfig(users=60, items=40, topics=4, blocks=3)
-    monkeypatch.setattr(runs, "SimulateConfig", lambda: small)
-    monkeypatch.setattr(runs, "TokensConfig", partial(TokensConfig, dimensions=8, levels=2, codes=4))
-    monkeypatch.setattr(runs, "BaseConfig", partial(BaseConfig, epochs=1))
+    monkeypatch.setattr(recommend, "SimulateConfig", lambda: small)
+    monkeypatch.setattr(recommend, "TokensConfig", partial(TokensConfig, dimensions=8, levels=2, codes=4))
+    monkeypatch.setattr(recommend, "BaseConfig", partial(BaseConfig, epochs=1))
     trained, evaluated, exported = (cladapt(f"{line} --json") for line in ("train --method peso", "eval", "export"))
     assert (trained.code, evaluated.code, exported.code) == (0, 0, 0), trained.err + evaluated.err + exported.err
     path = Path(trained.json["run"])

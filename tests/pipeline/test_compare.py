@@ -13,7 +13,7 @@ from cladapt.artifacts import read_json, write_json
 from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.significance import NO_DIFFERENCE
-from cladapt.pipeline import bases, runs, streams
+from cladapt.pipeline import bases, evaluation, runs, streams
 from cladapt.pipeline.compare import compare_runs
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
@@ -47,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
                 runs.train(config, folder / f"{name}-{seed}", MemorySink())
                 if name != "frozen" or seed == 0:
-                    runs.evaluate(folder / f"{name}-{seed}", EVAL, None, MemorySink())
+                    evaluation.evaluate(folder / f"{name}-{seed}", EVAL, None, MemorySink())
         shutil.copytree(folder / "frozen-0" / "users", folder / "frozen-1" / "users")  # the base has no seed
         shutil.copy(folder / "frozen-0" / "metrics.json", folder / "frozen-1")
     return folder

@@ -13,7 +13,7 @@ from cladapt.artifacts import read_json
 from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.eval.protocol import Measures, continual_summary, differences, slice_table, table
 from cladapt.model.spectrum import saved_spectra, summary
-from cladapt.pipeline import bases, runs, streams
+from cladapt.pipeline import bases, evaluation, runs, streams
 from cladapt.pipeline.report import regulariser_log, run_report, step_curves
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
@@ -36,11 +36,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def measures(run: Run) -> Measures:
-    return runs.evaluate_run(run, EVAL, None, MemorySink())[0]
+    return evaluation.evaluate_run(run, EVAL, None, MemorySink())[0]
 
 
 def test_metrics_are_the_tables_of_the_protocol(run: Run, measures: Measures) -> None:
-    stream, _ = runs.open_inputs(run.config)
+    stream, _ = run.workload.open_inputs(run.config)
     metrics = read_json(run.path / "metrics.json")
     assert metrics["schema_version"] == 2
     assert (metrics["method"], metrics["base_block"], metrics["stream"]) == ("peso", 1, stream.fingerprint)
@@ -56,7 +56,7 @@ def test_metrics_are_the_tables_of_the_protocol(run: Run, measures: Measures) ->
 
 
 def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: Measures) -> None:
-    stream, base = runs.open_inputs(run.config)
+    stream, base = run.workload.open_inputs(run.config)
     html, result = run_report(run, measures, stream, base)
     assert html == (run.path / "report.html").read_text(encoding="utf-8")
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
@@ -148,7 +148,7 @@ def test_a_browser_opens_the_page_without_a_word(run: Run, measures: Measures, t
 
 
 def test_a_run_without_an_adapter_has_a_page_too(run: Run, measures: Measures) -> None:
-    stream, base = runs.open_inputs(run.config)
+    stream, base = run.workload.open_inputs(run.config)
     bare = Measures("frozen", measures.rows.filter(measures.rows["model_block"] == 1), {}, 1, EVAL)
     html, result = run_report(run, bare, stream, base)
     assert [line["model"] for line in result["table"]] == ["frozen"]

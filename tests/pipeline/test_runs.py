@@ -28,9 +28,10 @@ from cladapt.data.simulate import ceiling, load_truth
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.metrics import ROWS, summarise
 from cladapt.model.load import load_base
-from cladapt.pipeline import bases, runs, streams
+from cladapt.pipeline import bases, evaluation, runs, streams
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
+from cladapt.workloads import recommend
 
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4)
@@ -49,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         streams.build_tokens(folder / "stream", TOKENS, None)
         bases.pretrain_base(folder / "stream", folder / "base", PRETRAIN, MemorySink())
         runs.train(config_of(folder), folder / "peso", MemorySink())
-        runs.evaluate(folder / "peso", EVAL, None, MemorySink())
+        evaluation.evaluate(folder / "peso", EVAL, None, MemorySink())
     return folder
 
 
@@ -195,7 +196,7 @@ def test_evaluation_writes_rows_of_every_model_on_every_block(world: Path) -> No
 def test_the_latest_run_is_evaluated_by_default_and_settings_override_the_run_s(world: Path, tmp_path: Path) -> None:
     runs.train(config_of(world, epochs=1), tmp_path / "mine", MemorySink())
     sink = MemorySink()
-    result = runs.evaluate(None, {**EVAL, "top_k": (3,), "beams": 5, "max_users": 10}, 3, sink)
+    result = evaluation.evaluate(None, {**EVAL, "top_k": (3,), "beams": 5, "max_users": 10}, 3, sink)
     assert Path(result["run"]).resolve() == tmp_path / "mine"
     models = [line["model"] for line in result["table"]]
     assert models == ["peso", "frozen", "block popularity", "markov", "ceiling"]
@@ -218,10 +219,10 @@ def test_ranges_are_checked_after_all_is_written(world: Path, tmp_path: Path) ->
     value = read_json(world / "peso" / "metrics.json")["table"][0]["HR@10"]
     good.write_text(f"peso: {{HR@10: [{value - 1e-6}, {value + 1e-6}]}}")
     bad.write_text("peso: {HR@10: [2, 3]}\nmarkov: {MRR: [2, 3], HR@5: [0, 1]}")
-    assert runs.evaluate(tmp_path / "run", EVAL, None, MemorySink(), good)["table"][0]["HR@10"] == value
+    assert evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink(), good)["table"][0]["HR@10"] == value
     (tmp_path / "run" / "metrics.json").unlink()
     with pytest.raises(CheckFailed, match=r"2 of 3 expected values do not hold: peso: HR@10=.*; markov: MRR="):
-        runs.evaluate(tmp_path / "run", EVAL, None, MemorySink(), bad)
+        evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink(), bad)
     assert read_json(tmp_path / "run" / "metrics.json") == read_json(world / "peso" / "metrics.json")
 
 
@@ -240,27 +241,39 @@ def test_mistakes_in_the_ranges_show_before_the_evaluation(
     expected.write_text(text)
     sink = MemorySink()
     with pytest.raises(ConfigError, match=problem):
-        runs.evaluate(world / "peso", EVAL, None, sink, expected)
+        evaluation.evaluate(world / "peso", EVAL, None, sink, expected)
     assert sink.events == []
 
 
 def test_evaluating_leaves_no_trace_of_one_model_in_the_next(world: Path, tmp_path: Path) -> None:
     rows = pl.read_parquet(world / "peso" / "users" / "block_002.parquet")
     run = Run.open(world / "peso")
-    stream, base = runs.open_inputs(run.config)
-    again = runs.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
+    stream, base = run.workload.open_inputs(run.config)
+    again = evaluation.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
     assert again.rows.equals(rows)
     # the base was bare before and is bare again
     assert not [name for name, _ in base.model.named_parameters() if "lora" in name]
-    twice = runs.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
+    twice = evaluation.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
     assert twice.rows.equals(rows)
 
 
 def test_a_method_that_does_not_train_has_base_rows_alone(world: Path, tmp_path: Path) -> None:
     result = runs.train(config_of(world, "frozen"), tmp_path / "run", MemorySink())
     assert result["blocks"] == []
-    table = runs.evaluate(tmp_path / "run", EVAL, None, MemorySink())["table"]
+    table = evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink())["table"]
     assert [line["model"] for line in table] == ["frozen", "block popularity", "markov", "ceiling"]
+
+
+def test_adapters_of_a_method_that_does_not_train_are_refused(world: Path, tmp_path: Path) -> None:
+    runs.train(config_of(world, "frozen"), tmp_path / "run", MemorySink())
+    shutil.copytree(world / "peso" / "adapters", tmp_path / "run" / "adapters")
+    with pytest.raises(DataError, match=r"run has adapters for the blocks \[2, 3\], frozen leaves none"):
+        evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink())
+
+
+def test_a_run_of_another_task_is_not_resumed_as_this_one(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--task classify: .*peso is a run of --task recommend \(leave out --task\)"):
+        runs.resume(world / "peso", MemorySink(), {}, "classify")
 
 
 def test_a_run_starts_from_an_adapter_and_remembers_it(world: Path, tmp_path: Path) -> None:
@@ -269,7 +282,7 @@ def test_a_run_starts_from_an_adapter_and_remembers_it(world: Path, tmp_path: Pa
     runs.train(config, tmp_path / "run", MemorySink())
     (record,) = (read_json(folder / "cladapt.json") for folder in Run.open(tmp_path / "run").adapters.values())
     assert (record["block"], record["parent"], record["from_adapter"]) == (3, start, start)
-    result = runs.evaluate(tmp_path / "run", EVAL, None, MemorySink())
+    result = evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink())
     assert [line["model"] for line in result["table"]][:2] == ["finetune", "frozen"]
     rows = pl.read_parquet(tmp_path / "run" / "users" / "block_003.parquet")
     assert sorted(rows["model_block"].unique()) == [2, 3]  # what it starts from is the frozen line
@@ -364,7 +377,7 @@ def test_a_stream_that_the_base_was_not_made_from_is_refused(world: Path, tmp_pa
     streams.simulate_data(tmp_path / "other", SIMULATE.model_copy(update={"seed": 1}))
     config = config_of(world).model_copy(update={"data": str(tmp_path / "other")})
     with pytest.raises(DataError, match=r"was trained on block 1 of the stream .*no test event is in its training"):
-        runs.open_inputs(config)
+        recommend.Recommend().open_inputs(config)
 
 
 def test_a_base_that_has_seen_everything_leaves_nothing_to_learn(world: Path, tmp_path: Path) -> None:
@@ -381,19 +394,19 @@ def test_a_run_with_missing_blocks_is_not_measured(world: Path, tmp_path: Path) 
     shutil.copytree(world / "peso", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "adapters" / "block_003")
     with pytest.raises(DataError, match=r"half has adapters for the blocks \[2\], the stream needs \[2, 3\].*--resume"):
-        runs.evaluate(tmp_path / "half", EVAL, None, MemorySink())
+        evaluation.evaluate(tmp_path / "half", EVAL, None, MemorySink())
 
 
 @pytest.mark.parametrize("block", [0, 4])
 def test_a_block_that_is_not_there_is_refused(block: int, world: Path) -> None:
     with pytest.raises(ConfigError, match=f"--block {block}: the stream has blocks 1 to 3"):
-        runs.evaluate(world / "peso", EVAL, block, MemorySink())
+        evaluation.evaluate(world / "peso", EVAL, block, MemorySink())
 
 
 def test_the_embedded_inputs_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "SimulateConfig", lambda: SIMULATE)
-    monkeypatch.setattr(runs, "TokensConfig", lambda: TOKENS)
-    monkeypatch.setattr(runs, "BaseConfig", lambda: BaseConfig(epochs=1))
+    monkeypatch.setattr(recommend, "SimulateConfig", lambda: SIMULATE)
+    monkeypatch.setattr(recommend, "TokensConfig", lambda: TOKENS)
+    monkeypatch.setattr(recommend, "BaseConfig", lambda: BaseConfig(epochs=1))
     sink = MemorySink()
     config = runs.with_embedded(RunConfig(), sink)
     assert (config.data, config.base) == ("runs/embedded/stream", "runs/embedded/base")

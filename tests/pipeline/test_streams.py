@@ -129,14 +129,6 @@ def test_totals_by_hand(log: Path, tmp_path: Path) -> None:
     assert stats["items_with_text"] == 0
 
 
-def test_a_simulated_stream_knows_its_truth_and_a_real_one_has_none(simulated: Path, log: Path, tmp_path: Path) -> None:
-    truth = streams.truth_of(simulated)
-    assert truth is not None
-    assert truth.height == Stream.load(simulated).interactions.height
-    streams.import_data(str(log), tmp_path / "real", "csv", ReadOptions(), HALVES)
-    assert streams.truth_of(tmp_path / "real") is None
-
-
 def test_simulating_reports_what_checking_finds(tmp_path: Path) -> None:
     report = streams.simulate_data(tmp_path / "stream", SIMULATE)
     checked = streams.check_data(tmp_path / "stream")

@@ -30,13 +30,12 @@ from cladapt.train.blocks import adapter_folder, fit_settings
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import MemorySink, Sink
 from cladapt.train.stream import (
-    blocks_to_learn,
     catalogue_softmax,
     make_form,
-    train_stream,
     training_documents,
     validation_documents,
 )
+from cladapt.workloads.recommend import Recommend
 
 TRAIN = TrainConfig(epochs=2, batch_tokens=256, row_tokens=64, window=8, lr=5e-3)
 CONFIG = RunConfig(adapter=AdapterConfig(rank=2, targets=("q_proj", "down_proj")), train=TRAIN)
@@ -75,7 +74,7 @@ def run(
     start = None if from_adapter is None else str(from_adapter)
     config = config.model_copy(update={"from_adapter": start or ""})
     provenance = {"seed": 0} | ({} if start is None else {"from_adapter": start})
-    return train_stream(path, config, stream(), base, sink or MemorySink(), "hash", provenance)
+    return Recommend().learn(path, config, stream(), base, sink or MemorySink(), "hash", provenance)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +235,7 @@ def test_a_method_takes_back_its_memory_of_the_finished_blocks(
         made.append(Counts())
         return made[-1]
 
-    monkeypatch.setattr("cladapt.train.stream.build", build)
+    monkeypatch.setattr("cladapt.train.blocks.build", build)
     run(tmp_path, folder, changed(epochs=1))
     shutil.rmtree(adapter_folder(tmp_path, 3))
     run(tmp_path, folder, changed(epochs=1))
@@ -322,8 +321,8 @@ def adapted_base(base: Base) -> dict[str, torch.Tensor]:
 
 def test_a_base_that_has_seen_everything_has_nothing_to_learn(folder: Path, tmp_path: Path) -> None:
     base = load_base(folder)
-    assert [list(blocks_to_learn(stream(), learned)) for learned in (0, 1)] == [[1, 2, 3], [2, 3]]
-    seen = Base(base.model, base.tokenizer, base.sids, {"fitted_block": 3})
+    fresh, first, seen = (Base(base.model, base.tokenizer, base.sids, {"fitted_block": b}) for b in (0, 1, 3))
+    assert [list(Recommend().blocks(CONFIG, stream(), b)) for b in (fresh, first)] == [[1, 2, 3], [2, 3]]
     with pytest.raises(ConfigError, match="block 3 is learned already, the stream ends at block 3"):
         run(tmp_path, folder, base=seen)
 
@@ -346,9 +345,9 @@ def test_without_validation_the_last_epoch_is_kept_and_its_score_is_null(folder:
         stream().interactions.filter(pl.int_range(pl.len()).over("user", "block") < 2), stream().items
     )  # two events a block: nobody is held out
     base = load_base(folder)
-    results = train_stream(tmp_path, changed(keep="last", epochs=1), short, base, MemorySink(), "hash", {})
+    results = Recommend().learn(tmp_path, changed(keep="last", epochs=1), short, base, MemorySink(), "hash", {})
     assert math.isnan(results[3].score)
     text = (adapter_folder(tmp_path, 3) / "cladapt.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["valid_log_likelihood"] is None
     with pytest.raises(DataError, match="block 2 has no validation target to choose an epoch by"):
-        train_stream(tmp_path / "best", changed(epochs=1), short, load_base(folder), MemorySink(), "hash", {})
+        Recommend().learn(tmp_path / "best", changed(epochs=1), short, load_base(folder), MemorySink(), "hash", {})

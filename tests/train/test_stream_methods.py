@@ -25,7 +25,8 @@ from cladapt.train.blocks import adapter_folder, fit_settings
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit
 from cladapt.train.sinks import MemorySink
-from cladapt.train.stream import catalogue_softmax, make_form, train_stream, training_documents, validation_documents
+from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
+from cladapt.workloads.recommend import Recommend
 
 TRAIN = TrainConfig(epochs=2, batch_tokens=256, row_tokens=64, window=8, lr=5e-3, weight_decay=0.0)
 ADAPTER = AdapterConfig(rank=2, alpha=6.0, targets=("q_proj", "down_proj", "lm_head"))
@@ -52,7 +53,7 @@ def config_of(name: str, **options: Any) -> RunConfig:
 
 
 def learn(path: Path, folder: Path, config: RunConfig, sink: MemorySink | None = None) -> Any:
-    return train_stream(path, config, stream(), load_base(folder), sink or MemorySink(), "hash", {"seed": 0})
+    return Recommend().learn(path, config, stream(), load_base(folder), sink or MemorySink(), "hash", {"seed": 0})
 
 
 @torch.no_grad()

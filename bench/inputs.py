@@ -1,0 +1,144 @@
+"""What a study's runs learn from: a recipe's own settings for each task, and the streams and bases made of them.
+
+Streams and bases lie in the study's work folder by the hash of what they are made of, and are made once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from cladapt import workloads
+from cladapt.artifacts import hash_value
+from cladapt.config import (
+    BaseConfig,
+    BlocksConfig,
+    ImagesConfig,
+    Settings,
+    SimulateConfig,
+    TokensConfig,
+    VitConfig,
+    resolve,
+)
+from cladapt.data.readers import ReadOptions
+from cladapt.errors import ConfigError
+from cladapt.methods import build
+from cladapt.pipeline import bases, images, streams
+from cladapt.train.sinks import MemorySink
+
+
+class Recipe(Settings, ABC):
+    """What a study of any task runs."""
+
+    task: str = workloads.DEFAULT
+    """The workload, as `--task` names it."""
+    run: Mapping[str, Any] = {}
+    """Settings of a run common to all cells."""
+    cells: Annotated[Mapping[str, Mapping[str, Any]], Field(min_length=1)]
+    """Name -> settings of a run on top of the common ones."""
+    references: tuple[str, ...] = ()
+    """Cells that all others are compared with; empty = the first."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """More comparisons: the first cell minus the second."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+
+    @abstractmethod
+    def make_stream(self, work: Path, data: Path, seed: int) -> Path:
+        """The stream of a seed, made when it is not there yet; `data`: where the sources lie."""
+
+    @abstractmethod
+    def base_settings(self, own: dict[str, Any], seed: int) -> Settings:
+        """How a cell's base is made; what is the base's alone is taken out of `own`, the cell's settings."""
+
+    @abstractmethod
+    def make_base(self, folder: Path, data: Path, stream: Path, settings: Any) -> Mapping[str, Any]:
+        """Make a base for a stream; what to say of it."""
+
+
+class Interactions(Recipe):
+    """Interactions, imported or simulated: one stream for all seeds, a base from scratch for each."""
+
+    source: str = ""
+    """Folder of real data below the data root; empty = simulate."""
+    blocks: BlocksConfig = BlocksConfig()
+    simulate: SimulateConfig = SimulateConfig()
+    tokens: TokensConfig = TokensConfig()
+    base: BaseConfig = BaseConfig()
+    """How the bases are made; a cell's own `base` comes on top."""
+
+    def make_stream(self, work: Path, data: Path, seed: int) -> Path:
+        made = self.model_dump(mode="json", include={"source", "blocks", "simulate", "tokens"})
+        folder = work / "streams" / hash_value(made)
+        if not (folder / "manifest.json").is_file():
+            if self.source:
+                streams.import_data(str(data / self.source), folder, "auto", ReadOptions(), self.blocks)
+            else:
+                streams.simulate_data(folder, self.simulate)
+        if not (folder / streams.SIDS).is_file():
+            streams.build_tokens(folder, self.tokens, None)
+        return folder
+
+    def base_settings(self, own: dict[str, Any], seed: int) -> BaseConfig:
+        values = merge(self.base.model_dump(mode="json"), own.pop("base", {}))
+        return resolve(BaseConfig, {**values, "seed": seed}, "base")
+
+    def make_base(self, folder: Path, data: Path, stream: Path, settings: BaseConfig) -> dict[str, Any]:
+        return bases.pretrain_base(stream, folder, settings, MemorySink())
+
+
+class Images(Recipe):
+    """Images: a seed draws the order of the classes, the splits and the base."""
+
+    source: str
+    """Folder or archive of images below the data root."""
+    exclude: tuple[str, ...] = ()
+    """Sources whose classes are left out."""
+    images: ImagesConfig = ImagesConfig()
+    pretrain: str
+    """Folder or archive of images that the base learns."""
+    vision: VitConfig = VitConfig()
+
+    def make_stream(self, work: Path, data: Path, seed: int) -> Path:
+        config = self.images.model_copy(update={"seed": seed})
+        folder = work / "streams" / hash_value([self.source, self.exclude, config.model_dump(mode="json")])
+        if not folder.is_dir():
+            images.import_images(data / self.source, folder, config, [data / name for name in self.exclude])
+        return folder
+
+    def base_settings(self, own: dict[str, Any], seed: int) -> VitConfig:
+        return self.vision.model_copy(update={"seed": seed})
+
+    def make_base(self, folder: Path, data: Path, stream: Path, settings: VitConfig) -> dict[str, Any]:
+        return images.make_base(stream, folder, data / self.pretrain, None, settings, MemorySink())
+
+
+RECIPES: Mapping[str, type[Recipe]] = {"recommend": Interactions, "classify": Images}
+
+
+def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe of a study, of the kind that its `task` has."""
+    task = values.get("task", workloads.DEFAULT)
+    if task not in RECIPES:
+        raise ConfigError(f"{where}: task={task!r} has no studies", f"use {' or '.join(RECIPES)}")
+    recipe = resolve(RECIPES[task], values, where)
+    known = {*recipe.cells}
+    if strange := sorted({*recipe.references, *(name for pair in recipe.pairs for name in pair)} - known):
+        raise ConfigError(
+            f"{where}: references or pairs name {', '.join(strange)}", f"cells: {', '.join(recipe.cells)}"
+        )
+    for name in recipe.cells:  # a mistake in the last cell shows before the first one runs
+        own = merge(recipe.run, recipe.cells[name])
+        recipe.base_settings(own, recipe.seeds[0])
+        build(resolve(workloads.get(task).config, own, f"{where}: cell {name}").method)
+    return recipe
+
+
+def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, `own` over `common`."""
+    merged = dict(common)
+    for key, value in own.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged

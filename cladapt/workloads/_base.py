@@ -1,0 +1,267 @@
+"""What workloads differ in. A workload is one file with one subclass of `Workload`; see `cladapt.workloads`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+import polars as pl
+from pydantic import BaseModel, NonNegativeInt
+
+from cladapt.config import RunSettings
+from cladapt.eval.report import Section
+from cladapt.eval.significance import Effect, describe
+from cladapt.model.adapter import AdaptedBase
+from cladapt.model.saved import adapter_provenance
+from cladapt.train.blocks import Examples, blocks_after, learn_blocks
+from cladapt.train.loop import FitResult
+from cladapt.train.sinks import Sink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Blocks(Protocol):
+    """A stream: data that arrives in blocks 1 to `n_blocks`."""
+
+    @property
+    def n_blocks(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of its content."""
+
+
+class FittedBase(AdaptedBase, Protocol):
+    """A base that says which blocks its weights have learned."""
+
+    @property
+    def fitted_block(self) -> int: ...
+
+
+class Measured(Protocol):
+    """What was measured of a run's models."""
+
+    @property
+    def name(self) -> str:
+        """The run's method."""
+
+    @property
+    def base_block(self) -> int:
+        """The last block that what the run starts from has learned."""
+
+    @property
+    def config(self) -> Any:
+        """Settings of the evaluation."""
+
+
+class MetricsRecord(BaseModel):
+    """What metrics.json must hold for every workload; evaluations of older versions do not name their stream."""
+
+    base_block: NonNegativeInt
+    config: dict[str, Any]
+    stream: str | None = None
+
+
+C = TypeVar("C", bound=RunSettings)
+S = TypeVar("S", bound=Blocks)
+B = TypeVar("B", bound=FittedBase)
+M = TypeVar("M", bound=Measured)
+
+
+@dataclass(frozen=True)
+class Group(Generic[M]):
+    """Measures by seed of runs that are equal in all else; `base` identifies how their bases were made."""
+
+    name: str
+    base: str
+    by_seed: Mapping[int, M]
+
+
+@dataclass(frozen=True)
+class Comparison(ABC, Generic[M]):
+    """Groups of runs and the lines that stand with them in one table, seeds pooled."""
+
+    groups: Sequence[Group[M]]
+
+    @property
+    def config(self) -> Any:
+        """Settings of the evaluation; those that decide the figures are the same in all runs."""
+        return next(iter(self.groups[0].by_seed.values())).config
+
+    @property
+    def references(self) -> Sequence[str]:
+        """Lines that no run gave, with which a study compares every run."""
+        return ()
+
+    @property
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """Every line that has rows: the groups first."""
+
+    @abstractmethod
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per line of the table."""
+
+    @abstractmethod
+    def effects(self, name: str, reference: str) -> Mapping[str, Effect]:
+        """Paired differences of two lines by metric; nothing where they have not the same seeds."""
+
+    def differences(self, reference: str, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        """Each other line (or `names`) minus the reference: one row per metric that both have."""
+        return [
+            {
+                "difference": f"{name} - {reference}",
+                "metric": metric,
+                "effect": effect.mean,
+                "low": effect.low,
+                "high": effect.high,
+                "shown": describe(effect),
+            }
+            for name in (self.names if names is None else names)
+            if name != reference
+            for metric, effect in self.effects(name, reference).items()
+        ]
+
+    @abstractmethod
+    def charts(self) -> list[Section]:
+        """Sections of the report that are no table."""
+
+    @property
+    def further(self) -> "Mapping[str, tuple[str, Comparison[M]]]":
+        """More tables of the same groups, judged by something else: name -> (title, comparison)."""
+        return {}
+
+
+class Workload(ABC, Generic[C, S, B, M]):
+    """One task: C its settings, S its stream, B its base, M what an evaluation measures."""
+
+    config: ClassVar[type[RunSettings]]
+    """Settings of a run; `config.task` is the name of the file."""
+    record: ClassVar[type[MetricsRecord]] = MetricsRecord
+    """What reading an evaluation back needs of metrics.json."""
+    embedded: ClassVar[str]
+    """What runs without `data` and `base` are given, in words."""
+    embedded_folder: ClassVar[str]
+    """Where below `runs/` that is kept."""
+    rows_folder: ClassVar[str]
+    """Folder of a run that holds the rows of its evaluation."""
+    note: ClassVar[str]
+    """What the figures and intervals of its tables are, for reports."""
+    one_block: ClassVar[bool] = False
+    """Whether an evaluation of one block alone means something."""
+    one_stream: ClassVar[bool] = True
+    """Whether runs of several seeds must be on one stream; otherwise runs of one seed must."""
+    same_question: ClassVar[Sequence[str]]
+    """Evaluation settings that must agree between runs; the others change the effort, not the figures."""
+
+    # inputs
+
+    @abstractmethod
+    def open_inputs(self, config: C) -> tuple[S, B]:
+        """The stream and the base of a configuration, checked to belong together."""
+
+    @abstractmethod
+    def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
+        """Make the embedded stream and base where they are missing."""
+
+    def starts_from(self, config: C) -> Path | None:
+        """The adapter that the first block starts from; None for a fresh one."""
+        return None
+
+    def provenance(self, config: C) -> Mapping[str, Any]:
+        """What an adapter's `cladapt.json` says beside stream, configuration, method and seed."""
+        return {}
+
+    @abstractmethod
+    def base_recipe(self, folder: Path) -> tuple[str, Mapping[str, Any]]:
+        """A base's fingerprint and how it was made, without what differs between seeds."""
+
+    # training
+
+    @abstractmethod
+    def examples(self, config: C, stream: S, base: B) -> Examples:
+        """What of a block is learned and by which loss; mistakes in the settings show when this is called."""
+
+    def learned_block(self, config: C, base: B) -> int:
+        """The last block that the base, or the adapter a run starts from, has learned; 0 for none."""
+        start = self.starts_from(config)
+        return max(base.fitted_block, 0 if start is None else int(adapter_provenance(start).get("block", 0)))
+
+    def blocks(self, config: C, stream: S, base: B) -> Sequence[int]:
+        """The blocks to learn; `ConfigError` where there are none."""
+        return blocks_after(self.learned_block(config, base), stream.n_blocks)
+
+    def learn(
+        self, run: Path, config: C, stream: S, base: B, sink: Sink, config_hash: str, provenance: Mapping[str, Any]
+    ) -> dict[int, FitResult]:
+        """Adapt to every block that is not learned; finished blocks of an interrupted run are taken as they are."""
+        blocks, examples = self.blocks(config, stream, base), self.examples(config, stream, base)
+        return learn_blocks(run, config, base, blocks, examples, sink, config_hash, provenance)
+
+    @abstractmethod
+    def plan(self, config: C, stream: S, base: B, blocks: Sequence[int]) -> list[dict[str, Any]]:
+        """A line per block to learn: what it holds, and its optimiser steps."""
+
+    def activation_bytes(self, config: C, base: B) -> int | None:
+        """Estimated memory of the activations of one micro-batch; None where it is not known."""
+        return None
+
+    # evaluation
+
+    @abstractmethod
+    def measure(
+        self,
+        config: C,
+        settings: Any,
+        stream: S,
+        base: B,
+        models: Iterator[tuple[int, "PreTrainedModel"]],
+        learned: int,
+        block: int | None,
+        sink: Sink,
+    ) -> M:
+        """Test what the run starts from, then each adapted model, on every block (or one).
+
+        `models`: each with the block after which it was made, the first with `learned`. A model is gone when the next
+        one is asked for.
+        """
+
+    @abstractmethod
+    def frames(self, measures: M) -> Mapping[str, pl.DataFrame]:
+        """The rows of an evaluation by file name, without its ending."""
+
+    @abstractmethod
+    def read(self, folder: Path, metrics: Mapping[str, Any], name: str, settings: Any, again: str) -> M:
+        """What `frames` and `figures` have written; `DataError` with the hint `again` where they do not fit."""
+
+    @abstractmethod
+    def figures(self, measures: M, stream: S) -> dict[str, Any]:
+        """Its part of metrics.json: `table`, `differences`, `matrix` and what else it has."""
+
+    def printed(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """What `cladapt eval` prints of metrics.json."""
+        return {key: figures[key] for key in ("table", "differences")}
+
+    @abstractmethod
+    def table_names(self, method: str, settings: Any) -> tuple[Sequence[str], Sequence[str]]:
+        """Names of the lines and of the columns that the table of a method may have."""
+
+    @abstractmethod
+    def sections(self, measures: M, figures: Mapping[str, Any], stream: S, base: B) -> list[Section]:
+        """Its part of the report of one run."""
+
+    # comparison
+
+    @abstractmethod
+    def question(self, measures: M) -> Mapping[str, Any]:
+        """What must be the same in two runs beside `same_question`, by name."""
+
+    @abstractmethod
+    def compare(self, groups: Sequence[Group[M]]) -> Comparison[M]:
+        """The lines of several groups, which answer the same question."""
+
+    @abstractmethod
+    def cell(self, measures: M) -> dict[str, Any]:
+        """The figures of one run as one row of a study."""

@@ -1,0 +1,249 @@
+"""Recommending: a causal LM generates semantic IDs, and a block is the interactions of a span of time."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import polars as pl
+import torch
+from torch import nn
+
+from cladapt import ops, ranks
+from cladapt.artifacts import atomic_dir
+from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.data.histories import split_block
+from cladapt.data.schema import Stream
+from cladapt.data.simulate import ceiling, load_truth, simulate
+from cladapt.errors import DataError
+from cladapt.eval.continual import summaries
+from cladapt.eval.evaluate import Evaluator
+from cladapt.eval.metrics import summarise
+from cladapt.eval.protocol import (
+    CEILING,
+    COUNTS,
+    FROZEN,
+    Measures,
+    continual_summary,
+    differences,
+    matrix,
+    measure_counts,
+    measure_run,
+    model_row,
+    slice_table,
+    table,
+    table_columns,
+)
+from cladapt.eval.report import KeyValues, Section, rows_table
+from cladapt.model.adapter import adapted_lm
+from cladapt.model.load import Base, base_provenance, check_form, load_base
+from cladapt.model.packed import PackedLoss
+from cladapt.tokens.build import load_sids, save_sids
+from cladapt.tokens.prompts import Form, pack
+from cladapt.train.bases import make_base
+from cladapt.train.blocks import Examples
+from cladapt.train.feeds import PackedFeed
+from cladapt.train.sinks import Sink
+from cladapt.train.stream import catalogue_softmax, make_feed, make_form, training_documents
+from cladapt.workloads._base import Group, Workload
+from cladapt.workloads._recommend_compare import Lines, block_curves, headline, heat_map, next_block_tables
+from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class Recommend(Workload[RunConfig, Stream, Base, Measures]):
+    """Full ranking of a catalogue for the users of every block, with the counts-only models in every table."""
+
+    config = RunConfig
+    record = RecommendRecord
+    embedded = "the embedded stream and its tiny base"
+    embedded_folder = "embedded"
+    rows_folder = "users"
+    note = (
+        "Means over the blocks after the base's. Intervals are 95 %, bootstrap over users. Hits are of items, ties "
+        "broken at random in expectation; a target that may not be recommended is a miss for every line. (ID): of the "
+        "semantic ID alone. log_likelihood: of the item."
+    )
+    one_block = True
+    same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
+
+    def open_inputs(self, config: RunConfig) -> tuple[Stream, Base]:
+        stream = Stream.load(Path(config.data))
+        base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+        cast(nn.Module, base.model).to(ops.compute_device())
+        aligned = base.sids.align(stream.items["item"].to_list())
+        if base.fitted_block and base.provenance.get("stream") != stream.fingerprint:
+            raise DataError(
+                f"{config.base} was trained on block {base.fitted_block} of the stream "
+                f"{base.provenance.get('stream')}, {config.data} is the stream {stream.fingerprint}",
+                "use the stream that the base was made from, so that no test event is in its training data",
+            )
+        check_form(base, config.train.form)
+        return stream, replace(base, sids=aligned)
+
+    def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
+        make_world(stream, base, SimulateConfig(), BaseConfig(), sink)
+
+    def starts_from(self, config: RunConfig) -> Path | None:
+        return Path(config.from_adapter) if config.from_adapter else None
+
+    def provenance(self, config: RunConfig) -> dict[str, Any]:
+        return {
+            "form": config.train.form,
+            "window": config.train.window,
+            "softmax": config.train.softmax,
+            "from_adapter": config.from_adapter or None,
+            "beams": config.eval.beams,
+        }
+
+    def base_recipe(self, folder: Path) -> tuple[str, dict[str, Any]]:
+        made = base_provenance(folder)
+        return str(made.pop("fingerprint")), {key: value for key, value in made.items() if key != "cladapt"}
+
+    def examples(self, config: RunConfig, stream: Stream, base: Base) -> Examples:
+        form = form_of(config, base)
+
+        def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[PackedLoss, PackedFeed]:
+            splits = [split_block(stream, block) for block in blocks]
+            loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, blocks[-1], config.train.softmax))
+            return loss, make_feed(splits, splits[-1], form, config.train)
+
+        return of_blocks
+
+    def plan(self, config: RunConfig, stream: Stream, base: Base, blocks: Sequence[int]) -> list[dict[str, Any]]:
+        form, train = form_of(config, base), config.train
+        lines = []
+        for block in blocks:
+            documents = training_documents(split_block(stream, block), form)
+            rows = pack(documents, train.row_tokens, None)
+            batches = math.ceil(len(rows.tokens) / max(1, train.batch_tokens // train.row_tokens))
+            lines.append(
+                {
+                    "block": block,
+                    "documents": len(documents),
+                    "targets": int(sum(d.loss.sum() for d in documents)) // base.sids.levels,
+                    "tokens_per_epoch": int((rows.document > 0).sum()),
+                    "filled": float((rows.document > 0).mean()),
+                    "steps": train.epochs * math.ceil(batches / train.accumulation),
+                }
+            )
+        return lines
+
+    def activation_bytes(self, config: RunConfig, base: Base) -> int:
+        settings = base.model.config
+        per_token = settings.num_hidden_layers * (10 * settings.hidden_size + 3 * settings.intermediate_size)
+        attention = settings.num_hidden_layers * settings.num_attention_heads * config.train.row_tokens
+        logits = 2 * settings.vocab_size
+        width = 2 if config.train.precision == "bf16" else 4
+        return int(config.train.batch_tokens * (width * (per_token + attention) + 4 * logits))
+
+    def measure(
+        self,
+        config: RunConfig,
+        settings: EvalConfig,
+        stream: Stream,
+        base: Base,
+        models: Iterator[tuple[int, "PreTrainedModel"]],
+        learned: int,
+        block: int | None,
+        sink: Sink,
+    ) -> Measures:
+        evaluator = Evaluator(stream, base, form_of(config, base), settings, config.train.softmax, config.seed)
+        blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
+        later = [b for b in blocks if b > learned]
+        truth = truth_of(Path(config.data)) if settings.targets == "test" else None
+        best = {} if truth is None else {b: ceiling(truth, stream, b, settings.top_k) for b in later}
+        rows, first = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
+        name, after = config.method.name, None
+        if first.height:
+            counts = measure_counts(evaluator, [b for b in later if b > learned + 1], lag=1)
+            after = Measures(name, first, counts, learned, settings, lag=1)
+        return Measures(name, rows, measure_counts(evaluator, later), learned, settings, best, next=after)
+
+    def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
+        return frames_of(measures)
+
+    def read(self, folder: Path, metrics: Mapping[str, Any], name: str, settings: EvalConfig, again: str) -> Measures:
+        return read_measures(folder, metrics, name, settings, again)
+
+    def figures(self, measures: Measures, stream: Stream) -> dict[str, Any]:
+        return {
+            "table": table([measures]),
+            "differences": differences([measures]),
+            "matrix": summarise(measures.rows, measures.config.top_k, beams=measures.config.beams).to_dicts(),
+            "continual": continual_summary(measures, headline(measures.config)),
+            "slices": slice_table(measures, stream),
+            "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
+            "next_block": {
+                "table": table([measures.next]) if measures.next else [],
+                "differences": differences([measures.next]) if measures.next else [],
+            },
+        }
+
+    def printed(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        more = {"continual": figures["continual"], "next_block": figures["next_block"]["table"]}
+        return {**super().printed(figures), **more}
+
+    def table_names(self, method: str, settings: EvalConfig) -> tuple[Sequence[str], Sequence[str]]:
+        return (method, FROZEN, *COUNTS, CEILING), table_columns(settings)
+
+    def sections(self, measures: Measures, figures: Mapping[str, Any], stream: Stream, base: Base) -> list[Section]:
+        lines = {"frozen": measures.frozen, **measures.beside}
+        if measures.current.height:
+            lines = {measures.name: measures.current, **lines}
+        known = [m for m in headline(measures.config) if all(cell[m] is not None for cell in figures["matrix"])]
+        return [
+            rows_table("Mean over the later blocks", figures["table"], self.note),
+            rows_table("Paired differences", figures["differences"]),
+            *(heat_map(measures, metric) for metric in known),
+            *block_curves(lines, measures.config, measures.ceiling),
+            rows_table("Summaries of R[t][s]", figures["continual"]),
+            rows_table("Slices of the current blocks", figures["slices"]),
+            *next_block_tables(figures["next_block"]),
+            KeyValues("Semantic IDs", base.sids.collisions()),
+        ]
+
+    def question(self, measures: Measures) -> dict[str, Any]:
+        return {"blocks": measures.own["block"].unique().sort().to_list()}
+
+    def compare(self, groups: Sequence[Group[Measures]]) -> Lines:
+        return Lines(groups)
+
+    def cell(self, measures: Measures) -> dict[str, Any]:
+        row = model_row(measures.name, measures.own, measures.config)
+        grid = matrix(measures, headline(measures.config)[0])
+        found = {key: value for key, value in row.items() if key not in ("model", "users") and "95 %" not in key}
+        return found | {name: None if mean.missing else mean.value for name, mean in summaries(grid).items()}
+
+
+def form_of(config: RunConfig, base: Base) -> Form:
+    """How a run's histories become tokens."""
+    return make_form(config.train.form, base, config.train.window, config.train.row_tokens)
+
+
+def truth_of(folder: Path) -> pl.DataFrame | None:
+    """The true next-item distribution of a simulated stream directory, None for a real one."""
+    return load_truth(folder) if os.path.lexists(folder / "truth.parquet") else None
+
+
+def make_world(stream: Path, base: Path, simulated: SimulateConfig, pretrain: BaseConfig, sink: Sink) -> None:
+    """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept."""
+
+    def make_stream() -> None:
+        sink.emit({"kind": "note", "text": f"simulating the embedded stream in {stream}"})
+        with atomic_dir(stream) as folder:
+            simulation = simulate(simulated)
+            simulation.save(folder)
+            save_sids(folder, simulation.stream, TokensConfig())
+
+    if not ranks.once(stream.is_dir):
+        ranks.once(make_stream)
+    if not ranks.once(base.is_dir):  # all processes train it
+        sink.emit({"kind": "note", "text": f"training the embedded base in {base}"})
+        found = Stream.load(stream)
+        make_base(base, found, load_sids(stream, found), pretrain, sink)

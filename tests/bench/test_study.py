@@ -1,0 +1,143 @@
+"""One driver of studies for every task: cells, seeds, references, pairs, `--only`, and mistakes told first."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from cladapt.artifacts import read_json
+from cladapt.errors import ConfigError
+
+BENCH = Path(__file__).parents[2] / "bench"
+INTERACTIONS: dict[str, Any] = {
+    "simulate": {"users": 30, "items": 30, "topics": 4, "blocks": 3},
+    "tokens": {"dimensions": 8, "levels": 2, "codes": 4},
+    "base": {"epochs": 1},
+    "run": {"train": {"epochs": 1}, "adapter": {"rank": 2}, "eval": {"bootstrap": 100, "scope": "current"}},
+    "cells": {"finetune": {"method": {"name": "finetune"}}, "peso": {}, "frozen": {"method": {"name": "frozen"}}},
+    "references": ["peso"],
+    "pairs": [["finetune", "frozen"]],
+    "seeds": [0, 1],
+}
+IMAGES: dict[str, Any] = {
+    "task": "classify",
+    "source": "own",
+    "pretrain": "other",
+    "images": {"blocks": 2, "size": 8},
+    "vision": {"hidden": 16, "layers": 1, "epochs": 1},
+    "run": {"train": {"epochs": 1}, "adapter": {"rank": 2}, "eval": {"bootstrap": 100}},
+    "cells": {"finetune": {"method": {"name": "finetune"}}, "peso": {}, "olora": {"method": {"name": "olora"}}},
+    "references": ["finetune", "peso"],
+    "pairs": [["olora", "peso"]],
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """bench/study.py as a module."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.chdir(tmp_path)
+    for name in ("inputs", "study"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, classes in (("own", 4), ("other", 2)):
+        for c in range(classes):
+            (tmp_path / "data" / name / f"{name}{c}").mkdir(parents=True)
+            for i in range(5):
+                pixels = rng.integers(0, 60, (8, 8)) + 40 * c
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / name / f"{name}{c}" / f"{i}.png")
+    return tmp_path / "data"
+
+
+def made(study: Any, recipe: dict[str, Any], data: Path, only: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    one = study.Study("mini", study.recipe_of(recipe, "mini.yaml"), Path("work"), data)
+    done = [(cell, one.run(cell)) for cell in one.cells(only)]
+    return done, study.tables(one.recipe, done)
+
+
+def test_a_study_of_recommendations(study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done, tables = made(study, INTERACTIONS, tmp_path)
+    assert [(cell.name, cell.seed) for cell, _ in done] == [(n, s) for s in (0, 1) for n in INTERACTIONS["cells"]]
+    assert len({cell.config.data for cell, _ in done}) == 1
+    assert len({cell.config.base for cell, _ in done}) == 2
+    cells, summary, differences = (tables[name] for name in ("cells", "summary", "differences"))
+    for cell, folder in done:
+        row = cells.row(by_predicate=(pl.col("cell") == cell.name) & (pl.col("seed") == cell.seed), named=True)
+        line = read_json(folder / "metrics.json")["table"][0]
+        assert {key: row[key] for key in ("HR@10", "log_likelihood")} == {
+            key: pytest.approx(line[key]) for key in ("HR@10", "log_likelihood")
+        }
+    mean = cells.filter(pl.col("cell") == "peso")["log_likelihood"].mean()
+    assert summary.row(by_predicate=pl.col("model") == "peso", named=True)["log_likelihood"] == pytest.approx(mean)
+    names = differences["difference"].to_list()
+    assert names[:2] == ["finetune - peso", "frozen - peso"]
+    assert names[-1] == "finetune - frozen"
+    assert {"peso - markov", "peso - block popularity"} <= {*names}
+    assert {"next_block_summary", "next_block_differences"} <= tables.keys()
+    capsys.readouterr()
+    again, same = made(study, INTERACTIONS, tmp_path)
+    assert capsys.readouterr().err == ""  # everything was there
+    assert [path for _, path in again] == [path for _, path in done]
+    assert all(frame.equals(same[name]) for name, frame in tables.items())
+    _, some = made(study, INTERACTIONS, tmp_path, ["finetune", "frozen"])  # without the reference
+    assert [*some["cells"]["cell"].unique(maintain_order=True)] == ["finetune", "frozen"]
+    assert some["differences"]["difference"].to_list()[0] == "frozen - finetune"
+
+
+def test_a_study_of_classes(study: Any, drawings: Path) -> None:
+    done, tables = made(study, IMAGES, drawings)
+    assert len({cell.config.data for cell, _ in done}) == len({cell.config.base for cell, _ in done}) == 2
+    cells, summary = tables["cells"], tables["summary"]
+    wanted = {"ACC", "MAA", "learning", "BWT", "forgetting", "FWT", "norm", "imbalance", "seconds"}
+    assert wanted <= {*cells.columns}
+    for name in IMAGES["cells"]:
+        mean = cells.filter(pl.col("cell") == name)["ACC"].mean()
+        assert summary.row(by_predicate=pl.col("model") == name, named=True)["ACC"] == pytest.approx(mean)
+    names = tables["differences"]["difference"].to_list()
+    assert names == ["peso - finetune", "olora - finetune", "finetune - peso", "olora - peso", "olora - peso"]
+    one, two = (summary.row(by_predicate=pl.col("model") == name, named=True)["ACC"] for name in ("olora", "peso"))
+    assert tables["differences"].row(-1, named=True)["ACC"] == pytest.approx(one - two)
+    _, some = made(study, IMAGES, drawings, ["olora"])
+    assert some["summary"]["model"].to_list() == ["olora"]
+    assert some["differences"].is_empty()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"task": "rank"}, "task='rank' has no studies"),
+        ({"cells": {}}, "at least 1 item"),
+        ({"references": ["pesto"]}, "references or pairs name pesto"),
+        ({"pairs": [["peso", "sgd"]]}, "references or pairs name sgd"),
+        ({"cells": {"peso": {}, "bad": {"train": {"lrr": 1}}}}, "cell bad: 1 mistake: unknown key 'train.lrr'"),
+        ({"cells": {"peso": {}, "bad": {"method": {"name": "pesto"}}}}, "no method 'pesto'"),
+        ({"cells": {"peso": {}, "bad": {"base": {"epoch": 1}}}}, "unknown key 'epoch'"),
+    ],
+)
+def test_mistakes_show_before_anything_is_made(change: dict[str, Any], text: str, study: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        study.recipe_of({**INTERACTIONS, "pairs": [], **change}, "mini.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--only pesto: no such cell \(cells: finetune, peso, frozen\)"):
+        made(study, INTERACTIONS, tmp_path, ["peso", "pesto"])
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("path", sorted(BENCH.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_resolves(path: Path, study: Any) -> None:
+    recipe = study.recipe_of(study.load_recipe(path), str(path))
+    assert recipe.task == ("classify" if "omniglot" in path.stem else "recommend")
