@@ -101,7 +101,7 @@ def read_factors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved adapter under PEFT's names.
 
     `DataError` where their file is not the one that was written, or a number is not finite; a warning where its hash
-    was not recorded, as in older adapters. Costs 0.6 s per GB.
+    was not recorded, as in older adapters. Costs 1.2 s of one core per GB.
     """
     file, recorded = folder / ADAPTER_FILE, adapter_provenance(folder).get("weights")
     tensors = read_tensors(file)

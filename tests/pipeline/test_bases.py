@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import AdapterConfig, BaseConfig, SimulateConfig, TokensConfig
+from cladapt.config import AdapterConfig, BaseConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.merge import merge
@@ -20,6 +20,7 @@ from cladapt.model.saved import save_adapter
 from cladapt.pipeline import bases, streams
 from cladapt.tokens.sids import SidTable
 from cladapt.train.sinks import MemorySink
+from cladapt.workloads.recommend import Recommend
 
 QUICK = BaseConfig(epochs=3)
 
@@ -133,8 +134,11 @@ def test_a_base_says_on_which_histories_its_rows_were_fitted(stream: Path, sourc
     init, pretrained, random = (load_base(tmp_path / name) for name in ("init", "pretrained", "random"))
     found = [{key: b.provenance.get(key) for key in ("form", "window", "softmax")} for b in (init, pretrained)]
     assert found == [{"form": form, "window": 9, "softmax": "trie"} for form in ("prompt", "packed")]
-    with pytest.warns(UserWarning, match="fitted on histories of the form 'prompt', train.form is 'packed'"):
+    told = "fitted on histories of the form 'prompt', train.form is 'packed'"
+    with pytest.warns(UserWarning, match=told):
         check_form(init, "packed")
+    with pytest.warns(UserWarning, match=told):
+        Recommend().open_inputs(RunConfig(data=str(stream), base=str(tmp_path / "init")))
     for base, form in ((init, "prompt"), (pretrained, "packed"), (random, "packed"), (random, "prompt")):
         check_form(base, form)  # no warning, which would be an error
 
