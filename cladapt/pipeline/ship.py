@@ -86,7 +86,7 @@ def export(
     last = sources[-1]
     if out is None:
         if last.run is None:
-            raise ConfigError("export of a bare adapter directory needs a place", "give --out DIR")
+            raise ConfigError("export of an adapter directory outside a run needs a place", "give --out DIR")
         out = last.run.path / "export" / target
     if all_blocks:  # no block is written unless all can be
         for source in sources:
