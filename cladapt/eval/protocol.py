@@ -35,15 +35,15 @@ NOT_ALLOWED = "targets not allowed"
 class Measures:
     """Per-user rows of one run's models and of the reference models.
 
-    `rows`: the run's own, every model block t (the base's row included) on every tested block s. `beside`: rows of
-    reference models on the blocks they were made for. `ceiling`: the best reachable score per block, where it is known.
+    `rows`: the run's own, every model block t (the base's row included) on every tested block s. `references`: rows of
+    models that only count, on the blocks they were made for. `ceiling`: the best reachable score per block, where it is known.
     `lag`: how far the tested block is ahead of the model that is judged by it. `next`: the same run on the first events
     of the block after each model's, with a lag of 1; None where it was not measured.
     """
 
     name: str
     rows: pl.DataFrame
-    beside: Mapping[str, pl.DataFrame]
+    references: Mapping[str, pl.DataFrame]
     base_block: int
     config: EvalConfig
     ceiling: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
@@ -172,7 +172,7 @@ def table(measures: Sequence[Measures]) -> list[dict[str, Any]]:
     first = measures[0]
     lines = [model_row(m.name, m.current, m.config) for m in measures if m.current.height]
     lines.append(model_row(FROZEN, first.frozen, first.config))
-    lines += [model_row(name, rows, first.config) for name, rows in first.beside.items()]
+    lines += [model_row(name, rows, first.config) for name, rows in first.references.items()]
     if first.ceiling:
         lines.append(ceiling_row(first.ceiling, first.config))
     return lines
@@ -185,7 +185,7 @@ def differences(measures: Sequence[Measures]) -> list[dict[str, Any]]:
         return []
     main = f"HR@{max(first.config.top_k)}"
     others = {m.name: m.current for m in measures[1:] if m.current.height}
-    others |= {FROZEN: first.frozen, **first.beside}
+    others |= {FROZEN: first.frozen, **first.references}
     lines = []
     for name, rows in others.items():
         found = effects(first.current, rows, first.config, (main, "log_likelihood"))

@@ -133,11 +133,11 @@ Section = Table | HeatMap | Curves | Traces | KeyValues
 
 
 def rows_table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Table:
-    """A table of dicts; an interval stands beside its metric."""
+    """A table of dicts; an interval stands next to its metric."""
     names = list(dict.fromkeys(column for row in rows for column in row))
-    beside = {name: f"{name} 95 %" for name in names}
-    ends = {end for end in beside.values() if end in names}
-    columns = [c for name in names if name not in ends for c in (name, beside[name]) if c == name or c in ends]
+    interval = {name: f"{name} 95 %" for name in names}
+    ends = {end for end in interval.values() if end in names}
+    columns = [c for name in names if name not in ends for c in (name, interval[name]) if c == name or c in ends]
     return Table(title, columns, [[row.get(column) for column in columns] for row in rows], note)
 
 

@@ -32,15 +32,15 @@ class Context:
     """Optimiser steps done in this block."""
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     """The values of a fresh adapter, by the same names."""
-    beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    """What trains beside the adapter and is no method's: the rows of a classifier."""
+    extra_parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """What learns with the adapter and is no method's: the rows of a classifier."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The frozen weight [out, in] of every adapted module, by `module_of` its factors."""
     set_history: Callable[[Mapping[str, Tensor]], None] = _no_model
     """Puts frozen factors beside the adapter; see `cladapt.model.history.set_history`."""
     factors: Callable[[], dict[str, Tensor]] = _no_model
     """A copy of the adapter as A and B; see `cladapt.model.adapter.adapter_tensors`."""
-    bare: Callable[[], AbstractContextManager[None]] = _no_model
+    base_alone: Callable[[], AbstractContextManager[None]] = _no_model
     """Inside, the model is without adapter and history."""
     mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
     """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.loop.Fit.mean_gradient`."""
@@ -65,7 +65,7 @@ class Context:
             weights=adapter.adapted_weights(model),
             set_history=partial(history.set_history, model),
             factors=partial(adapter.adapter_tensors, model),
-            bare=partial(history.bare, model),
+            base_alone=partial(history.base_alone, model),
             kernels=kernels,
         )
 

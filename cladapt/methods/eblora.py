@@ -92,7 +92,7 @@ class Eblora(WithHistory):
             own_scales[module].fill_(-(self.config.start + self.config.start_slope * number / last))
 
     def _gradients(self, ctx: Context) -> dict[str, Tensor]:
-        with ctx.bare() if self.config.gradients == "base" else nullcontext(), torch.enable_grad():
+        with ctx.base_alone() if self.config.gradients == "base" else nullcontext(), torch.enable_grad():
             return ctx.mean_gradient(ctx.weights, self.config.sample)
 
     def _make_stiefel(self, ctx: Context) -> None:

@@ -43,8 +43,8 @@ class AdaptedBase(Protocol):
         """What an adapter's `cladapt.json` says of it beside the fingerprint."""
 
     @property
-    def beside(self) -> Mapping[str, nn.Parameter]:
-        """What learns beside an adapter, a classifier, by the names that a saved adapter has for it."""
+    def extra_parameters(self) -> Mapping[str, nn.Parameter]:
+        """What learns with an adapter and is no part of it, such as a classifier, by its names in a saved adapter."""
 
 
 class Scaled(nn.Module):

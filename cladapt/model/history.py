@@ -100,7 +100,7 @@ def history_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
+def base_alone(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the base: without adapter and history."""
     layers = lora_layers(model).values()
     learning = {name: p.requires_grad for name, p in model.named_parameters()}

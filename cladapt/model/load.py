@@ -81,8 +81,8 @@ class Base(Made):
         return {"sids": str(self.provenance["sids"])}
 
     @property
-    def beside(self) -> Mapping[str, nn.Parameter]:
-        """What learns beside an adapter: nothing."""
+    def extra_parameters(self) -> Mapping[str, nn.Parameter]:
+        """What learns with an adapter and is no part of it: nothing."""
         return {}
 
     @property

@@ -82,9 +82,9 @@ def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance
             record["history_rank"] = next(len(t) for n, t in history.items() if ".lora_A." in n)
             config.r += record["history_rank"]
             config.lora_alpha, config.use_rslora = scale_of(model) * config.r, False
-        if base.beside:
+        if base.extra_parameters:
             config.modules_to_save = [CLASSIFIER]
-            tensors |= {name: parameter.detach() for name, parameter in base.beside.items()}
+            tensors |= {name: parameter.detach() for name, parameter in base.extra_parameters.items()}
         config.inference_mode = True
         config.save_pretrained(str(temporary))
         write_factors(temporary, tensors, record)
@@ -218,9 +218,9 @@ def load_adapter(base: AdaptedBase, folder: Path) -> "PeftModel":
 
 def place(model: "PeftModel", base: AdaptedBase, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a saved adapter into the adapter, and a classifier's into the base's own."""
-    set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.beside})
+    set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.extra_parameters})
     with torch.no_grad():
-        for name, parameter in base.beside.items():
+        for name, parameter in base.extra_parameters.items():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise DataError(f"the adapter has no {name} of shape {tuple(parameter.shape)}", RESTORE)
             parameter.copy_(tensors[name])

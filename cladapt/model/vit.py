@@ -55,7 +55,7 @@ class VisionBase(Made):
         return {"classes": str(self.provenance["classes"])}
 
     @property
-    def beside(self) -> Mapping[str, nn.Parameter]:
+    def extra_parameters(self) -> Mapping[str, nn.Parameter]:
         """The classifier's tensors by the names that a saved adapter has for them."""
         return {f"base_model.model.{CLASSIFIER}.{name}": p for name, p in self.classifier.named_parameters()}
 

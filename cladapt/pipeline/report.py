@@ -136,10 +136,12 @@ class Spectra:
 
     @classmethod
     def read(cls, run: Run) -> "Spectra":
-        beside = {block: path for block, path in run.adapters.items() if adapter_provenance(path).get("history_rank")}
+        inheriting = {
+            block: path for block, path in run.adapters.items() if adapter_provenance(path).get("history_rank")
+        }
         return cls(
             {block: saved_spectra(path) for block, path in run.adapters.items()},
-            {block: saved_spectra(path, own=True) for block, path in beside.items()},
+            {block: saved_spectra(path, own=True) for block, path in inheriting.items()},
         )
 
     def log(self) -> list[dict[str, Any]]:

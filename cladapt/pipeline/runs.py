@@ -47,7 +47,7 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
 def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None, task: str | None = None) -> dict[str, Any]:
     """Continue an interrupted run exactly where its last checkpoint or finished block stands.
 
-    `asked`: settings given beside the run, nested as in a recipe; they must be the run's own, and so must `task`.
+    `asked`: settings given with --resume, nested as in a recipe; they must be the run's own, and so must `task`.
     `DataError` when an input is not what it was when the run began. A finished run is left as it is.
     """
     run = open_run(path)

@@ -10,7 +10,7 @@ import polars as pl
 from torch import nn
 
 from cladapt import ranks
-from cladapt.artifacts import atomic_path, check_writable
+from cladapt.artifacts import atomic_path, check_writable, read_record
 from cladapt.config import EvalConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
@@ -25,8 +25,10 @@ from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, load_base
 from cladapt.model.saved import CONFIG_FILE, adapter_provenance, load_adapter
 from cladapt.ops import compute_device
+from cladapt.pipeline.report import METRICS
 from cladapt.run import Run
 from cladapt.train.stream import make_form
+from cladapt.workloads._base import MetricsRecord
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def export(
     last = sources[-1]
     if out is None:
         if last.run is None:
-            raise ConfigError("export of a bare adapter directory needs a place", "give --out DIR")
+            raise ConfigError("export of an adapter directory outside a run needs a place", "give --out DIR")
         out = last.run.path / "export" / target
     if all_blocks:  # no block is written unless all can be
         for source in sources:
@@ -176,6 +178,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
 def _width(source: Source, record: Mapping[str, Any], top_k: int, asked: int | None) -> int:
     """The beam width: never below that of the evaluation, so that what was measured is what is recommended."""
     evaluated = record.get("beams") or (source.run.config.eval if source.run else EvalConfig()).beams
+    if source.run and (file := source.run.path / METRICS).is_file():  # it may have been wider than the run asked for
+        metrics = read_record(file, MetricsRecord, f"cladapt eval {source.run.path}")
+        evaluated = max(evaluated, int(metrics["config"].get("beams", evaluated)))
     if asked is not None and asked < evaluated:
         raise ConfigError(
             f"--beams {asked} is below the {evaluated} of the evaluation: its figures would not hold",

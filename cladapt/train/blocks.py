@@ -99,10 +99,10 @@ def learn_blocks(
             place(model, base, read_own_factors(folder, base))
             method.load_state_dict(read_tensors(_method_file(run, block)))
             continue
-        for parameter in base.beside.values():
+        for parameter in base.extra_parameters.values():
             parameter.requires_grad_(True)
         module, feed = examples(model, range(1, block + 1) if method.past_data else (block,))
-        ctx = replace(Context.of(model, block, initial, config.kernels), beside=base.beside)
+        ctx = replace(Context.of(model, block, initial, config.kernels), extra_parameters=base.extra_parameters)
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
         result = results[block] = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),

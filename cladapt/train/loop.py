@@ -93,9 +93,9 @@ class Fit:
         if settings.keep == "best" and not feed.validation_targets:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
         self.method, self.ctx, self.feed, self.settings, self.sink = method, ctx, feed, settings, sink
-        self.trained = {**ctx.parameters, **ctx.beside}
+        self.trained = {**ctx.parameters, **ctx.extra_parameters}
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
-        self._bare, ctx.mean_gradient = module, self.mean_gradient
+        self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
         self.module, self.optimizer = self.accelerator.prepare(module, self._make_optimizer())
         self.best: dict[str, Tensor] = {}
         self.position = Position()
@@ -106,8 +106,8 @@ class Fit:
         groups: list[dict[str, Any]] = [
             {"params": list(ctx.parameters.values()), "weight_decay": settings.weight_decay}
         ]
-        if ctx.beside:  # decay would pull at rows that this block does not learn
-            groups.append({"params": list(ctx.beside.values()), "weight_decay": 0.0})
+        if ctx.extra_parameters:  # decay would pull at rows that this block does not learn
+            groups.append({"params": list(ctx.extra_parameters.values()), "weight_decay": 0.0})
         elif settings.fold_terms and fused:
             ctx.optimizer = ops.ProxAdamW(groups, lr=settings.lr)
             return ctx.optimizer
@@ -303,7 +303,7 @@ class Fit:
 
         `weights`: frozen tensors of the model as it stands, which learn nothing by this.
         """
-        self._bare.eval()
+        self._unwrapped.eval()
         batches = self.feed.sample(share)
         targets = sum(map(self.feed.targets, batches))
         found = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
@@ -312,7 +312,7 @@ class Fit:
         try:
             for batch in batches:
                 with self._autocast():
-                    loss = self._bare(*self._own(batch)).sum() / targets
+                    loss = self._unwrapped(*self._own(batch)).sum() / targets
                 for total, grad in zip(found.values(), torch.autograd.grad(loss, [*weights.values()]), strict=True):
                     total += grad
         finally:

@@ -59,7 +59,7 @@ class Lines(Comparison[Measures]):
             name = frozen.setdefault(group.base, FROZEN if first else f"{FROZEN} ({group.name})")
             for seed, each in group.by_seed.items():
                 lines.setdefault(name, {}).setdefault(seed, each.frozen)
-                for model, rows in each.beside.items():
+                for model, rows in each.references.items():
                     counts.setdefault(model, {}).setdefault(seed, rows)
         return {**lines, **counts}
 

@@ -34,9 +34,9 @@ def frames_of(measures: Measures) -> dict[str, pl.DataFrame]:
     """Rows by file name: a file per tested block, one per counts-only model, and the same of the next block."""
     tested = measures.rows["block"].unique().sort().to_list()
     blocks = {block_file(s): measures.rows.filter(pl.col("block") == s) for s in tested}
-    frames = {**blocks, **{counts_file(name): rows for name, rows in measures.beside.items()}}
+    frames = {**blocks, **{counts_file(name): rows for name, rows in measures.references.items()}}
     if after := measures.next:
-        frames |= {NEXT: after.rows, **{counts_file(name, "next_"): rows for name, rows in after.beside.items()}}
+        frames |= {NEXT: after.rows, **{counts_file(name, "next_"): rows for name, rows in after.references.items()}}
     return frames
 
 

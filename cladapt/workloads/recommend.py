@@ -193,7 +193,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return (method, FROZEN, *COUNTS, CEILING), table_columns(settings)
 
     def sections(self, measures: Measures, figures: Mapping[str, Any], stream: Stream, base: Base) -> list[Section]:
-        lines = {"frozen": measures.frozen, **measures.beside}
+        lines = {"frozen": measures.frozen, **measures.references}
         if measures.current.height:
             lines = {measures.name: measures.current, **lines}
         known = [m for m in headline(measures.config) if all(cell[m] is not None for cell in figures["matrix"])]

@@ -69,13 +69,13 @@ def make_rows(seed: int, model_blocks: Sequence[int] = (1, 2, 3), likelihood: bo
 
 
 def make_measures(name: str, seed: int, model_blocks: Sequence[int] = (1, 2, 3), **more: Any) -> Measures:
-    beside = {
+    references = {
         counts: make_rows(7 + i, [2, 3], likelihood=False).filter(
             (pl.col("model_block") == pl.col("block")) & (pl.col("block") > BASE)
         )
         for i, counts in enumerate(COUNTS)
     }
-    return Measures(name, make_rows(seed, model_blocks), more.pop("beside", beside), BASE, CONFIG, **more)
+    return Measures(name, make_rows(seed, model_blocks), more.pop("references", references), BASE, CONFIG, **more)
 
 
 def value(row: dict[str, Any], metric: str) -> float:
@@ -165,7 +165,7 @@ def test_the_table_lists_runs_then_what_stands_beside_them() -> None:
     assert lines[0] == model_row("peso", first.current, CONFIG)
     assert lines[1] == model_row("finetune", second.current, CONFIG)
     assert lines[2] == model_row("frozen", first.frozen, CONFIG)
-    assert lines[3] == model_row(COUNTS[0], first.beside[COUNTS[0]], CONFIG)
+    assert lines[3] == model_row(COUNTS[0], first.references[COUNTS[0]], CONFIG)
     assert lines[-1] == ceiling_row(ceiling, CONFIG)
     assert lines[-1]["HR@2"] == pytest.approx(0.6)
     assert lines[-1]["log_likelihood"] == pytest.approx(-2.0)

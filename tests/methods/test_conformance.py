@@ -104,18 +104,20 @@ class Learner:
         with torch.no_grad():
             for p in adapter_parameters(self.model).values():
                 p += 0.05 * torch.randn(p.shape, generator=generator)
-        for p in self.base.beside.values():
+        for p in self.base.extra_parameters.values():
             p.requires_grad_(True)
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter directory would hold."""
-        return adapter_tensors(self.model) | {name: p.detach().clone() for name, p in self.base.beside.items()}
+        return adapter_tensors(self.model) | {
+            name: p.detach().clone() for name, p in self.base.extra_parameters.items()
+        }
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
         place(self.model, self.base, tensors)
 
     def context(self, block: int) -> Context:
-        return replace(Context.of(self.model, block, self.initial), beside=self.base.beside)
+        return replace(Context.of(self.model, block, self.initial), extra_parameters=self.base.extra_parameters)
 
     def fit(self, block: int, sink: Sink | None = None, batch_tokens: int = 96, **changes: Any) -> Fit:
         make = self._interactions if self.workload == "recommend" else self._images

@@ -151,7 +151,7 @@ def test_the_mean_gradient_is_that_of_the_loss_and_of_the_bare_model_where_asked
     (expected,) = torch.autograd.grad(loss, weight)
     weight.requires_grad_(False)
     torch.testing.assert_close(next(iter(found.values())), expected, rtol=1e-4, atol=1e-7)
-    with fit.ctx.bare():
+    with fit.ctx.base_alone():
         bare = fit.mean_gradient(fit.ctx.weights, 1.0)
     plain = Learner(folder).fit(3)
     for name, gradient in plain.mean_gradient(plain.ctx.weights, 1.0).items():

@@ -69,7 +69,7 @@ def test_a_base_goes_through_its_directory(folder: Path) -> None:
     base = load_vision_base(folder)
     assert (base.fitted_block, base.identity, base.task_type) == (0, {"classes": "six"}, None)
     assert not any(p.requires_grad for p in base.model.parameters())
-    assert list(base.beside) == ["base_model.model.classifier.weight", "base_model.model.classifier.bias"]
+    assert list(base.extra_parameters) == ["base_model.model.classifier.weight", "base_model.model.classifier.bias"]
     expected = new_vit(SMALL, 8, 1, 6).state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in base.model.state_dict().items())
 

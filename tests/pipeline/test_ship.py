@@ -1,6 +1,7 @@
 """Which adapter is meant, where an export goes, and recommendations as files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,14 @@ def test_the_beams_are_those_the_adapter_was_evaluated_with(
     write_json(tmp_path / "away" / "cladapt.json", record | ({} if recorded is None else {"beams": recorded}))
     away = {"path": tmp_path / "away", "base_folder": Path("base")}
     assert recommend(histories, tmp_path / "r.csv", top_k=top_k, **away)["beams"] == beams
+
+
+def test_a_run_that_was_evaluated_wider_recommends_as_wide(world: Path, histories: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run", tmp_path / "wide")
+    write_json(tmp_path / "wide" / "metrics.json", {"base_block": 1, "config": {"beams": 40}})
+    assert recommend(histories, tmp_path / "r.csv", path=tmp_path / "wide")["beams"] == 40
+    with pytest.raises(ConfigError, match="--beams 20 is below the 40 of the evaluation"):
+        recommend(histories, tmp_path / "s.csv", path=tmp_path / "wide", beams=20)
 
 
 def test_a_file_is_replaced_only_where_that_is_asked(histories: Path, tmp_path: Path) -> None:

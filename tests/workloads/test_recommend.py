@@ -93,10 +93,10 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     metrics = {"base_block": 1, "ceiling": {"2": {"HR@10": 0.5}}, "matrix": [{"block": b} for b in (1, 2, 3)]}
     found = work.read(tmp_path, metrics, "peso", config, "again")
     assert found.rows.sort("block", "model_block", "user").equals(own.sort("block", "model_block", "user"))
-    assert {name: frame.rows() for name, frame in found.beside.items()} == {n: f.rows() for n, f in counts.items()}
+    assert {name: frame.rows() for name, frame in found.references.items()} == {n: f.rows() for n, f in counts.items()}
     assert found.next is not None
     assert found.next.rows.equals(following)
-    assert [*found.next.beside] == [COUNTS[0]]
+    assert [*found.next.references] == [COUNTS[0]]
     assert (found.base_block, found.ceiling, found.next.lag) == (1, {2: {"HR@10": 0.5}}, 1)
     (tmp_path / "block_002.parquet").unlink()
     with pytest.raises(DataError, match=r"are of two evaluations: block_002\.parquet in one alone \(again\)"):
