@@ -36,9 +36,9 @@ class Measures:
     """Per-user rows of one run's models and of the reference models.
 
     `rows`: the run's own, every model block t (the base's row included) on every tested block s. `references`: rows of
-    models that only count, on the blocks they were made for. `ceiling`: the best reachable score per block, where it is known.
-    `lag`: how far the tested block is ahead of the model that is judged by it. `next`: the same run on the first events
-    of the block after each model's, with a lag of 1; None where it was not measured.
+    models that only count, on the blocks they were made for. `ceiling`: the best reachable score per block, where it
+    is known. `lag`: how far the tested block is ahead of the model that is judged by it. `next`: the same run on the
+    first events of the block after each model's, with a lag of 1; None where it was not measured.
     """
 
     name: str
