@@ -44,7 +44,7 @@ def stream() -> Stream:
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    """A tenth of the items, and all popular ones, share an ID with another."""
+    """A tenth of the IDs, 6 of 54, stand for two items each, those of the popular ones among them."""
     codes = np.array([(k // 8, k % 8) for k in range(N_ITEMS)])
     codes[1:12:2] = codes[0:12:2]
     sids = SidTable(tuple(f"i{k}" for k in range(N_ITEMS)), codes, (8, 8))
