@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 COUNTS = ("block popularity", "markov")
 FROZEN = "frozen"
 CEILING = "ceiling"
-NOT_ALLOWED = "targets not allowed"
-"""Column of a table: targets that may not be recommended, a miss for every line alike."""
+TESTS, NOT_ALLOWED = "tests", "targets not allowed"
+"""Columns of a table: rows (a user in a block, of each seed), and those whose target may not be recommended, misses for
+every line alike."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def metric_columns(config: EvalConfig) -> list[str]:
 
 def table_columns(config: EvalConfig) -> list[str]:
     """All numbers of a line of the table."""
-    return ["users", NOT_ALLOWED, *metric_columns(config), f"HR@{max(config.top_k)} (ID)"]
+    return ["users", TESTS, NOT_ALLOWED, *metric_columns(config), f"HR@{max(config.top_k)} (ID)"]
 
 
 def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
     main = f"HR@{max(config.top_k)}"
     columns = [*metric_columns(config), f"{main} (ID)"]
     means = measured.group_by("block").agg(pl.col(columns).mean()).select(pl.col(columns).mean()).row(0, named=True)
-    row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), NOT_ALLOWED: int((~rows["allowed"]).sum())}
-    row |= means
+    row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), TESTS: rows.height}
+    row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means}
     for column in (main, "log_likelihood"):
         effect = block_mean_interval(measured, column, config.bootstrap)
         row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"

@@ -1,5 +1,6 @@
 """Recommendations for any histories: read them, decode, turn semantic IDs back into items."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,19 +72,32 @@ def read_histories(
     else:
         _check_ids(path, item, frame.schema[item])
         if timed:
-            frame = _by_time(path, frame, timestamp)
+            frame = _by_time(path, frame, user, timestamp)
+        elif timestamp and (others := [name for name in frame.columns if name not in (user, item)]):
+            warnings.warn(
+                f"{path} has no column {timestamp!r}: the order of its rows is taken for that in time; --timestamp "
+                f'names another of its columns ({", ".join(others)}), --timestamp "" says that none is meant',
+                stacklevel=2,
+            )
         grouped = frame.group_by(user, maintain_order=True).agg(history=pl.col(item).cast(pl.String))
     return {str(who): [i for i in items or [] if i is not None] for who, items in grouped.iter_rows()}
 
 
-def _by_time(path: Path, frame: pl.DataFrame, timestamp: str) -> pl.DataFrame:
-    """Rows in the order of their times."""
+def _by_time(path: Path, frame: pl.DataFrame, user: str, timestamp: str) -> pl.DataFrame:
+    """Rows in the order of their times; a warning counts those whose order the times leave open."""
     seconds = to_seconds(frame[timestamp], f"{path}: {timestamp}")
     if unknown := seconds.null_count():
         shown = frame[timestamp].filter(seconds.is_null())[0]
         raise DataError(
             f"{path}: {unknown} rows have no readable {timestamp}, the first {shown!r}",
             'write unix seconds or ISO dates, or take the order of the rows: --timestamp ""',
+        )
+    tied = int(pl.DataFrame({"user": frame[user], "seconds": seconds}).is_duplicated().sum())
+    if tied:
+        warnings.warn(
+            f"{path}: {tied} of {frame.height} rows share their time with another row of the same user, and keep the "
+            "order of the file: write it oldest first",
+            stacklevel=3,
         )
     ordered = pl.DataFrame({"seconds": seconds, "row": np.arange(frame.height)}).sort("seconds", "row")
     return frame[ordered["row"]]
@@ -167,6 +181,7 @@ def recommend(
         "users_with_fewer": int((frame.group_by("user").len()["len"] < (top_k or 1)).sum())
         + len(histories)
         - frame["user"].n_unique(),
+        "users_without_known_items": sum(not len(items) for items in known),
         "unknown_history_items": sum(map(len, histories.values())) - sum(map(len, known)),
         "unknown_catalogue_items": unknown_allowed,
     }

@@ -176,7 +176,7 @@ def _check_comparable(evaluated: Sequence[Evaluated]) -> None:
             raise ConfigError(
                 f"{evaluated[0].run.path} and {each.run.path} were evaluated differently: "
                 + "; ".join(f"{key} {one[key]} against {two[key]}" for key in apart),
-                "evaluate them alike: cladapt eval RUN -o KEY=VALUE",
+                "evaluate them alike, on the same blocks and by the same settings: cladapt eval RUN -o KEY=VALUE",
             )
 
 

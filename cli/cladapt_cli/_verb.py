@@ -34,7 +34,12 @@ Command = Callable[..., dict[str, Any] | None]
 
 _SHARED = {
     "json": (bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Output")),
-    "quiet": (bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel="Output")),
+    "quiet": (
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="No progress on stderr; warnings and errors are shown.", rich_help_panel="Output"
+        ),
+    ),
     "debug": (bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")),
 }
 

@@ -149,7 +149,7 @@ def _report(error: BaseException) -> int:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
     """One `warning:` line for what the engine warns of; other packages' warnings only under `--debug`."""
     ours = filename.startswith(os.path.dirname(cladapt.__file__) + os.sep)
-    if output.debug or (ours and not output.quiet):
+    if output.debug or (ours and ranks.is_main()):
         say(f"warning: {' '.join(str(message).split())}")
 
 

@@ -40,8 +40,7 @@ def _warn(report: dict[str, Any]) -> dict[str, Any]:
     """Warnings of a report as lines on stderr, unless the report is one JSON object."""
     if not output.json:
         for text in report.pop("warnings"):
-            if not output.quiet:
-                typer.echo(f"warning: {text}", err=True)
+            typer.echo(f"warning: {text}", err=True)
     return report
 
 

@@ -86,7 +86,12 @@ def train(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Run directory; default: the latest run.")] = None,
     block: Annotated[
-        int | None, typer.Option("--block", show_default="every block", help="Test on this block alone.")
+        int | None,
+        typer.Option(
+            "--block",
+            show_default="every block",
+            help="Test on this block alone; its rows replace those of an earlier evaluation.",
+        ),
     ] = None,
     top_k: Annotated[
         str | None, typer.Option("--top-k", show_default="the run's own", help="Cut-offs, e.g. 5,10.")

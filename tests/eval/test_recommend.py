@@ -79,6 +79,7 @@ def test_every_user_gets_the_ranking_of_plain_forward_passes(base: Base, exclude
         "users": 4,
         "recommendations": frame.height,
         "users_with_fewer": 3 if exclude_seen else 0,  # all but the user without a history
+        "users_without_known_items": 1,
         "unknown_history_items": 0,
         "unknown_catalogue_items": 0,
     }
@@ -163,7 +164,18 @@ def test_a_time_column_orders_the_rows_whatever_their_place(tmp_path: Path) -> N
 
 def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
     pl.DataFrame({"user": ["u"] * 3, "item": list("bca"), "timestamp": [7, 7, 1]}).write_csv(tmp_path / "h.csv")
-    assert read_histories(tmp_path / "h.csv") == {"u": ["a", "b", "c"]}
+    with pytest.warns(
+        UserWarning, match="2 of 3 rows share their time with another row of the same user, and keep the"
+    ):
+        assert read_histories(tmp_path / "h.csv") == {"u": ["a", "b", "c"]}
+
+
+def test_a_column_that_may_be_the_time_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "h.csv").write_text("user,item,time\nu,b,2\nu,a,1\n")
+    with pytest.warns(UserWarning, match=r"no column 'timestamp': the order of its rows.* its columns \(time\)"):
+        assert read_histories(tmp_path / "h.csv") == {"u": ["b", "a"]}
+    assert read_histories(tmp_path / "h.csv", timestamp="") == {"u": ["b", "a"]}
+    assert read_histories(tmp_path / "h.csv", timestamp="time") == {"u": ["a", "b"]}
 
 
 def test_an_unreadable_time_is_no_order(tmp_path: Path) -> None:

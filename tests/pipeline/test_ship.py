@@ -176,6 +176,7 @@ def test_every_format_holds_the_same_recommendations(histories: Path, tmp_path: 
         "users": 3,
         "recommendations": 12,
         "users_with_fewer": 0,
+        "users_without_known_items": 1,
         "unknown_history_items": 1,
         "unknown_catalogue_items": 0,
     }
