@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from cladapt.config import BlocksConfig
-from cladapt.data.readers import RawLog
+from cladapt.data.readers import RawLog, frequent_texts
 from cladapt.data.schema import INTERACTIONS, ITEMS, WEIGHT, Stream
 from cladapt.errors import ConfigError, DataError
 
@@ -35,9 +35,8 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
 
     # rows are in time order, so an item's first row is in its first block
     items = kept.unique("item", keep="first", maintain_order=True).select("item", pl.col("block").alias("first_block"))
-    items = items.join(log.items, on="item", how="left", maintain_order="left").with_columns(
-        pl.col("text").fill_null("")
-    )
+    texts, late = _texts_by_first_block(raw, items) if "text" in raw.columns else (log.items, 0)
+    items = items.join(texts, on="item", how="left", maintain_order="left").with_columns(pl.col("text").fill_null(""))
     placed = kept.with_columns(position=pl.int_range(pl.len(), dtype=pl.Int64).over("user")).sort("user", "position")
     columns = [*INTERACTIONS, *(name for name in WEIGHT if name in placed.columns)]
     settings = config.model_dump(mode="json")
@@ -57,6 +56,7 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
             **log.notes,
             "items_never_used": log.items.join(items, on="item", how="anti").height,
             "items_without_text": items.filter(pl.col("text") == "").height,
+            **({"items_with_text_of_a_later_block": late} if late else {}),
             **({"rows_sorted_by_time": log.out_of_order} if log.out_of_order else {}),
             **({"blocks_renumbered_from_1": n_blocks} if renumbered else {}),
             **({"weights_kept_but_unused_in_training": kept.height} if stream.weighted else {}),
@@ -64,6 +64,18 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
         **check_stream(stream),
     }
     return replace(stream, manifest=manifest)
+
+
+def _texts_by_first_block(raw: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Each item's most frequent text up to the end of its first block, so that later blocks never change it.
+
+    An item that has none by then gets its first later one; the second result counts them.
+    """
+    rows = raw.with_columns(order=pl.int_range(pl.len())).join(items, on="item", maintain_order="left")
+    known = frequent_texts(rows.filter(pl.col("block") <= pl.col("first_block")))
+    later = rows.drop_nulls("text").unique("item", keep="first", maintain_order=True)
+    late = known.filter(pl.col("text").is_null()).select("item").join(later.select("item", "text"), on="item")
+    return pl.concat([known.drop_nulls("text"), late]), late.height
 
 
 def core(kept: pl.DataFrame, rows: pl.DataFrame, k: int) -> pl.DataFrame:

@@ -353,9 +353,14 @@ def test_online_retail_imports_with_its_titles_and_the_losses_of_an_independent_
             inside["CustomerID"].n_unique(),
             active,
         )
+    # a title counts until the end of the block that has the item's first event
     titles: dict[str, Counter[str]] = defaultdict(Counter)
-    for code, title in bought.select("StockCode", pl.col("Description").str.strip_chars()).iter_rows():
-        titles[code][title] += 1
+    until: dict[str, int] = {}
+    events = bought.unique(["CustomerID", "StockCode", "InvoiceDate"], keep="first", maintain_order=True)
+    columns = ("StockCode", pl.col("InvoiceDate").dt.epoch("s"), pl.col("Description").str.strip_chars())
+    for code, time, title in events.sort("InvoiceDate", maintain_order=True).select(columns).iter_rows():
+        end = until.setdefault(code, next(row["last"] for row in report["blocks"] if time <= row["last"]))
+        titles[code].update([title] if time <= end else [])
     items = dict(Stream.load(tmp_path / "out").items.select("item", "text").iter_rows())
     assert items == {code: max(count, key=lambda text: count[text]) for code, count in titles.items()}
     assert report["items_with_text"] == len(titles)

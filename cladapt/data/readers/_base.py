@@ -37,9 +37,11 @@ class RawLog:
 
     events: pl.DataFrame
     """user String, item String, timestamp Int64 | null (unix seconds), order Int64 (ties in time keep it),
-    block Int32 | null (only where the source has ready-made blocks), and weight Float64 only when it was asked for."""
+    block Int32 | null (only where the source has ready-made blocks), weight Float64 only when it was asked for, and
+    text String | null only where the log itself has the texts of the items."""
     items: pl.DataFrame
-    """item String (unique), text String; may hold items that never occur, may be empty."""
+    """item String (unique), text String; may hold items that never occur, may be empty. Where the events have texts
+    these are the most frequent of the whole log; a stream takes those known by the end of an item's first block."""
     index: Mapping[str, tuple[str, ...]] | None
     """A semantic-ID index found with the source: item -> ("<a_1>", "<b_7>", …)."""
     rejects: pl.DataFrame

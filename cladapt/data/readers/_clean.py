@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from cladapt.data.readers._base import DEFAULTS, NO_ITEMS, NO_REJECTS, REJECTS, NoRows, RawLog, ReadOptions
-from cladapt.data.readers._parse import to_ids, to_numbers, to_seconds, to_weights
+from cladapt.data.readers._parse import mixed_units, to_ids, to_numbers, to_seconds, to_weights
 from cladapt.data.readers._scan import Table, exact_rejects
 from cladapt.data.readers._where import conditions
 from cladapt.errors import DataError
@@ -136,11 +136,13 @@ def assemble(
 ) -> RawLog:
     """The `RawLog` of parsed rows: filters and rejects are taken out and counted, then exact repeats of timed rows.
 
-    Without times a repeat may be a second visit, so it stays. The texts of the items are those of `items`,
-    or where the rows have a text each item's most frequent one. `exact`: line breaks inside a csv's rows are counted in
-    the lines already. `NoRows` when nothing is left.
+    Without times a repeat may be a second visit, so it stays. The texts of the items are those of `items`, or where the
+    rows have a text, which the events then keep, each item's most frequent one. `exact`: line breaks inside a csv's
+    rows are counted in the lines already. `NoRows` when nothing is left.
     """
     rows = parsed.with_row_index("order")
+    if "text" in rows.columns:
+        rows = rows.with_columns(pl.when(pl.col("text") != "").then("text"))
     usable = rows.filter(pl.col("reason").is_null())
     left_out = rows.drop_nulls("reason")
     if usable.is_empty():
@@ -149,6 +151,9 @@ def assemble(
     zero = _check_zero(usable, where)
     order = pl.col("order").cast(pl.Int64)
     if not usable["exact"].has_nulls():
+        if texts:
+            # the repeats of an event may be the ones with its text
+            usable = usable.with_columns(pl.col("text").drop_nulls().first().over("user", "item", "exact", "block"))
         first = usable.select(pl.struct("user", "item", "exact").is_first_distinct()).to_series()
         event = pl.concat_str("user", "item", "exact", separator=" ").str.head(LONGEST_VALUE)
         repeats = usable.filter(~first).with_columns(reason=pl.lit("duplicate"), value=event)
@@ -162,7 +167,7 @@ def assemble(
         pl.col("exact").floor().cast(pl.Int64).alias("timestamp"),
         order.alias("order"),
         "block",
-        *(["weight"] if "weight" in usable.columns else []),
+        *(name for name in ("weight", "text") if name in usable.columns),
     )
     asked = pl.col("reason").is_in(FILTERS)
     filtered = dict(left_out.filter(asked).group_by("reason", maintain_order=True).len().iter_rows())
@@ -179,21 +184,26 @@ def assemble(
         {**(notes or {}), **{name: count for name, count in found.items() if count}},
         filtered,
         _losses(rows, left_out),
-        _warnings(rows.height, rejects, zero),
+        _warnings(rows.height, rejects, zero) + _mixed_times(usable["exact"], zero),
     )
 
 
 def clean_items(items: pl.DataFrame, where: str) -> Items:
-    """The `items` and the `rejects` of an item table: rows without an id, then later rows of an id.
+    """The `items` and the `rejects` of an item table: rows without an id, then all rows of an id but one.
 
-    In: item, text, and where the source has them file, line, reason and value. An item's first usable row stays.
+    In: item, text, and where the source has them file, line, reason and value. Of an item's usable rows the first with
+    a text stays, or where none has a text the first.
     """
     absent = [name for name in REJECTS if name not in items.columns]
     rows = items.with_columns(*(pl.lit(None, dtype=REJECTS[name]).alias(name) for name in absent))
     unnamed = pl.when(pl.col("item").is_null()).then(pl.lit("item_row_without_id"))
     rows = rows.with_columns(reason=pl.coalesce("reason", unnamed))
     usable = pl.col("reason").is_null()
-    again = pl.when(usable & ~pl.col("item").is_first_distinct().over(usable)).then(pl.lit("item_row_repeated"))
+    empty = pl.col("text").fill_null("").str.strip_chars() == ""
+    rows = rows.with_columns(place=pl.int_range(pl.len()) + pl.when(empty).then(pl.len()).otherwise(0))
+    again = pl.when(usable & (pl.col("place") > pl.col("place").min().over("item", usable))).then(
+        pl.lit("item_row_repeated")
+    )
     rows = rows.with_columns(reason=pl.coalesce("reason", again))
     value = pl.coalesce("value", "item", pl.lit("")).str.head(LONGEST_VALUE)
     rejects = rows.drop_nulls("reason").with_columns(value=value, file=pl.coalesce("file", pl.lit(where)))
@@ -201,18 +211,31 @@ def clean_items(items: pl.DataFrame, where: str) -> Items:
     return kept, rejects.with_columns(pl.col("line").cast(pl.Int64)).select(*REJECTS)
 
 
-def _texts_of_rows(usable: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Each item with its most frequent text, the earliest seen of equals; and how many items have several."""
-    counted = (
-        usable.filter(pl.col("text") != "")
+def frequent_texts(rows: pl.DataFrame) -> pl.DataFrame:
+    """Each item of `rows` (item, text, order) with its most frequent text, the first of equals, null without any."""
+    best = (
+        rows.drop_nulls("text")
         .group_by("item", "text")
         .agg(pl.len().alias("n"), pl.col("order").min())
         .sort("n", "order", descending=[True, False])
+        .unique("item", keep="first", maintain_order=True)
+        .select("item", "text")
     )
-    best = counted.unique("item", keep="first", maintain_order=True).select("item", "text")
-    several = int((counted["item"].value_counts()["count"] > 1).sum())
-    items = usable.select("item").unique(maintain_order=True).join(best, on="item", how="left", maintain_order="left")
-    return items.with_columns(pl.col("text").fill_null("")), {"items_with_several_texts": several}
+    return rows.select("item").unique(maintain_order=True).join(best, on="item", how="left", maintain_order="left")
+
+
+def _texts_of_rows(usable: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Each item with its most frequent text, and how many items have several."""
+    different = usable.drop_nulls("text").group_by("item").agg(pl.col("text").n_unique())
+    several = int((different["text"] > 1).sum())
+    items = frequent_texts(usable).with_columns(pl.col("text").fill_null(""))
+    return items, {"items_with_several_texts": several}
+
+
+def _mixed_times(exact: pl.Series, zero: int) -> list[str]:
+    times = exact.drop_nulls()
+    found = mixed_units(times.filter(times != 0) if zero else times)  # times at zero have a warning of their own
+    return [found] if found else []
 
 
 def _check_zero(usable: pl.DataFrame, where: str) -> int:

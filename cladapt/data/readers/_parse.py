@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
@@ -12,6 +12,8 @@ from cladapt.errors import ConfigError, DataError
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}  # unit of time -> how many make a second
 LONG = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 LARGEST_SECONDS = 1e11  # the year 5138
+SPARSE, RECENT = 631_152_000, 946_684_800  # 1990 and 2000: logs with times before and after have most between
+MIXED = 0.01  # share of times before 1990 from which a log looks like one of two units
 COMPACT_DATES = (19_000_101, 21_001_231)  # YYYYMMDD; as seconds a few weeks of 1970
 ISO = (
     r"^(?P<date>\d{4}-\d{2}-\d{2})"
@@ -104,6 +106,23 @@ def _checked_numbers(numbers: pl.Series, where: str, unit: str = "s") -> pl.Seri
             "say so with --time-format %Y%m%d, or write dates as YYYY-MM-DD",
         )
     return seconds
+
+
+def mixed_units(seconds: pl.Series) -> str | None:
+    """A warning where times lie before 1990 and after 2000 with next to none between, as of rows in two units."""
+    early, late = seconds.filter(seconds < SPARSE), seconds.filter(seconds > RECENT)
+    between = len(seconds) - len(early) - len(late)
+    if late.is_empty() or len(early) <= MIXED * len(seconds) or between > MIXED * len(seconds):
+        return None
+    return (
+        f"{len(early)} of {len(seconds)} rows have times from {_moment(early.min())} to {_moment(early.max())}, and "
+        f"{len(late)} from {_moment(late.min())} to {_moment(late.max())} UTC: if they are in different units, write "
+        "all in one and name it by --time-unit, or leave some out with --where on the time column"
+    )
+
+
+def _moment(seconds: Any) -> str:
+    return str(datetime(1970, 1, 1) + timedelta(seconds=int(seconds)))
 
 
 def _iso_seconds(texts: pl.Series) -> pl.Series:

@@ -32,7 +32,9 @@ def conditions(table: pl.DataFrame, clauses: Sequence[str], path: Path) -> tuple
     """Per row of `table` whether all conditions hold (Boolean, null = unknown), and the value that hides it.
 
     The value, String, is that of a text that is no number where the condition needs one; null everywhere else.
+    NaN in a column of floats is null.
     """
+    table = table.with_columns(pl.col(pl.Float32, pl.Float64).fill_nan(None))  # NaN compares as the largest number
     holds = pl.repeat(True, table.height, dtype=pl.Boolean, eager=True)
     unreadable = pl.repeat(None, table.height, dtype=pl.String, eager=True)
     for clause in clauses:

@@ -54,6 +54,23 @@ def test_texts_of_the_log_agree_with_a_plain_count(
     assert log.notes.get("items_with_several_texts", 0) == sum(len(count) > 1 for count in counts.values())
 
 
+def test_a_repeat_of_an_event_may_have_its_text(tmp_path: Path) -> None:
+    rows = [("a", "x", 1, ""), ("a", "x", 1, "Ex"), ("b", "x", 2, "Other"), ("b", "x", 2, "Why")]
+    log = read(write(tmp_path, ("user", "item", "timestamp", "title"), rows), options=TEXTS)
+    assert log.events["text"].to_list() == ["Ex", "Other"]
+    assert log.dropped == {"duplicate": 2}
+
+
+def test_an_item_of_a_table_has_its_first_text_that_is_not_empty(tmp_path: Path) -> None:
+    log = write(tmp_path, ("user", "item", "timestamp"), [("a", f"i{k}", k) for k in range(1, 5)])
+    table = [("i2", ""), ("i1", "A"), ("i3", " "), ("i2", "C"), ("i1", "B"), ("i2", "D"), ("i3", ""), ("i4", "")]
+    items = write(tmp_path, ("item", "title"), table, "items.csv")
+    found = read(log, options=ReadOptions(items=items))
+    assert dict(found.items.rows()) == {"i1": "A", "i2": "C", "i3": "", "i4": ""}
+    assert found.dropped == {"item_row_repeated": 4}
+    assert found.rejects["line"].to_list() == [2, 6, 7, 8]
+
+
 def test_rows_that_are_filtered_or_rejected_give_no_text(tmp_path: Path) -> None:
     rows = [("a", "x", 1, "Good", 5), ("b", "x", 2, "damaged", -1), ("b", "x", 3, "damaged", -2), ("", "x", 4, "?", 1)]
     source = write(tmp_path, ("user", "item", "timestamp", "title", "n"), rows)
@@ -130,6 +147,7 @@ def test_a_threshold_without_a_column_or_a_column_without_a_threshold_is_refused
 
 
 NOW = 1_700_000_000
+DECADE = 10 * 365 * 86_400
 
 
 def test_times_at_zero_among_real_ones_are_counted_with_a_warning(tmp_path: Path) -> None:
@@ -151,6 +169,42 @@ def test_times_that_are_mostly_zero_are_an_error_and_a_clock_that_starts_at_zero
     relative = [("a", f"i{k}", k // 3) for k in range(6)]
     log = read(write(tmp_path, ("user", "item", "timestamp"), relative, "relative.csv"))
     assert (log.notes, log.warnings) == ({}, [])
+
+
+def in_units(path: Path, seconds: Sequence[int], milliseconds: Sequence[int]) -> Path:
+    times = [*seconds, *(1000 * time for time in milliseconds)]
+    return write(path, ("user", "item", "timestamp"), [("a", f"i{k}", time) for k, time in enumerate(times)])
+
+
+def test_times_in_two_units_are_a_warning_with_both_spans(tmp_path: Path) -> None:
+    times = [NOW + k for k in range(300)]
+    log = read(in_units(tmp_path, times, times), options=ReadOptions(time_unit="ms"))
+    assert log.warnings == [
+        "300 of 600 rows have times from 1970-01-20 16:13:20 to 1970-01-20 16:13:20, and 300 from 2023-11-14 22:13:20 "
+        "to 2023-11-14 22:18:19 UTC: if they are in different units, write all in one and name it by --time-unit, or "
+        "leave some out with --where on the time column"
+    ]
+    assert log.events.height == 600
+
+
+@pytest.mark.parametrize(("early", "warned"), [(2, False), (3, True)])
+def test_one_early_time_in_a_hundred_is_no_second_unit(tmp_path: Path, early: int, warned: bool) -> None:
+    times = [NOW + k for k in range(200)]
+    log = read(in_units(tmp_path, times[:early], times), options=ReadOptions(time_unit="ms"))
+    assert len(log.warnings) == warned
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [DECADE * k // 100 for k in range(1, 500)],  # 1970 to 2020
+        range(500),  # a clock of its own
+        [0, 0, *(NOW + k for k in range(8))],  # warned of as times at zero
+    ],
+)
+def test_times_of_one_unit_are_not_taken_for_two(tmp_path: Path, times: Sequence[int]) -> None:
+    log = read(in_units(tmp_path, times, []))
+    assert not any("different units" in warning for warning in log.warnings)
 
 
 def test_a_reason_that_rejects_many_rows_is_a_warning_with_its_cure(tmp_path: Path) -> None:

@@ -99,6 +99,20 @@ def test_a_text_that_is_no_number_where_one_is_needed_is_a_reject(tmp_path: Path
     assert log.rejects.select("line", "reason", "value").rows() == [(3, "bad_where", "many")]
 
 
+@pytest.mark.parametrize("dtype", [pl.Float32, pl.Float64])
+@pytest.mark.parametrize(
+    ("clause", "times", "unknown"),
+    [("n >= 3", [1], 2), ("NOT n < 3", [1], 2), ("n IS NULL", [2, 4], 0), ("n >= 3 OR m = 2", [1, 2], 1)],
+)
+def test_nan_is_unknown(tmp_path: Path, dtype: Any, clause: str, times: list[int], unknown: int) -> None:
+    frame = pl.DataFrame({"user": ["a"] * 4, "item": list("wxyz"), "timestamp": [1, 2, 3, 4], "m": [1, 2, 3, 4]})
+    numbers = pl.Series("n", [5.0, float("nan"), 1.0, None], dtype=dtype)
+    frame.with_columns(numbers).write_parquet(tmp_path / "log.parquet")
+    log = read(tmp_path / "log.parquet", options=ReadOptions(where=(clause,)))
+    assert kept(log) == times
+    assert (log.dropped, log.notes.get("where_is_null", 0)) == ({"where": 4 - len(times)}, unknown)
+
+
 def test_ids_beyond_exact_floats_are_compared_exactly(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user,item,timestamp\n9007199254740993,x,1\n9007199254740992,y,2\n")
     log = read(tmp_path / "log.csv", options=ReadOptions(where=('"user" = 9007199254740993',)))
