@@ -248,6 +248,8 @@ class EvalConfig(Settings):
     def _beams_cover(self) -> "EvalConfig":
         if not self.top_k:
             raise ValueError("top_k is empty, expected at least one cut-off")
+        if len(set(self.top_k)) < len(self.top_k):
+            raise ValueError(f"top_k={list(self.top_k)} names a cut-off twice")
         if self.beams < max(self.top_k):
             raise ValueError(f"beams={self.beams} is below the largest top_k={max(self.top_k)}")
         return self

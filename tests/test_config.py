@@ -172,3 +172,8 @@ def test_every_key_is_described_and_can_be_overridden(model: type[Settings]) -> 
 def test_a_changed_value_stands_beside_its_default() -> None:
     rows = {row["key"]: row for row in describe(RunConfig(train=TrainConfig(epochs=9)))}
     assert (rows["train.epochs"]["value"], rows["train.epochs"]["default"]) == (9, TrainConfig().epochs)
+
+
+def test_a_cut_off_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"top_k=\[5, 5\] names a cut-off twice"):
+        resolve(EvalConfig, {"top_k": [5, 5]}, "eval")

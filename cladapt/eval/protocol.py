@@ -201,13 +201,13 @@ def differences(measures: Sequence[Measures]) -> list[dict[str, Any]]:
 
 def effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Iterable[str]) -> dict[str, Effect | None]:
     """Paired difference of the rows `a` minus `b` (by block, user and seed) in each metric, over the rows that have it;
-    None where one side lacks it."""
+    None where one side lacks it, and for fewer than two users."""
     left, right = (user_metrics(rows, config.top_k, config.beams) for rows in (a, b))
     found: dict[str, Effect | None] = {}
     for metric in metrics:
         one, other = (block_weighted(rows.drop_nulls(metric), metric) for rows in (left, right))
-        has_it = one.height and other.height
-        found[metric] = compare(one, other, metric, config.bootstrap) if has_it else None
+        enough = min(one["user"].n_unique(), other["user"].n_unique()) >= 2
+        found[metric] = compare(one, other, metric, config.bootstrap) if enough else None
     return found
 
 

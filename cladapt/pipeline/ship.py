@@ -145,6 +145,8 @@ def recommend(
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
+    if os.path.realpath(out) == os.path.realpath(histories):
+        raise ConfigError(f"--out {out} is the file of the histories", "name another file")
     ranks.once(lambda: _check_out(out, overwrite))
     wanted = read_histories(histories, user, item, timestamp)
     allowed = None if catalogue is None else read_catalogue(catalogue)

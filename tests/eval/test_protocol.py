@@ -198,6 +198,15 @@ def test_equal_runs_show_no_difference_and_a_constant_gain_is_shown() -> None:
     assert gain["log_likelihood shown"].startswith("+0.5000 [")
 
 
+def test_one_user_has_no_paired_interval() -> None:
+    first, second = (
+        replace(m, rows=m.rows.filter(pl.col("user") == "a"), references={})
+        for m in (make_measures("peso", 0), make_measures("finetune", 4))
+    )
+    lines = differences([first, second])
+    assert [line["HR@4"] for line in lines] == [None, None]
+
+
 def test_a_run_that_adapts_nothing_has_the_base_s_rows_alone() -> None:
     measures = make_measures("frozen", 0, model_blocks=[1])
     assert measures.current.is_empty()

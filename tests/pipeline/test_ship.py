@@ -267,6 +267,13 @@ def test_a_run_that_was_evaluated_wider_recommends_as_wide(world: Path, historie
         recommend(histories, tmp_path / "s.csv", path=tmp_path / "wide", beams=20)
 
 
+def test_histories_are_never_overwritten(histories: Path) -> None:
+    before = histories.read_text()
+    with pytest.raises(ConfigError, match=r"h\.jsonl is the file of the histories \(name another file"):
+        recommend(histories, histories, overwrite=True)
+    assert histories.read_text() == before
+
+
 def test_a_file_is_replaced_only_where_that_is_asked(histories: Path, tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("precious")
     with pytest.raises(ConfigError, match=r"r\.csv exists \(choose another --out, or give --overwrite"):
