@@ -69,8 +69,8 @@ Text = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="Text column of the item table, or without --items of the log: an item's most frequent text by its first block. "
-        "Repeatable; default: all columns of the item table but the id.",
+        help="Text column of the item table, or without --items of the log: an item's most frequent text by the end "
+        "of its first block. Repeatable; default: all columns of the item table but the id.",
         rich_help_panel=_COLUMNS,
     ),
 ]
