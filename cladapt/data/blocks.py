@@ -41,7 +41,8 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
     columns = [*INTERACTIONS, *(name for name in WEIGHT if name in placed.columns)]
     settings = config.model_dump(mode="json")
     stream = Stream(placed.select(columns), items.select(*ITEMS), {"config": settings})
-    renumbered = 0 if log.events["block"].has_nulls() else int((log.events["block"] != raw["block"]).any())
+    given = log.events["block"].drop_nulls().unique().sort().to_list()
+    renumbered = bool(given) and given != list(range(1, n_blocks + 1))
     losses = _losses(raw, kept, stream)
     manifest = {
         "source": log.source,

@@ -215,6 +215,7 @@ def test_ready_made_blocks_are_kept_as_they_are() -> None:
     rows = [("b", "x", None, 2), ("a", "x", None, 1), ("b", "z", None, 1), ("a", "y", None, 2)]
     stream = build_stream(make_log(rows), BlocksConfig(min_events=1))
     assert blocks_of(stream) == [("a", "x", 1), ("a", "y", 2), ("b", "z", 1), ("b", "x", 2)]
+    assert "blocks_renumbered_from_1" not in stream.manifest["notes"]
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, 3), (2013, 2020), (-1, 0)])
