@@ -1,7 +1,7 @@
 """Table files by type, in one form: csv and json lines as text, parquet and arrow with their own types.
 
-Only the columns in use are read, in polars' streaming engine; an arrow stream is read whole, and so may be packed
-files.
+Only the columns in use are kept, and of parquet and arrow read, in polars' streaming engine; an arrow stream is read
+whole, and so may be packed files.
 """
 
 import csv
@@ -15,6 +15,7 @@ from itertools import dropwhile, islice
 from operator import not_
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+from urllib.parse import unquote
 
 import polars as pl
 
@@ -32,7 +33,9 @@ SUFFIXES = {  # file type -> endings of its files' names
 }
 LINE = "line"
 LONGEST_LINE = 1 << 20  # characters of a first line that are looked at
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _KEYS_FROM = 200  # lines of json whose keys an error lists
+_CUT = "\0"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Table:
 
     def texts(self, columns: Sequence[str], where: str) -> pl.Series:
         """One text per row from some of the columns, joined as `join_text` does."""
-        chosen = self.data.select(columns)
+        chosen = self.data.select(list(dict.fromkeys(columns)))
         return join_text(chosen.with_columns(map(flatten_json, chosen)) if self.json else chosen, where)
 
     @classmethod
@@ -68,11 +71,12 @@ def type_of(path: Path) -> str | None:
     return next((kind for kind, endings in SUFFIXES.items() if name.endswith(endings)), None)
 
 
-def load(path: Path, wanted: Sequence[str], hint: str, kind: str | None = None) -> Table:
+def load(path: Path, wanted: Sequence[str], hint: str, kind: str | None = None, root: Path | None = None) -> Table:
     """Columns `wanted` of a table file, all when empty; spaces around column names do not count.
 
     `DataError` lists the columns found when one is missing, and names a column that occurs twice or the line of a row
-    with too many fields. `kind` is the file type where the name does not say it.
+    with too many fields. `kind` is the file type where the name does not say it; folders `name=value` between `root`
+    and a parquet file are columns of it.
     """
     kind = kind or type_of(path) or _no_table(path)
     with _readable(path, kind):
@@ -81,19 +85,41 @@ def load(path: Path, wanted: Sequence[str], hint: str, kind: str | None = None) 
         if kind == "csv":
             _refuse_repeats(path, wanted)
         frame = _scan(path, kind)
-        names = frame.collect_schema().names()
-        chosen = frame.select(_columns(path, wanted, names, hint))
+        own = frame.collect_schema().names()
+        partitions = _partitions(path, kind, root)
+        names = list(dict.fromkeys([*own, *partitions]))
+        columns = _columns(path, wanted, names, hint)
+        for name in columns:
+            if name in own and name in partitions:
+                raise DataError(
+                    f"{path} has a column {name!r}, and its folder {name}={partitions[name]} gives it another",
+                    "rename one of the two; a folder that is named as the source itself gives no column",
+                )
         if kind == "csv":  # an empty field in quotes is as empty as one without
-            chosen = chosen.with_columns(pl.when(pl.all() != "").then(pl.all()))
-        data = chosen.collect(engine="streaming")
-        return Table.of(data, 2 if kind == "csv" else 1, names)
+            fields = pl.col(columns)
+            # polars finds a row with too many fields only where it reads every column
+            cut = pl.any_horizontal(pl.all().is_null()).alias(_CUT)
+            chosen = frame.select(pl.when(fields != "").then(fields), cut)
+            return Table.of(chosen.collect(engine="streaming").drop(_CUT), 2, names)
+        values = [pl.lit(value, dtype=pl.String).alias(name) for name, value in partitions.items()]
+        return Table.of(frame.with_columns(values).select(columns).collect(engine="streaming"), 1, names)
 
 
-def names_of(path: Path) -> list[str]:
-    """The columns of a table file; of json lines those of its first lines."""
+def names_of(path: Path, root: Path | None = None) -> list[str]:
+    """The columns of a table file, and those its folders below `root` give; of json lines those of the first lines."""
     kind = type_of(path) or _no_table(path)
     with _readable(path, kind):
-        return _json_names(_json_lines(path)) if kind == "jsonl" else _scan(path, kind).collect_schema().names()
+        if kind == "jsonl":
+            return _json_names(_json_lines(path))
+        return list(dict.fromkeys([*_scan(path, kind).collect_schema().names(), *_partitions(path, kind, root)]))
+
+
+def _partitions(path: Path, kind: str, root: Path | None) -> dict[str, str | None]:
+    """Column -> value of a parquet file's folders `name=value` below `root`: texts, as ids such as 007 have zeros."""
+    if kind != "parquet" or root is None or not path.is_relative_to(root):
+        return {}
+    pairs = [part.partition("=") for part in path.parent.relative_to(root).parts if part.find("=") > 0]
+    return {unquote(name): None if value == NO_VALUE else unquote(value) for name, _, value in pairs}
 
 
 def _no_table(path: Path) -> NoReturn:
@@ -126,10 +152,8 @@ def _scan(path: Path, kind: str) -> pl.LazyFrame:
 
 
 def _scan_as_written(path: Path, kind: str) -> pl.LazyFrame:
-    # names of partitions are texts: as numbers, ids such as 007 would lose their zeros
-    partitions = {part.partition("=")[0]: pl.String() for part in path.parts[:-1] if "=" in part}
     if kind == "parquet":
-        return pl.scan_parquet(path, hive_partitioning=bool(partitions), hive_schema=partitions or None, glob=False)
+        return pl.scan_parquet(path, hive_partitioning=False, glob=False)
     if kind == "arrow":
         try:
             frame = pl.scan_ipc(path, glob=False)
@@ -151,7 +175,7 @@ def _columns(path: Path, wanted: Sequence[str], found: Sequence[str], hint: str)
 
 
 def _refuse_repeats(path: Path, wanted: Sequence[str]) -> None:
-    fields = [field.strip() for field in next(csv.reader([header_line(path)], delimiter=separator_of(path)), [])]
+    fields = [field.strip() for field in _split(path, header_line(path), separator_of(path))]
     used = [name for name in ([name.strip() for name in wanted] or fields) if name]
     repeated = [name for name in used if fields.count(name) > 1]
     if repeated:
@@ -201,10 +225,22 @@ def _keys(text: str) -> list[str]:
 
 def separator_of(path: Path) -> str:
     """Tab for .tsv; else the separator that cuts the header line into most fields, a comma when none does."""
-    if ".tsv" in path.name.lower()[-8:]:
-        return "\t"
     header = header_line(path)
-    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header], delimiter=separator), [])))
+    separators = "\t" if ".tsv" in path.name.lower()[-8:] else SEPARATORS
+    return max(separators, key=lambda separator: len(_split(path, header, separator)))
+
+
+def _split(path: Path, header: str, separator: str) -> list[str]:
+    """The fields of a header line; `DataError` where it is none, as where lines end in carriage returns."""
+    try:
+        return next(csv.reader([header], delimiter=separator), [])
+    except csv.Error as error:
+        if "\r" in header:
+            raise DataError(
+                f"{path}: lines end in carriage returns alone, expected line feeds",
+                f"convert them: tr '\\r' '\\n' < {path.name} > lines-{path.name}",
+            ) from error
+        raise DataError(f"{path}: the header cannot be read: {error}", "expected a line with column names") from error
 
 
 def header_line(path: Path) -> str:

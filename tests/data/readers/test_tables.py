@@ -384,3 +384,55 @@ def test_blocks_may_be_any_whole_numbers_and_nothing_else(tmp_path: Path) -> Non
         read(tmp_path / "log.parquet", options=ReadOptions(block="f"))
     dropped = read(source, options=ReadOptions(block="f", where=("f > 1.7",)))
     assert dropped.events["block"].to_list() == [2]
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    log = "user,item,timestamp\na,x,1\n"
+    folder = write(tmp_path / "d" / "a.csv", log).parent
+    items = write(folder / "items.csv", "item,name\nx,Ex\n")
+    for name in ("README.txt", "LICENSE", "_SUCCESS", ".a.csv.crc", "a.csv.crc", ".hidden/b.csv", "notes.md"):
+        write(folder / name, "")
+    whole = read(folder, options=ReadOptions(items=items))
+    assert (whole.notes, list(whole.warnings)) == ({}, [])
+    for name in ("b.csv.bz2", "c.txt", "_f.csv", "in/g.csv.zip"):
+        write(folder / name, log)
+    write(tmp_path / "elsewhere" / "h.csv", log)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    part = read(folder, options=ReadOptions(items=items))
+    assert rows_of(part) == [("a", "x", 1)]
+    assert part.notes == {"files_not_read": 5}
+    (warning,) = part.warnings
+    assert warning.startswith(
+        "files not read: _f.csv, b.csv.bz2, c.txt and 2 more; --format csv reads csv or tsv files"
+    )
+    alone = read(folder / "a.csv")
+    assert (alone.notes, list(alone.warnings)) == ({}, [])
+
+
+def test_ids_with_line_breaks_are_rejects_with_a_warning(tmp_path: Path) -> None:
+    rows = "".join(f"u{k},x,{k}\n" for k in range(1, 20))
+    text = f'user,item,timestamp\n{rows}b,"x,1\nc,y,2\nd,z",3\n"e\r\nf",x,4\ng,x,5\n'
+    source = write(tmp_path / "log.csv", text)
+    log = read(source)
+    assert rows_of(log)[-1] == ("g", "x", 5)
+    assert log.rejects.select("line", "reason", "value").rows() == [
+        (21, "bad_item", "x,1\nc,y,2\nd,z"),
+        (24, "bad_user", "e\r\nf"),
+    ]
+    (warning,) = log.warnings
+    assert warning.startswith(
+        f"rows with a line break in an id: 2, the first at {source}:21: a quote that is not closed"
+    )
+    items = write(tmp_path / "t" / "items.csv", 'item,name\nx,Ex\n"y,Why\nz",Zed\n')
+    described = read(write(tmp_path / "b.csv", "user,item,timestamp\na,x,1\n"), options=ReadOptions(items=items))
+    assert described.rejects.select("line", "reason", "value").rows() == [(3, "bad_item", "y,Why\nz")]
+    assert "rows with a line break in an id: 1" in described.warnings[0]
+
+
+def test_a_text_column_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    source = write(tmp_path / "log.csv", "user,item,timestamp\na,x,1\n")
+    items = write(tmp_path / "t" / "items.csv", "item,title\nx,Ex\n")
+    own = read(source, options=ReadOptions(text=("item", " item")))
+    assert list(own.items.iter_rows()) == [("x", "x")]
+    other = read(source, options=ReadOptions(items=items, text=("title", "title")))
+    assert list(other.items.iter_rows()) == [("x", "Ex")]
