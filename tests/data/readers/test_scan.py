@@ -45,9 +45,9 @@ def test_the_value_of_a_partition_follows_the_first_equals_sign(tmp_path: Path, 
 def test_a_partition_without_a_value_gives_rejects(tmp_path: Path) -> None:
     for k, name in enumerate(("user=a", "user=__HIVE_DEFAULT_PARTITION__")):
         (tmp_path / name).mkdir()
-        pl.DataFrame({"item": [f"x{k}"], "timestamp": [k]}).write_parquet(tmp_path / name / "0.parquet")
+        pl.DataFrame({"item": [f"x{k}"], "timestamp": [k + 1]}).write_parquet(tmp_path / name / "0.parquet")
     log = read(tmp_path)
-    assert (rows_of(log), log.dropped) == ([("a", "x0", 0)], {"no_user": 1})
+    assert (rows_of(log), log.dropped) == ([("a", "x0", 1)], {"no_user": 1})
 
 
 @pytest.mark.parametrize(
