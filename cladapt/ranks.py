@@ -7,6 +7,7 @@ nothing. Objects travel pickled between the processes of one run, never to a fil
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -105,11 +106,22 @@ def start() -> None:
     PartialState(cpu=not _cuda(), timeout=timedelta(days=1))
 
 
-def finish() -> None:
-    """Leave the other processes, all having ended well: torch warns of a group that is left standing."""
+def leave(code: int) -> None:
+    """End this process with `code` if it is one of several; a process that is alone returns.
+
+    The interpreter is not taken down: threads of gloo may still hold tensors of the last exchange, and letting go of
+    them then aborts the process (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if ranks() == 1:
+        return
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
+    # after a failure the others may be gone, and leaving them in order could wait for ever
+    if code == 0 and torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def accelerator() -> "Accelerator":

@@ -1,5 +1,8 @@
 """Ranks as environment variables tell them; two real processes are in tests/cli/test_ranks.py."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +205,17 @@ def test_a_process_stops_with_a_checkpoint_where_another_has_ctrl_c(monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         fit.run(lambda snapshot: places.append(snapshot.position.total_steps))
     assert places == [1]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_one_of_several_ends_without_taking_the_interpreter_down(code: int) -> None:
+    script = (
+        f"import atexit, os; from cladapt import ranks; atexit.register(os.abort); print('said'); ranks.leave({code})"
+    )
+    environment = {**os.environ, **LAUNCHED, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "said\n", "")
+
+
+def test_a_process_that_is_alone_goes_on() -> None:
+    ranks.leave(3)

@@ -1,5 +1,6 @@
 """Measure a model on a block: full ranking over the catalogue known at that time, one row per user."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What the models tested on a block share: its cases, the catalogue, and the prompts and seen leaves of users."""
+
+    cases: Cases
+    catalogue: Catalogue
+    prompts: list[np.ndarray]
+    seen: list[np.ndarray] | None
+
+
 class Evaluator:
     """Tests models of one base on the blocks of one stream; what a block needs is prepared once."""
 
@@ -30,11 +41,11 @@ class Evaluator:
         if base.sids.items != tuple(stream.items["item"]):
             raise DataError("the base's ID table and the stream list different items", "align the table to the stream")
         self._tokens = base.item_tokens()
-        self._cases: dict[tuple[int, bool], tuple[Cases, Catalogue]] = {}
+        self._prepared: dict[tuple[int, bool], _Prepared] = {}
 
     def cases(self, block: int, first: bool = False) -> Cases:
         """The held-out events of a block, or the first events of all its users."""
-        return self._prepare(block, first)[0]
+        return self._prepare(block, first).cases
 
     def rows(self, lm: "PreTrainedModel", model_block: int, block: int, first: bool = False) -> pl.DataFrame:
         """One row per user (schema ROWS) for a model made after `model_block`.
@@ -42,22 +53,23 @@ class Evaluator:
         On the held-out events of `block`, or with `first` on the first events of its users, which asks for a model
         that is not of that block.
         """
-        cases, catalogue = self._prepare(block, first)
-        seen = self.config.exclude_seen
+        prepared = self._prepare(block, first)
+        cases, catalogue = prepared.cases, prepared.catalogue
         known = catalogue.leaf(cases.target) >= 0  # a target born in this block is outside the catalogue before it
         stand_in = np.where(known, cases.target, cases.catalogue[0])
         beams = decode_in_batches(
             make_decoder(lm, self.base, catalogue, self.config.beams, self.softmax),
-            [self.form.prompt(history) for history in cases.histories],
-            [catalogue.consumed_leaves(history) for history in cases.histories] if seen else None,
+            prepared.prompts,
+            prepared.seen,
             self._tokens[stand_in],
             self.config.batch_users,
             cases.users,
             f"block {block}, model of block {model_block}",
         )
+        histories = cases.histories if self.config.exclude_seen else None
         rank, ties, id_rank = (
             pl.Series(values, dtype=pl.Int32).replace(-1, None)
-            for values in places(beams, catalogue, cases.target, cases.allowed, cases.histories if seen else None)
+            for values in places(beams, catalogue, cases.target, cases.allowed, histories)
         )
         share = np.where(known, catalogue.trie.leaf_items.numpy()[catalogue.leaf(stand_in)], 0)
         # an item of a shared ID is one of its equals, drawn at random
@@ -71,12 +83,15 @@ class Evaluator:
             log_likelihood=pl.when(pl.Series(known)).then(pl.Series(of_item)),
         ).select(list(ROWS))
 
-    def _prepare(self, block: int, first: bool) -> tuple[Cases, Catalogue]:
-        if (block, first) not in self._cases:
+    def _prepare(self, block: int, first: bool) -> _Prepared:
+        if (block, first) not in self._prepared:
             seen, limit = self.config.exclude_seen, self.config.max_users
             if first:
                 cases = first_event_cases(self.stream, block, seen, limit, self.seed)
             else:
                 cases = held_out_cases(self.stream, block, self.config.targets, seen, limit, self.seed)
-            self._cases[block, first] = cases, Catalogue(self.base.sids, cases.catalogue)
-        return self._cases[block, first]
+            catalogue = Catalogue(self.base.sids, cases.catalogue)
+            prompts = [self.form.prompt(history) for history in cases.histories]
+            leaves = [catalogue.consumed_leaves(history) for history in cases.histories] if seen else None
+            self._prepared[block, first] = _Prepared(cases, catalogue, prompts, leaves)
+        return self._prepared[block, first]

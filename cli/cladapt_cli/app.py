@@ -71,8 +71,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
     code = run(sys.argv[1:])
-    if code == 0:  # after a failure the others may be gone, and leaving them in order could wait for ever
-        ranks.finish()
+    ranks.leave(code)
     sys.exit(code)
 
 

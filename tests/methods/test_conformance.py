@@ -353,11 +353,13 @@ def subprocess_of(code: str, *arguments: Path | str, launcher: tuple[str, ...] =
 TWO = """
 import importlib.util, sys
 from pathlib import Path
+from cladapt import ranks
 
 spec = importlib.util.spec_from_file_location("conformance", sys.argv[1])
 conformance = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(conformance)
 conformance.as_one_of_two(Path(sys.argv[2]), Path(sys.argv[3]))
+ranks.leave(0)
 """
 SPLIT: dict[str, Any] = {"lr": 5e-4, "epochs": 2, "accumulation": 2, "batch_tokens": 64}
 
