@@ -1,14 +1,19 @@
 """The stream: interactions in time blocks, the item catalogue, and what is known about both.
 
-On disk: `interactions.parquet`, `items.parquet` and `manifest.json`; `sids.parquet` (see `cladapt.tokens.sids`) joins
-them once the items have semantic IDs. In memory a `Stream` holds the two frames and integer views of them.
+On disk a block is two files that never change once they are written, `interactions/block_00001.parquet` and
+`items/block_00001.parquet` (the items first used there); `manifest.json` names the blocks that count, with their hashes,
+and is written last. `sids.parquet` (see `cladapt.tokens.sids`) joins them once the items have semantic IDs. In memory a
+`Stream` holds two frames and integer views of them.
+
+A stream grows at its end alone. Every prefix of its blocks has a fingerprint, and what was made on a prefix (IDs, base,
+run, adapter) is at home on the longer stream; see `Stream.home_of`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,7 +21,7 @@ import polars as pl
 from cladapt.artifacts import hash_file, hash_value, read_json, read_parquet, write_json, write_parquet
 from cladapt.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INTERACTIONS = {
     "user": pl.String(),  # the source's user id
     "item": pl.String(),  # the source's item id
@@ -30,13 +35,32 @@ ITEMS = {
     "text": pl.String(),  # what describes the item, "" where the source has nothing
     "first_block": pl.Int32(),  # first block in whose raw log it occurs: its catalogue has it from then on
 }
-FILES = ("interactions.parquet", "items.parquet")
+MANIFEST = "manifest.json"
+PARTS = {"interactions": INTERACTIONS, "items": ITEMS}
+"""What each block has a file of."""
 LEAST_TESTED = 3  # a validation target, a test target and an event before them
+
+
+def block_file(part: str, block: int) -> str:
+    """Name of a block's file below the stream directory."""
+    return f"{part}/block_{block:05d}.parquet"
+
+
+class Withdrawal(NamedTuple):
+    """An item that is not in the catalogues of the blocks `first` to `last`; `last` None: of no later block."""
+
+    item: str
+    first: int
+    last: int | None
+
+    def covers(self, block: int) -> bool:
+        """Whether the item is withdrawn in `block`."""
+        return self.first <= block and (self.last is None or block <= self.last)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Interactions sorted by (user, position), the items that occur in them or in the raw log, and the manifest."""
+    """Interactions sorted by (user, position), the items known by each block in its order, and the manifest."""
 
     interactions: pl.DataFrame
     items: pl.DataFrame
@@ -54,6 +78,8 @@ class Stream:
         if self.items["item"].n_unique() != self.items.height:
             twice = self.items.filter(pl.col("item").is_duplicated())["item"][0]
             raise DataError(f"item {twice!r} is listed twice in the item table", "keep one row per item")
+        if not self.items["first_block"].is_sorted():
+            raise DataError("the item table is not in the order of first_block", "sort it by first_block")
         unknown = self.interactions.join(self.items, on="item", how="anti")
         if not unknown.is_empty():
             raise DataError(
@@ -105,51 +131,143 @@ class Stream:
         """Block of each interaction row, int32 [n]."""
         return self.interactions["block"].to_numpy()
 
-    def catalogue(self, block: int) -> np.ndarray:
-        """Integer items known by the end of `block`, ascending, int64."""
+    def known(self, block: int) -> np.ndarray:
+        """Integer items that occur by the end of `block`, ascending, int64."""
         return np.flatnonzero(self.items["first_block"].to_numpy() <= block)
+
+    def catalogue(self, block: int) -> np.ndarray:
+        """Integer items that could be recommended at the end of `block`: the known ones that are not withdrawn."""
+        return self._without(self.known(block), {w.item for w in self.withdrawn if w.covers(block)})
+
+    def offered(self) -> np.ndarray:
+        """Integer items that may be recommended now, after the last block."""
+        return self._without(self.known(self.n_blocks), {w.item for w in self.withdrawn if w.covers(self.n_blocks + 1)})
+
+    def _without(self, items: np.ndarray, withdrawn: set[str]) -> np.ndarray:
+        return items[~self.items["item"].is_in(list(withdrawn)).to_numpy()[items]] if withdrawn else items
+
+    @cached_property
+    def withdrawn(self) -> tuple[Withdrawal, ...]:
+        """Every withdrawal, also those that have ended."""
+        return tuple(Withdrawal(*row) for row in self.manifest.get("withdrawn", []))
+
+    def prefix(self, block: int) -> "Stream":
+        """The stream as it was at the end of `block`."""
+        if block == self.n_blocks:
+            return self
+        if not 1 <= block < self.n_blocks:
+            raise DataError(f"the stream has no block {block}", f"choose one of 1..{self.n_blocks}")
+        manifest = dict(self.manifest)
+        for key in ("hashes", "blocks"):
+            if key in manifest:
+                manifest[key] = manifest[key][:block]
+        manifest["withdrawn"] = [
+            (w.item, w.first, w.last if w.last is not None and w.last < block else None)
+            for w in self.withdrawn
+            if w.first <= block
+        ]
+        return Stream(
+            self.interactions.filter(pl.col("block") <= block),
+            self.items.filter(pl.col("first_block") <= block),
+            manifest,
+        )
 
     def save(self, folder: Path) -> None:
         """Write the stream directory; the manifest's hashes are those of the files just written."""
-        write_parquet(folder / "interactions.parquet", self.interactions)
-        write_parquet(folder / "items.parquet", self.items)
-        hashes = {name: hash_file(folder / name) for name in FILES}
-        write_json(folder / "manifest.json", {"schema_version": SCHEMA_VERSION, **self.manifest, "hashes": hashes})
+        hashes = [self._save_block(folder, block) for block in range(1, self.n_blocks + 1)]
+        write_manifest(folder, {**self.manifest, "hashes": hashes})
+
+    def save_after(self, folder: Path, block: int) -> None:
+        """Write the blocks after `block` into the directory that holds those up to it, then the manifest.
+
+        A process killed before the manifest leaves the old stream: files that it does not name do not count.
+        """
+        kept = list(self.manifest["hashes"])[:block]
+        hashes = [self._save_block(folder, new) for new in range(block + 1, self.n_blocks + 1)]
+        write_manifest(folder, {**self.manifest, "hashes": [*kept, *hashes]})
+
+    def _save_block(self, folder: Path, block: int) -> dict[str, str]:
+        frames = {
+            "interactions": self.interactions.filter(pl.col("block") == block),
+            "items": self.items.filter(pl.col("first_block") == block),
+        }
+        for part, frame in frames.items():
+            write_parquet(folder / block_file(part, block), frame)
+        return {part: hash_file(folder / block_file(part, block)) for part in frames}
 
     @classmethod
     def load(cls, folder: Path) -> "Stream":
         """Read a stream directory; `DataError` when a file is missing, malformed or not the one in the manifest."""
-        if not (folder / "manifest.json").is_file():
-            raise DataError(
-                f"{folder} is not a stream directory: it has no manifest.json",
-                "make one with `cladapt data import SRC --out DIR` or `cladapt data simulate --out DIR`",
+        manifest = read_manifest(folder)
+        frames = {
+            part: pl.concat(
+                [
+                    _read_block(folder / block_file(part, block), schema, hashes.get(part))
+                    for block, hashes in enumerate(manifest["hashes"], start=1)
+                ]
             )
-        manifest = read_json(folder / "manifest.json")
-        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-            found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-            raise DataError(
-                f"{folder / 'manifest.json'}: schema_version {found!r}", f"this version reads {SCHEMA_VERSION}"
-            )
-        hashes = manifest.get("hashes")
-        if not isinstance(hashes, dict) or not set(FILES) <= set(hashes):
-            raise DataError(
-                f"{folder / 'manifest.json'} lacks the hashes of {', '.join(FILES)}", "import the source again"
-            )
-        interactions = read_parquet(folder / "interactions.parquet", INTERACTIONS)
-        items = read_parquet(folder / "items.parquet", ITEMS)
-        for name in FILES:
-            if hash_file(folder / name) != hashes[name]:
-                raise DataError(
-                    f"{folder / name} is not the file its manifest was written for", "import the source again"
-                )
-        return cls(interactions, items, manifest)
+            for part, schema in PARTS.items()
+        }
+        return cls(frames["interactions"].sort("user", "position"), frames["items"], manifest)
 
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the stream's content: the hash of its files' hashes."""
-        hashes = self.manifest.get("hashes")
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Identity of the content of each prefix: entry t - 1 is that of blocks 1 to t.
+
+        Each is the hash of the one before, of the block's files, and of what is withdrawn there.
+        """
+        hashes: Sequence[Mapping[str, str]] | None = self.manifest.get("hashes")
         if not hashes:
             raise DataError(
                 "this stream was not read from files, so it has no fingerprint", "save it and load it again"
             )
-        return hash_value(hashes)
+        found = [hash_value({"min_events": self.min_events})]
+        for block, files in enumerate(hashes, start=1):
+            withdrawn = sorted(w.item for w in self.withdrawn if w.covers(block))
+            found.append(hash_value([found[-1], files, withdrawn]))
+        return tuple(found[1:])
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the whole stream's content."""
+        return self.fingerprints[-1]
+
+    def home_of(self, fingerprint: str | None) -> int | None:
+        """Blocks of the prefix with this fingerprint, now or before users were forgotten; None for another stream's."""
+        for chain in (self.fingerprints, *self.manifest.get("earlier", [])):
+            if fingerprint in chain:
+                return list(chain).index(str(fingerprint)) + 1
+        return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The `manifest.json` of a stream directory; `DataError` where there is none or it is of another version."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise DataError(
+            f"{folder} is not a stream directory: it has no {MANIFEST}",
+            "make one with `cladapt data import SRC --out DIR` or `cladapt data simulate --out DIR`",
+        )
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        raise DataError(
+            f"{file}: schema_version {found!r}", f"this version reads {SCHEMA_VERSION}: import the source again"
+        )
+    hashes = manifest.get("hashes")
+    whole = isinstance(hashes, list) and hashes and all(isinstance(h, dict) and set(h) == set(PARTS) for h in hashes)
+    if not whole:
+        raise DataError(f"{file} lacks the hashes of the files of each block", "import the source again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest.json`, by which the blocks that it names become the stream."""
+    write_json(folder / MANIFEST, {**manifest, "schema_version": SCHEMA_VERSION})
+
+
+def _read_block(path: Path, schema: Mapping[str, Any], expected: str | None) -> pl.DataFrame:
+    frame = read_parquet(path, schema)
+    if hash_file(path) != expected:
+        raise DataError(f"{path} is not the file its manifest was written for", "import the source again")
+    return frame

@@ -12,7 +12,7 @@ from cladapt.artifacts import atomic_dir, atomic_path, check_writable
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
 from cladapt.data.blocks import build_stream, check_stream
 from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, reader_for
-from cladapt.data.schema import FILES, Stream
+from cladapt.data.schema import MANIFEST, PARTS, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.tokens.build import SIDS, load_sids, save_sids, shared_texts
@@ -99,7 +99,7 @@ def is_source(path: Path, format: str) -> bool:
     """Whether this is a raw log rather than a stream directory: a format is named, or recognised."""
     if format != "auto":
         return True
-    written = any((path / name).is_file() for name in ("manifest.json", *FILES))
+    written = (path / MANIFEST).is_file() or any((path / part).is_dir() for part in PARTS)
     return not written and any(reader.detects(path) for reader in READERS.values())
 
 

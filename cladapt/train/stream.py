@@ -47,4 +47,4 @@ def catalogue_softmax(base: Base, stream: Stream, block: int, softmax: Softmax) 
     """The softmax over the items known by the end of `block`; None for the one over the vocabulary."""
     if softmax == "vocabulary":
         return None
-    return trie_softmax(base, Trie.build(base.sids.codes[stream.catalogue(block)]))
+    return trie_softmax(base, Trie.build(base.sids.codes[stream.known(block)]))
