@@ -18,6 +18,7 @@ from cladapt.errors import ConfigError, DataError
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
+Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 _TRACKER = "(tensorboard|wandb|trackio|mlflow)"
@@ -93,10 +94,14 @@ class TokensConfig(Settings):
     """Dimensions kept of a TF-IDF embedding."""
     levels: Positive = 3
     """Levels of the residual k-means."""
-    codes: Annotated[int, Field(ge=2)] = 64
-    """Codes per level."""
+    codes: Annotated[int, Field(ge=2, le=10**6)] = 64
+    """Codes per level; of an index the least that its levels but the last have room for."""
     deduplicate: bool = True
     """Add a level that tells items with equal codes apart."""
+    capacity: Codes = 512
+    """Codes of that level (and the least of an index's last one), fixed for the life of the stream: once more items
+    have equal codes, they share IDs. Costs `capacity` rows of the model's embedding and as many of its head, width x
+    capacity parameters each, and nothing in the trie softmax."""
     seed: Seed = 0
     """Seed of k-means."""
 

@@ -15,7 +15,9 @@ from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, rea
 from cladapt.data.schema import MANIFEST, PARTS, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
-from cladapt.tokens.build import SIDS, load_sids, save_sids, shared_texts
+from cladapt.tokens.build import SIDS, index_sids, load_sids, save_index, save_sids, shared_texts
+from cladapt.tokens.encoder import encoder_settings
+from cladapt.tokens.extend import extend_sids, extend_with_index
 from cladapt.tokens.sids import SidTable, read_index
 
 
@@ -42,7 +44,7 @@ def _cut(log: RawLog, config: BlocksConfig) -> tuple[Stream, SidTable | None]:
         stream = build_stream(log, config)
     except DataError as error:
         raise DataError(error.message, "; ".join([*log.warnings, error.hint])) from error
-    table = None if log.index is None else SidTable.from_index(log.index).align(stream.items["item"].to_list())
+    table = None if log.index is None else index_sids(stream, SidTable.from_index(log.index), TokensConfig())
     return stream, table
 
 
@@ -185,16 +187,36 @@ def _repeats(events: pl.DataFrame) -> int:
 
 
 def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
-    """Write `sids.parquet` (and the codebooks) into a stream directory."""
+    """Write `sids.parquet`, and what extending it needs, into a stream directory."""
     stream = Stream.load(folder)
     if (folder / SIDS).exists():
-        raise ConfigError(f"{folder / SIDS} exists: bases were made for it", "remove it to give the items new IDs")
+        raise ConfigError(
+            f"{folder / SIDS} exists: bases were made for it",
+            f"give new items IDs with `cladapt tokens extend {folder}`, or remove it to give all items new IDs",
+        )
     if index is not None:
-        table = read_index(index).align(stream.items["item"].to_list())
-        table.save(folder / SIDS)
+        table = save_index(folder, stream, read_index(index), config)
     else:
         table = save_sids(folder, stream, config)
     return _about_tokens(folder, stream, table)
+
+
+def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
+    """Give IDs to the items of a stream that have none, from the frozen codebooks or from the rows of `index`."""
+    stream = Stream.load(folder)
+    done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
+    drift = done.drift or {}
+    return {
+        "sids": str(folder / SIDS),
+        "fingerprint": done.table.fingerprint,
+        "items": len(done.table.items),
+        "new_items": done.new,
+        "result": "extended" if done.new else "nothing to do: every item has a semantic ID",
+        "items_sharing_an_id": done.sharing,
+        **({} if done.without_text is None else {"items_without_text": done.without_text}),
+        **_room(folder, done.table),
+        "drift": [{"items": items, **fit.model_dump()} for items, fit in drift.items()],
+    }
 
 
 def inspect_tokens(folder: Path) -> dict[str, Any]:
@@ -205,7 +227,17 @@ def inspect_tokens(folder: Path) -> dict[str, Any]:
 
 def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:
     texts = shared_texts(stream.items["text"].to_list())
-    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **collision_report(table)}
+    report = {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **_room(folder, table)}
+    return {**report, **collision_report(table)}
+
+
+def _room(folder: Path, table: SidTable) -> dict[str, int]:
+    """Codes of the last level, and items in the fullest group of equal codes before it; none without such a level."""
+    settings = encoder_settings(folder)
+    if settings is not None and not settings.deduplicate:
+        return {}
+    groups = np.unique(table.codes[:, :-1], axis=0, return_counts=True)[1] if table.levels > 1 else [len(table.items)]
+    return {"capacity": table.sizes[-1], "fullest_group": int(max(groups))}
 
 
 def collision_report(table: SidTable) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +16,6 @@ from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, To
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
-from cladapt.errors import DataError
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import summarise
@@ -38,7 +36,7 @@ from cladapt.eval.protocol import (
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.model.adapter import adapted_lm
-from cladapt.model.load import Base, base_provenance, check_form, load_base
+from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
 from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, pack
@@ -76,15 +74,9 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         stream = Stream.load(Path(config.data))
         base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         cast(nn.Module, base.model).to(ops.compute_device())
-        aligned = base.sids.align(stream.items["item"].to_list())
-        if base.fitted_block and base.provenance.get("stream") != stream.fingerprint:
-            raise DataError(
-                f"{config.base} was trained on block {base.fitted_block} of the stream "
-                f"{base.provenance.get('stream')}, {config.data} is the stream {stream.fingerprint}",
-                "use the stream that the base was made from, so that no test event is in its training data",
-            )
+        check_home(base, stream, config.base, config.data)
         check_form(base, config.train.form)
-        return stream, replace(base, sids=aligned)
+        return stream, base.with_sids(load_sids(Path(config.data), stream))
 
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
         make_world(stream, base, SimulateConfig(), BaseConfig(), sink)

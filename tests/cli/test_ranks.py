@@ -29,7 +29,7 @@ from cladapt_cli.app import run
 
 MAKE = (
     "data simulate --out stream -o users=60 -o items=40 -o topics=4 -o blocks=3",
-    "tokens build stream -o dimensions=8 -o levels=2 -o codes=4",
+    "tokens build stream -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
     "base pretrain --data stream --out base -o epochs=1",
 )
 SHAPE = "-o train.batch_tokens=512 -o train.row_tokens=128"

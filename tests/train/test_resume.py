@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         streams.simulate_data(Path("stream"), SimulateConfig(users=60, items=40, topics=4, blocks=3))
-        streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4), None)
+        streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
         bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=1), MemorySink())
         runs.train(config(), Path("whole"), MemorySink())
         with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from cladapt.workloads import recommend
 from cladapt.workloads.recommend import Recommend, make_world, truth_of
 
 SIMULATE = SimulateConfig(users=40, items=40, topics=4, blocks=3)
-TOKENS = TokensConfig(dimensions=8, levels=2, codes=4)
+TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 BASE = BaseConfig(epochs=1)
 
 
