@@ -149,7 +149,7 @@ def test_ids_are_built_once_and_inspected(simulated: Path) -> None:
     table = streams.load_sids(simulated, Stream.load(simulated))
     assert table.fingerprint == report["fingerprint"]
     assert report["example"]["i00"] == table.codes[0].tolist()
-    with pytest.raises(ConfigError, match=r"sids\.parquet exists: bases were made for it")):
+    with pytest.raises(ConfigError, match=r"sids\.parquet exists: bases were made for it"):
         streams.build_tokens(simulated, TOKENS, None)
 
 
