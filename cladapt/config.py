@@ -255,6 +255,21 @@ class EvalConfig(Settings):
         return self
 
 
+class PromoteConfig(Settings):
+    """When a new adapter takes the place of the present one."""
+
+    shown_by = "config show --for promote"
+    rule: Literal["not-worse", "shown", "always"] = "not-worse"
+    """`not-worse`: it is not shown worse than the present adapter, the base alone or block popularity; `shown`: and it
+    is shown better than the present adapter, or the base where there is none; `always`."""
+    hits_margin: Fraction = 0.0
+    """How much lower the hit rate at the largest `eval.top_k` may be shown."""
+    log_likelihood_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """How much lower the log-likelihood of the target item may be shown, in nats."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples behind an interval."""
+
+
 class RunSettings(Settings):
     """What a run of any task is asked; the tasks are the files of `cladapt.workloads`."""
 
