@@ -1,9 +1,9 @@
 """The stream: interactions in time blocks, the item catalogue, and what is known about both.
 
 On disk a block is two files that never change once they are written, `interactions/block_00001.parquet` and
-`items/block_00001.parquet` (the items first used there); `manifest.json` names the blocks that count, with their hashes,
-and is written last. `sids.parquet` (see `cladapt.tokens.sids`) joins them once the items have semantic IDs. In memory a
-`Stream` holds two frames and integer views of them.
+`items/block_00001.parquet` (the items first used there); `manifest.json` names the blocks that count, with their
+hashes, and is written last. `sids.parquet` (see `cladapt.tokens.sids`) joins them once the items have semantic IDs. In
+memory a `Stream` holds two frames and integer views of them.
 
 A stream grows at its end alone. Every prefix of its blocks has a fingerprint, and what was made on a prefix (IDs, base,
 run, adapter) is at home on the longer stream; see `Stream.home_of`.

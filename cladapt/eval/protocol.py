@@ -24,7 +24,9 @@ from cladapt.eval.significance import Effect, compare, describe, interval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COUNTS = ("block popularity", "markov")
+OWN_HISTORY = "own history"
+COUNTS = ("block popularity", "markov", OWN_HISTORY)
+"""The counts-only models of a table; the last only where seen items may be recommended."""
 FROZEN = "frozen"
 CEILING = "ceiling"
 TESTS, NOT_ALLOWED = "tests", "targets not allowed"
@@ -109,6 +111,8 @@ def measure_counts(evaluator: Evaluator, blocks: Sequence[int], lag: int = 0) ->
     config, stream = evaluator.config, evaluator.stream
     found = {}
     for name in COUNTS:
+        if name == OWN_HISTORY and config.exclude_seen:
+            continue
         frames = [
             evaluate_counts(stream, name, b - lag, evaluator.cases(b, first=lag > 0), config.exclude_seen, config.beams)
             for b in blocks
@@ -208,6 +212,35 @@ def effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Itera
         one, other = (block_weighted(rows.drop_nulls(metric), metric) for rows in (left, right))
         enough = min(one["user"].n_unique(), other["user"].n_unique()) >= 2
         found[metric] = compare(one, other, metric, config.bootstrap) if enough else None
+    return found
+
+
+def effects_by_block(
+    a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Sequence[str]
+) -> dict[tuple[str, str], Effect]:
+    """Paired differences of the rows `a` minus `b` by (block, metric), and under "slope" how the difference grows from
+    one block to the next: the least-squares line through the differences of the blocks, users resampled.
+
+    Blocks with fewer than two users, and a slope through fewer than two blocks, are left out.
+    """
+    left, right = (user_metrics(rows, config.top_k, config.beams) for rows in (a, b))
+    found: dict[tuple[str, str], Effect] = {}
+    for metric in metrics:
+        one, other = left.drop_nulls(metric), right.drop_nulls(metric)
+        sizes = {int(block): n for block, n in one.group_by("block").len().sort("block").iter_rows()}
+        for block in sizes:
+            here, there = one.filter(pl.col("block") == block), other.filter(pl.col("block") == block)
+            if min(here["user"].n_unique(), there["user"].n_unique()) >= 2:
+                found[str(block), metric] = compare(here, there, metric, config.bootstrap)
+        if len(sizes) >= 2:
+            blocks = np.array([*sizes])
+            slope = (blocks - blocks.mean()) / ((blocks - blocks.mean()) ** 2).sum()
+            # so that the mean over all rows is the sum over blocks of slope times the mean of the block
+            weight = {block: s * one.height / sizes[block] for block, s in zip(sizes, slope, strict=True)}
+            scaled = pl.col(metric) * pl.col("block").replace_strict(weight, return_dtype=pl.Float64)
+            found["slope", metric] = compare(
+                one.with_columns(scaled), other.with_columns(scaled), metric, config.bootstrap
+            )
     return found
 
 

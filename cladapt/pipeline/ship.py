@@ -25,6 +25,7 @@ from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, load_base
 from cladapt.model.saved import CONFIG_FILE, adapter_provenance, load_adapter
 from cladapt.ops import compute_device
+from cladapt.pipeline.promote import current_block
 from cladapt.pipeline.report import METRICS
 from cladapt.run import Run
 from cladapt.train.stream import make_form
@@ -41,7 +42,10 @@ class Source:
 
 
 def find_source(path: Path | None, base: Path | None, block: int | None) -> Source:
-    """The adapter that a run (its last block, or `block`), an adapter directory or the latest run stands for."""
+    """The adapter that a run, an adapter directory or the latest run stands for.
+
+    Of a run that of `block`, else the current one, else that of the last block.
+    """
     if path is not None and (path / CONFIG_FILE).is_file():
         if block is not None:
             raise ConfigError(f"--block {block} with an adapter directory", "name its run directory instead")
@@ -55,7 +59,7 @@ def find_source(path: Path | None, base: Path | None, block: int | None) -> Sour
         raise DataError(
             f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
         )
-    chosen = max(adapters) if block is None else block
+    chosen = (current_block(run) or max(adapters)) if block is None else block
     if chosen not in adapters:
         raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
     return Source(adapters[chosen], base or Path(run.config.base), run)

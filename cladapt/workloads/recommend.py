@@ -12,13 +12,14 @@ from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import atomic_dir
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import BaseConfig, EvalConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import summarise
+from cladapt.eval.promotion import LOG_LIKELIHOOD
 from cladapt.eval.protocol import (
     CEILING,
     COUNTS,
@@ -26,6 +27,7 @@ from cladapt.eval.protocol import (
     Measures,
     continual_summary,
     differences,
+    effects,
     matrix,
     measure_counts,
     measure_run,
@@ -35,6 +37,7 @@ from cladapt.eval.protocol import (
     table_columns,
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
+from cladapt.eval.significance import Effect
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
@@ -156,6 +159,26 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             counts = measure_counts(evaluator, [b for b in later if b > learned + 1], lag=1)
             after = Measures(name, first, counts, learned, settings, lag=1)
         return Measures(name, rows, measure_counts(evaluator, later), learned, settings, best, next=after)
+
+    def judge(
+        self,
+        config: RunConfig,
+        settings: PromoteConfig,
+        stream: Stream,
+        base: Base,
+        models: Iterator[tuple[str, "PreTrainedModel"]],
+        block: int,
+    ) -> dict[str, dict[str, Effect]]:
+        changes = {"targets": "valid", "next_block": False, "bootstrap": settings.bootstrap}
+        asked = config.eval.model_copy(update=changes)
+        evaluator = Evaluator(stream, base, form_of(config, base), asked, config.train.softmax, config.seed)
+        rows = {name: evaluator.rows(lm, block, block) for name, lm in models}
+        *others, challenger = rows
+        popularity = COUNTS[0]
+        rows[popularity] = measure_counts(evaluator, [block])[popularity]
+        metrics = (f"HR@{max(asked.top_k)}", LOG_LIKELIHOOD)
+        found = {name: effects(rows[challenger], rows[name], asked, metrics) for name in (*others, popularity)}
+        return {name: {m: e for m, e in by_metric.items() if e is not None} for name, by_metric in found.items()}
 
     def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
         return frames_of(measures)

@@ -105,5 +105,5 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 def test_every_name_of_its_table_may_be_expected() -> None:
     lines, columns = Recommend().table_names("peso", RunConfig().eval)
-    assert {"peso", "frozen", "markov", "block popularity", "ceiling"} == {*lines}
+    assert {"peso", "frozen", "markov", "block popularity", "own history", "ceiling"} == {*lines}
     assert {"users", "HR@5", "NDCG@10", "MRR", "log_likelihood", "HR@10 (ID)"} <= {*columns}
