@@ -10,12 +10,13 @@ from cladapt.artifacts import atomic_dir, atomic_path, read_record, write_json, 
 from cladapt.config import resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.expect import check_expected, read_expected
+from cladapt.lock import locked
 from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
 from cladapt.model.saved import load_adapter
 from cladapt.pipeline.report import METRICS, REPORT, run_report
-from cladapt.run import Run, latest_run, locked, open_run
+from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import FittedBase
 

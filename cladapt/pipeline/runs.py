@@ -11,13 +11,14 @@ from cladapt import ops, ranks, workloads
 from cladapt.artifacts import hash_file, recover
 from cladapt.config import RunSettings, describe, resolve
 from cladapt.errors import ConfigError, DataError
+from cladapt.lock import locked
 from cladapt.methods import Method, build
 from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.anchors import module_of
 from cladapt.model.history import unload
 from cladapt.model.load import weights_hash
 from cladapt.model.saved import ADAPTER_FILE, adapter_block, start_from
-from cladapt.run import RUNS, Run, locked, new_run_path, open_run
+from cladapt.run import RUNS, Run, new_run_path, open_run
 from cladapt.train.checkpoint import clear_checkpoints
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Fan, JsonlSink, Sink

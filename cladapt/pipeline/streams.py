@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def import_data(source: str, out: Path, format: str, options: ReadOptions, confi
     refuse_stream(out)
     log = read(source, format, options)
     stream, table = _cut(log, config)
+    if options.items is not None and os.path.exists(source) and options.items.samefile(source):
+        stream = replace(stream, manifest={**stream.manifest, "items_in_log": True})
     with atomic_dir(out) as folder:
         stream.save(folder)
         if table is not None:
@@ -113,17 +116,14 @@ def check_source(
     `rejects` names a csv file to make of the rejected rows. Where an import would fail this fails alike, and shows some
     of the rejected rows.
     """
-    if rejects is not None:
-        if os.path.lexists(rejects):
-            raise ConfigError(f"{rejects} exists", "choose another --rejects, or remove it")
-        check_writable(rejects)
+    check_rejects(rejects)
     reader = reader_for(source, format)
     try:
         log = read(source, reader.name, options)
     except NoRows as error:
-        _write_rejects(error.rejects, rejects)
+        write_rejects(error.rejects, rejects)
         raise NoRows(error.message + _first_of(error.rejects), error.hint, error.rejects) from error
-    _write_rejects(log.rejects, rejects)
+    write_rejects(log.rejects, rejects)
     try:
         outcome = _report(_cut(log, config)[0])
     except DataError as error:
@@ -147,17 +147,27 @@ def check_source(
 
 
 def _first_of(rejects: pl.DataFrame) -> str:
-    shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in rejects.head(3).to_dicts()]
+    shown = [f"{where_of(row)}: {row['reason']} {row['value']!r}" for row in rejects.head(3).to_dicts()]
     return f"; rejected rows: {rejects.height}, the first: {', '.join(shown)}" if shown else ""
 
 
-def _write_rejects(frame: pl.DataFrame, path: Path | None) -> None:
+def check_rejects(path: Path | None) -> None:
+    """`ConfigError` where the file for rejected rows exists, `EnvironmentProblem` where it cannot be written."""
+    if path is not None:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} exists", "choose another --rejects, or remove it")
+        check_writable(path)
+
+
+def write_rejects(frame: pl.DataFrame, path: Path | None) -> None:
+    """Write rejected rows to a csv file, where one is named."""
     if path is not None:
         with atomic_path(path) as temporary:
             frame.write_csv(temporary)
 
 
-def _where(row: Mapping[str, Any]) -> str:
+def where_of(row: Mapping[str, Any]) -> str:
+    """File and line of a rejected row, as compilers write them."""
     return row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
 
 

@@ -57,8 +57,8 @@ VISION = "base vision --data classes --out new -o epochs=1 -o hidden=16 -o layer
 LOOK = "eval sight -o bootstrap=100"
 READERS = {  # file, or the pattern of alike ones that are damaged together -> the calls that read it
     "stream/manifest.json": (*STREAM, "export run --out new"),
-    "stream/interactions.parquet": (*STREAM, "data stats stream", "data blocks stream"),
-    "stream/items.parquet": STREAM,
+    "stream/interactions/block_00002.parquet": (*STREAM, "data stats stream", "data blocks stream"),
+    "stream/items/block_00001.parquet": STREAM,
     "stream/sids.parquet": SIDS,
     "stream/truth.parquet": ("eval run -o bootstrap=100",),
     "base/cladapt.json": (*BASE, "compare run twin"),

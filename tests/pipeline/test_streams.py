@@ -49,7 +49,7 @@ def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -
     assert [(b["block"], b["interactions"], b["new_items"]) for b in report["blocks"]] == [(1, 12, 5), (2, 12, 1)]
     assert report["stream"] == str(tmp_path / "out")
     assert report["semantic_ids"].startswith("none, and no item of block 1 has a text")
-    assert names(tmp_path / "out") == {"interactions.parquet", "items.parquet", "manifest.json"}
+    assert names(tmp_path / "out") == {"interactions", "items", "manifest.json"}
     stream = Stream.load(tmp_path / "out")
     assert stream.items.filter(pl.col("first_block") == 2)["item"].to_list() == ["late"]
 
@@ -198,9 +198,9 @@ def test_a_log_that_cannot_be_cut_leaves_no_folder(log: Path, tmp_path: Path) ->
 
 
 def test_a_changed_file_is_noticed(simulated: Path) -> None:
-    frame = pl.read_parquet(simulated / "items.parquet")
-    frame.with_columns(text=pl.lit("other")).write_parquet(simulated / "items.parquet")
-    with pytest.raises(DataError, match=r"items\.parquet is not the file its manifest was written for"):
+    file = simulated / "items" / "block_00002.parquet"
+    pl.read_parquet(file).with_columns(text=pl.lit("other")).write_parquet(file)
+    with pytest.raises(DataError, match=r"block_00002\.parquet is not the file its manifest was written for"):
         streams.check_data(simulated)
 
 
@@ -355,7 +355,7 @@ def test_online_retail_imports_with_its_titles_and_the_losses_of_an_independent_
             inside["CustomerID"].n_unique(),
             active,
         )
-    # a title counts until the end of the block that has the item's first event
+    # a title counts in the block that has the item's first event
     titles: dict[str, Counter[str]] = defaultdict(Counter)
     until: dict[str, int] = {}
     events = bought.unique(["CustomerID", "StockCode", "InvoiceDate"], keep="first", maintain_order=True)
