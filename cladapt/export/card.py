@@ -69,11 +69,14 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def facts_of(run: Trained | None, stream: str | None) -> Facts:
-    """What `run` knows; its data folder counts only while a prefix of the stream there has that fingerprint."""
+def facts_of(run: Trained | None, stream: str | None, data: Path | None = None) -> Facts:
+    """What `run` knows; its data folder counts only while a prefix of the stream there has that fingerprint.
+
+    `data`: where the stream is now.
+    """
     if run is None:
         return Facts()
-    manifest = _read(Path(run.config.data) / MANIFEST, ManifestRecord, "restore the stream directory")
+    manifest = _read((data or Path(run.config.data)) / MANIFEST, ManifestRecord, "restore the stream directory")
     if manifest and home_of(manifest, stream) is None:
         manifest = {}
     packages = run.packages

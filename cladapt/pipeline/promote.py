@@ -14,10 +14,11 @@ from cladapt.artifacts import hash_file, read_record, write_json
 from cladapt.config import PromoteConfig, resolve
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.promotion import CURRENT, Decision, decide
+from cladapt.lock import locked
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
 from cladapt.model.saved import ADAPTER_FILE, load_adapter
-from cladapt.run import Run, latest_run, locked, open_run
+from cladapt.run import Run, latest_run, open_run
 from cladapt.train.blocks import adapter_folder
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import FittedBase

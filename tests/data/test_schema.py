@@ -105,7 +105,9 @@ def test_a_folder_without_a_manifest_is_no_stream(tmp_path: Path) -> None:
 )
 def test_another_schema_version_is_refused(saved: Path, manifest: object, found: str) -> None:
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=rf"manifest\.json: schema_version {found} \(this version reads 2: import the source again\)"):
+    with pytest.raises(
+        DataError, match=rf"manifest\.json: schema_version {found} \(this version reads 2: import the source again\)"
+    ):
         Stream.load(saved)
 
 
