@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from cladapt.artifacts import hash_file, hash_value, read_json, read_parquet, read_record, write_json, write_parquet
 from cladapt.errors import DataError
@@ -72,12 +72,17 @@ class SettingsRecord(BaseModel):
     k_core: int = 0
 
 
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists alone."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class ManifestRecord(BaseModel):
     """What manifest.json must hold."""
 
     hashes: Annotated[list[FilesRecord], Field(min_length=1)]
     config: SettingsRecord = SettingsRecord()
-    withdrawn: list[Annotated[tuple[str, int, int | None], Field(strict=False)]] = []
+    withdrawn: list[Annotated[tuple[str, int, int | None], BeforeValidator(_as_tuple)]] = []
     earlier: list[list[str]] = []
     cuts: list[CutRecord] = []
 

@@ -11,6 +11,7 @@ import polars as pl
 
 from cladapt.artifacts import atomic_dir, atomic_path, check_writable
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
+from cladapt.data.append import waiting_rows
 from cladapt.data.blocks import build_stream, check_stream
 from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, reader_for
 from cladapt.data.schema import MANIFEST, PARTS, Stream
@@ -92,12 +93,14 @@ def simulate_data(out: Path, config: SimulateConfig) -> dict[str, Any]:
 
 
 def check_data(folder: Path) -> dict[str, Any]:
-    """Verify a stream directory; the per-block report."""
+    """Verify a stream directory; the per-block report, and how many rows wait to become a block."""
     stream = Stream.load(folder)
     report = check_stream(stream)
     if os.path.lexists(folder / SIDS):
         report["semantic_ids"] = load_sids(folder, stream).collisions()["distinct"]
-    return {"stream": str(folder), "fingerprint": stream.fingerprint, **report}
+    pending = waiting_rows(folder, stream.n_blocks).height
+    waiting = {"pending": pending} if pending else {}
+    return {"stream": str(folder), "fingerprint": stream.fingerprint, **waiting, **report}
 
 
 def is_source(path: Path, format: str) -> bool:
