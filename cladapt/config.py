@@ -195,6 +195,9 @@ class TrainConfig(FitConfig):
     """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
     softmax: Literal["trie", "vocabulary"] = "trie"
     """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
+    held_out: Literal["never", "next"] = "never"
+    """When validation and test events are learned: `never`, or with the `next` block, when they are past; figures of
+    later models on them are then marked."""
 
     @model_validator(mode="after")
     def _rows_fit(self) -> "TrainConfig":

@@ -12,6 +12,9 @@ import polars as pl
 
 from cladapt.errors import DataError
 
+Cells = frozenset[tuple[int, int]]
+"""Cells (t, s) of R[t][s]."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -24,13 +27,17 @@ class Mean:
 
 @dataclass(frozen=True)
 class Matrix:
-    """R[t][s] of one metric: `values` float64 [model_blocks, blocks], NaN where nothing was measured."""
+    """R[t][s] of one metric: `values` float64 [model_blocks, blocks], NaN where nothing was measured.
+
+    `learned`: cells whose test events the model has learned.
+    """
 
     metric: str
     base: int
     model_blocks: tuple[int, ...]
     blocks: tuple[int, ...]
     values: np.ndarray
+    learned: Cells = frozenset()
 
     def __getitem__(self, cell: tuple[int, int]) -> float:
         """R[t][s] for (t, s); NaN where nothing was measured."""
@@ -45,7 +52,7 @@ class Matrix:
         return tuple(t for t in self.model_blocks if t > self.base)
 
     @classmethod
-    def build(cls, summary: pl.DataFrame, metric: str, base: int) -> "Matrix":
+    def build(cls, summary: pl.DataFrame, metric: str, base: int, learned: Cells = frozenset()) -> "Matrix":
         """From a frame with the columns model_block, block and `metric`, one row per cell; `base` is the row of the
         unadapted model (the last block that the base itself has seen)."""
         lacking = [name for name in ("model_block", "block", metric) if name not in summary.columns]
@@ -61,7 +68,7 @@ class Matrix:
         row = np.searchsorted(rows, summary["model_block"].to_numpy())
         column = np.searchsorted(columns, summary["block"].to_numpy())
         values[row, column] = summary[metric].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        return cls(metric, base, rows, columns, values)
+        return cls(metric, base, rows, columns, values, learned)
 
 
 def average(matrix: Matrix) -> Mean:
@@ -70,11 +77,28 @@ def average(matrix: Matrix) -> Mean:
 
 
 def backward_transfer(matrix: Matrix) -> Mean:
-    """Mean over rows 1 <= s < T, T the last row, of R[T][s] - R[s][s]: below zero is forgetting."""
+    """Mean over rows 1 <= s < T, T the last row, of R[T][s] - R[s][s]: below zero is forgetting.
+
+    Cells (T, s) that are learned are left out: a model cannot be said to remember what it was shown again.
+    """
     if not matrix.model_blocks:
         return _mean(())
     last = matrix.model_blocks[-1]
-    return _mean(matrix[last, s] - matrix[s, s] for s in matrix.model_blocks[:-1] if s >= 1)
+    return _mean(
+        matrix[last, s] - matrix[s, s] for s in matrix.model_blocks[:-1] if s >= 1 and (last, s) not in matrix.learned
+    )
+
+
+def left_out(matrix: Matrix) -> str:
+    """Why backward transfer leaves blocks out; empty where it has all."""
+    last = max(matrix.model_blocks, default=0)
+    blocks = [str(s) for t, s in sorted(matrix.learned) if t == last and s in matrix.blocks]
+    if not blocks:
+        return ""
+    return (
+        f"backward transfer without block {', '.join(blocks)}: the last model has learned the held-out events there "
+        "(train.held_out=next), so its figure is no test"
+    )
 
 
 def forward_transfer(matrix: Matrix) -> Mean:

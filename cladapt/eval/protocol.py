@@ -16,7 +16,7 @@ from cladapt.data.histories import training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.eval.baselines import evaluate_counts
-from cladapt.eval.continual import Matrix, summaries
+from cladapt.eval.continual import Cells, Matrix, left_out, summaries
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import head_frequency, slices, summarise, user_metrics
 from cladapt.eval.significance import Effect, compare, describe, interval
@@ -41,7 +41,8 @@ class Measures:
     `rows`: the run's own, every model block t (the base's row included) on every tested block s. `references`: rows of
     models that only count, on the blocks they were made for. `ceiling`: the best reachable score per block, where it
     is known. `lag`: how far the tested block is ahead of the model that is judged by it. `next`: the same run on the
-    first events of the block after each model's, with a lag of 1; None where it was not measured.
+    first events of the block after each model's, with a lag of 1; None where it was not measured. `learned`: the cells
+    (t, s) whose held-out events the model of block t has learned.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Measures:
     ceiling: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     lag: int = 0
     next: "Measures | None" = None
+    learned: Cells = frozenset()
 
     @property
     def current(self) -> pl.DataFrame:
@@ -247,10 +249,11 @@ def effects_by_block(
 def backward_rows(measures: Measures, metrics: Sequence[str]) -> pl.DataFrame | None:
     """Each user's part of backward transfer: R[T][s] - R[s][s] on every earlier block s, T the last.
 
-    None where the last model was not tested on all earlier blocks (scope=current), or a metric is missing.
+    Blocks whose held-out events the last model has learned are left out. None where no other is left, where the last
+    model was not tested on all of them (scope=current), or a metric is missing.
     """
     last = int(measures.rows["model_block"].max() or 0)  # type: ignore[arg-type]
-    earlier = list(range(max(measures.base_block, 1), last))
+    earlier = [s for s in range(max(measures.base_block, 1), last) if (last, s) not in measures.learned]
     rows = measures.rows.filter(pl.col("block").is_in(earlier))
     measured = user_metrics(rows, measures.config.top_k, measures.config.beams)
     then = measured.filter(pl.col("model_block") == pl.col("block"))
@@ -268,18 +271,26 @@ def backward_effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metri
     return {m: compare(block_weighted(a, m), block_weighted(b, m), m, config.bootstrap) for m in metrics}
 
 
+def cells(measures: Measures) -> list[dict[str, Any]]:
+    """Every cell of R[t][s] with its metrics; `learned` where the model has learned the held-out events of s."""
+    means = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams).to_dicts()
+    return [{**cell, "learned": (cell["model_block"], cell["block"]) in measures.learned} for cell in means]
+
+
 def matrix(measures: Measures, metric: str) -> Matrix:
     """R[t][s] of a run for one metric."""
     summary = summarise(measures.rows, measures.config.top_k, beams=measures.config.beams)
-    return Matrix.build(summary, metric, measures.base_block)
+    return Matrix.build(summary, metric, measures.base_block, measures.learned)
 
 
 def continual_summary(measures: Measures, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Average, backward and forward transfer, plasticity: one line per metric."""
-    return [
-        {"metric": metric, **{n: m.value if m.used else None for n, m in summaries(matrix(measures, metric)).items()}}
-        for metric in metrics
-    ]
+    """The summaries of R[t][s]: one line per metric, with what backward transfer leaves out."""
+    lines = []
+    for metric in metrics:
+        grid = matrix(measures, metric)
+        line = {"metric": metric, **{n: m.value if m.used else None for n, m in summaries(grid).items()}}
+        lines.append(line | ({"left out": note} if (note := left_out(grid)) else {}))
+    return lines
 
 
 def slice_table(measures: Measures, stream: Stream) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ A report is a title and a list of sections; what goes into them is the caller's,
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -36,7 +36,10 @@ class Table:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix shaded from its least to its greatest value; cells whose two labels are equal are framed."""
+    """A matrix shaded from its least to its greatest value; cells whose two labels are equal are framed.
+
+    `struck`: labels of cells, row first, whose value is struck through.
+    """
 
     title: str
     row_labels: Sequence[str | int]
@@ -44,6 +47,7 @@ class HeatMap:
     values: Sequence[Sequence[float | None]]
     corner: str = ""
     note: str = ""
+    struck: Collection[tuple[str | int, str | int]] = ()
 
     def __post_init__(self) -> None:
         widths = [len(row) for row in self.values]
@@ -196,11 +200,12 @@ def _heat_map(heat: HeatMap) -> str:
         cells = ""
         for column, value in zip(heat.column_labels, values, strict=True):
             framed = " d" if label == column else ""
+            shown = f"<s>{_number(value)}</s>" if (label, column) in heat.struck else _number(value)
             shade = ""
             if value is not None and math.isfinite(value):
                 strength = 0.06 + 0.54 * ((value - low) / spread if spread > 0 else 0.0)
                 shade = f' style="background:rgb(59 130 246 / {strength:.2f})"'
-            cells += f'<td class="n{framed}"{shade}>{_number(value)}</td>'
+            cells += f'<td class="n{framed}"{shade}>{shown}</td>'
         rows += f'<tr><th scope="row">{escape(str(label))}</th>{cells}</tr>\n'
     corner = f"<th>{escape(heat.corner)}</th>"
     return (

@@ -1,6 +1,6 @@
 """What a continual method is: six hooks around a loop that it never owns, and state made of named tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +86,10 @@ class Method:
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
+
+    def learned_with(self, block: int) -> Sequence[int]:
+        """The blocks whose data is learned when `block` is the newest, which comes last."""
+        return range(1, block + 1) if self.past_data else (block,)
 
     def begin_block(self, ctx: Context) -> None:
         """Before the first step of a block: anchors, adapter initialisation."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+LEARNED = "held_out_blocks"
+"""The key of an adapter's `cladapt.json` for the blocks whose held-out events it, or one before it, has learned."""
 RESTORE = "restore the adapter directory, or export it again"
 LOWER = "train the adapter again with a lower train.lr"
 
@@ -53,6 +55,7 @@ class AdapterRecord(BaseModel):
     stream: str = ""
     beams: PositiveInt = 1
     weights: str = ""
+    held_out_blocks: list[PositiveInt] = []
 
 
 class LoraRecord(BaseModel):

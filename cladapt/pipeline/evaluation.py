@@ -14,7 +14,7 @@ from cladapt.lock import locked
 from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
-from cladapt.model.saved import load_adapter
+from cladapt.model.saved import LEARNED, adapter_provenance, load_adapter
 from cladapt.pipeline.report import METRICS, REPORT, run_report
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
@@ -77,15 +77,22 @@ def measure(run: Run[Any], stream: Any, base: FittedBase, config: Any, block: in
     for _ in _models(run, base, learned):
         pass  # a damaged adapter shows now, not when those before it are measured
     models = _models(run, base, learned)
-    return run.workload.measure(run.config, config, stream, base, models, learned, block, sink)
+    measures = run.workload.measure(run.config, config, stream, base, models, learned, block, sink)
+    seen = {model: adapter_provenance(folder).get(LEARNED, ()) for model, folder in _adapters(run, learned).items()}
+    return run.workload.marked(measures, seen)
+
+
+def _adapters(run: Run[Any], learned: int) -> dict[int, Path]:
+    """The adapter that the run starts from, if any, and its own, by the last block that each has learned."""
+    start = run.workload.starts_from(run.config)
+    return {**({} if start is None else {learned: start}), **run.adapters}
 
 
 def _models(run: Run[Any], base: FittedBase, learned: int) -> Iterator[tuple[int, "PreTrainedModel"]]:
     """What the run starts from, then each of its adapters in turn; the base is bare again at the end."""
-    start = run.workload.starts_from(run.config)
-    if start is None:
+    if run.workload.starts_from(run.config) is None:
         yield learned, base.model
-    for block, folder in {**({} if start is None else {learned: start}), **run.adapters}.items():
+    for block, folder in _adapters(run, learned).items():
         model = load_adapter(base, folder)  # each anew: their ranks may differ
         yield block, adapted_lm(model)
         unload(model)

@@ -206,13 +206,16 @@ def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequ
     everywhere = Fan([log, sink])
     for text in notes:
         everywhere.emit({"kind": "note", "text": text})
-    provenance = {
-        "stream": stream.fingerprint,
-        "config": run.config_hash,
-        "method": config.method.name,
-        "seed": config.seed,
-        **work.provenance(config),
-    }
+
+    def provenance(block: int) -> dict[str, Any]:
+        return {
+            "stream": stream.fingerprint,
+            "config": run.config_hash,
+            "method": config.method.name,
+            "seed": config.seed,
+            **work.provenance(config, block),
+        }
+
     with tracking(config.track if ranks.is_main() else "none", run.path, config) as tracked:
         sinks = Fan([everywhere, tracked])
         results = work.learn(run.path, config, stream, base, sinks, run.config_hash, provenance)

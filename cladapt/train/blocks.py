@@ -19,7 +19,15 @@ from cladapt.config import FitConfig, RunSettings
 from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
-from cladapt.model.saved import ADAPTER_FILE, place, read_own_factors, save_adapter, start_from
+from cladapt.model.saved import (
+    ADAPTER_FILE,
+    LEARNED,
+    adapter_provenance,
+    place,
+    read_own_factors,
+    save_adapter,
+    start_from,
+)
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
 from cladapt.train.feeds import Feed
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
 
 Examples = Callable[["PeftModel", Sequence[int]], tuple[nn.Module, Feed]]
 """The loss module of an adapted model and the examples of some blocks: the last is learned, those before it again."""
+
+Provenance = Callable[[int], Mapping[str, Any]]
+"""What the `cladapt.json` of a block's adapter says of the run."""
 
 
 def adapter_folder(run: Path, block: int) -> Path:
@@ -74,9 +85,10 @@ def learn_blocks(
     examples: Examples,
     sink: Sink,
     config_hash: str,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
+    start: Path | None = None,
 ) -> dict[int, FitResult]:
-    """Adapt to the blocks in order; finished ones of an interrupted run are taken as they are.
+    """Adapt to the blocks in order, from the adapter `start` on; finished ones of an interrupted run stay as they are.
 
     A method that learns on past data has every block from the first one on; one that does not train leaves nothing.
     """
@@ -85,8 +97,8 @@ def learn_blocks(
         return {}
     model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
     initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
-    if start := provenance.get("from_adapter"):
-        start_from(model, Path(start), base)
+    if start is not None:
+        start_from(model, start, base)
     results: dict[int, FitResult] = {}
     checkpoints = run / "checkpoints"
 
@@ -101,7 +113,7 @@ def learn_blocks(
             continue
         for parameter in base.extra_parameters.values():
             parameter.requires_grad_(True)
-        module, feed = examples(model, range(1, block + 1) if method.past_data else (block,))
+        module, feed = examples(model, method.learned_with(block))
         ctx = replace(Context.of(model, block, initial, config.kernels), extra_parameters=base.extra_parameters)
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
         result = results[block] = fit.run(
@@ -109,7 +121,8 @@ def learn_blocks(
             checkpoint_steps=config.train.checkpoint_steps,
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
-        ranks.once(partial(_finish_block, run, block, model, base, method.state_dict(), provenance, result))
+        state, record = method.state_dict(), provenance(block)
+        ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))
         if ranks.is_main():
             spectra = saved_spectra(folder)
             modules = {name: spectrum.values for name, spectrum in spectra.items()}
@@ -135,20 +148,23 @@ def _finish_block(
     base: AdaptedBase,
     state: Mapping[str, torch.Tensor],
     provenance: Mapping[str, Any],
+    start: Path | None,
     result: FitResult,
 ) -> None:
     write_tensors(_method_file(run, block), state)
     before = adapter_folder(run, block - 1)
-    start = provenance.get("from_adapter")
-    parent = before if before.is_dir() else Path(start) if start else None
+    parent = before if before.is_dir() else start
     record = {
         **provenance,
         "block": block,
-        "parent": before.name if parent == before else start,
+        "parent": before.name if parent == before else parent and str(parent),
         "parent_hash": hash_file(parent / ADAPTER_FILE) if parent else None,
         "kept_epoch": result.epoch,
         "valid_log_likelihood": result.score if math.isfinite(result.score) else None,
     }
+    learned = {*record.get(LEARNED, ()), *(adapter_provenance(parent).get(LEARNED, ()) if parent else ())}
+    if learned:
+        record[LEARNED] = sorted(learned)
     save_adapter(adapter_folder(run, block), model, base, record)
     clear_checkpoints(run / "checkpoints", block)
 

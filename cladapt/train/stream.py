@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cladapt.config import TrainConfig
-from cladapt.data.histories import BlockSplit
+from cladapt.data.histories import FROM_END, BlockSplit, split_block
 from cladapt.data.schema import Stream
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import Softmax, TrieSoftmax
@@ -37,10 +37,36 @@ def validation_documents(split: BlockSplit, form: Form) -> list[Document]:
     return documents
 
 
-def make_feed(learned: Sequence[BlockSplit], judged: BlockSplit, form: Form, config: TrainConfig) -> PackedFeed:
-    """The training events of the blocks to learn, and the validation events of one."""
-    documents = [document for split in learned for document in training_documents(split, form)]
-    return PackedFeed(documents, validation_documents(judged, form), config.batch_tokens, config.row_tokens)
+def held_out_documents(split: BlockSplit, form: Form) -> list[Document]:
+    """The validation and the test event of every held-out user as targets once, after all that came before them."""
+    documents = []
+    for i in split.test_users:
+        events = split.events[split.offsets[i] : split.offsets[i + 1]]
+        documents += form.documents(events, len(events) - FROM_END["valid"])
+    return documents
+
+
+def learned_documents(stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig) -> list[Document]:
+    """What is learned of `blocks`, which end with the newest: their training events, and with `held_out=next` the
+    held-out events of those before the newest, or of the block before where it stands alone."""
+    documents = [d for block in blocks for d in training_documents(split_block(stream, block), form)]
+    if config.held_out == "next":
+        for block in passed(blocks):
+            documents += held_out_documents(split_block(stream, block), form)
+    return documents
+
+
+def passed(blocks: Sequence[int]) -> range:
+    """The blocks whose held-out events are past when the last of `blocks` is learned, and learned with it."""
+    return range(max(1, min(blocks[0], blocks[-1] - 1)), blocks[-1])
+
+
+def make_feed(stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig) -> PackedFeed:
+    """What is learned of `blocks`, judged by the validation events of the last of them."""
+    validation = validation_documents(split_block(stream, blocks[-1]), form)
+    return PackedFeed(
+        learned_documents(stream, blocks, form, config), validation, config.batch_tokens, config.row_tokens
+    )
 
 
 def catalogue_softmax(base: Base, stream: Stream, block: int, softmax: Softmax) -> TrieSoftmax | None:

@@ -16,7 +16,7 @@ from cladapt.eval.report import Section
 from cladapt.eval.significance import Effect, describe
 from cladapt.model.adapter import AdaptedBase
 from cladapt.model.saved import adapter_provenance
-from cladapt.train.blocks import Examples, blocks_after, learn_blocks
+from cladapt.train.blocks import Examples, Provenance, blocks_after, learn_blocks
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Sink
 
@@ -176,8 +176,8 @@ class Workload(ABC, Generic[C, S, B, M]):
         """The adapter that the first block starts from; None for a fresh one."""
         return None
 
-    def provenance(self, config: C) -> Mapping[str, Any]:
-        """What an adapter's `cladapt.json` says beside stream, configuration, method and seed."""
+    def provenance(self, config: C, block: int) -> Mapping[str, Any]:
+        """What the `cladapt.json` of a block's adapter says beside stream, configuration, method and seed."""
         return {}
 
     @abstractmethod
@@ -200,11 +200,12 @@ class Workload(ABC, Generic[C, S, B, M]):
         return blocks_after(self.learned_block(config, base), stream.n_blocks)
 
     def learn(
-        self, run: Path, config: C, stream: S, base: B, sink: Sink, config_hash: str, provenance: Mapping[str, Any]
+        self, run: Path, config: C, stream: S, base: B, sink: Sink, config_hash: str, provenance: Provenance
     ) -> dict[int, FitResult]:
         """Adapt to every block that is not learned; finished blocks of an interrupted run are taken as they are."""
         blocks, examples = self.blocks(config, stream, base), self.examples(config, stream, base)
-        return learn_blocks(run, config, base, blocks, examples, sink, config_hash, provenance)
+        start = self.starts_from(config)
+        return learn_blocks(run, config, base, blocks, examples, sink, config_hash, provenance, start)
 
     @abstractmethod
     def plan(self, config: C, stream: S, base: B, blocks: Sequence[int]) -> list[dict[str, Any]]:
@@ -248,6 +249,10 @@ class Workload(ABC, Generic[C, S, B, M]):
         A model is gone when the next one is asked for. `ConfigError` where the task's streams do not grow.
         """
         raise ConfigError(f"runs of --task {config.task} promote nothing", "their streams do not grow")
+
+    def marked(self, measures: M, learned: Mapping[int, Sequence[int]]) -> M:
+        """With what is known of leaks: by block of the model, the blocks whose held-out events it has learned."""
+        return measures
 
     @abstractmethod
     def frames(self, measures: M) -> Mapping[str, pl.DataFrame]:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from cladapt.config import EvalConfig
-from cladapt.eval.continual import summaries
+from cladapt.eval.continual import left_out, summaries
 from cladapt.eval.metrics import user_metrics
 from cladapt.eval.protocol import (
     COUNTS,
@@ -117,8 +117,9 @@ class Lines(Comparison[Measures]):
             return {}
         one, two = (pool(self.rows[line]) for line in (name, reference))
         found = effects(one, two, self.config, metric_columns(self.config))
-        if name in self.backward and reference in self.backward:
-            one, two = (pool(self.backward[line]) for line in (name, reference))
+        transferred = [pool(self.backward[line]) for line in (name, reference) if line in self.backward]
+        if len({tuple(rows["block"].unique().sort()) for rows in transferred}) == 1 and len(transferred) == 2:
+            one, two = transferred
             transfers = backward_effects(one, two, self.config, self._transferred)
             found |= {f"backward {metric}": effect for metric, effect in transfers.items()}
         return {metric: effect for metric, effect in found.items() if effect is not None}
@@ -136,9 +137,13 @@ class Lines(Comparison[Measures]):
 def heat_map(measures: Measures, metric: str) -> HeatMap:
     """R[t][s] of one metric with its summaries."""
     grid = matrix(measures, metric)
-    note = ", ".join(f"{name} {mean.value:.4f}" for name, mean in summaries(grid).items() if mean.used)
+    notes = [", ".join(f"{name} {mean.value:.4f}" for name, mean in summaries(grid).items() if mean.used)]
+    if why := left_out(grid):
+        notes += ["struck through: the model has learned the held-out events of the block", why]
     values = [[None if np.isnan(v) else float(v) for v in row] for row in grid.values]
-    return HeatMap(f"R[t][s]: {metric}", grid.model_blocks, grid.blocks, values, "model after t \\ block s", note)
+    corner = "model after t \\ block s"
+    title = f"R[t][s]: {metric}"
+    return HeatMap(title, grid.model_blocks, grid.blocks, values, corner, "; ".join(notes), grid.learned)
 
 
 def next_block_tables(found: Mapping[str, Any]) -> list[Table]:

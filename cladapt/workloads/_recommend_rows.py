@@ -18,9 +18,11 @@ NEXT = "next_block"
 
 
 class CellRecord(BaseModel):
-    """A row of R[t][s]: the block that the model was tested on."""
+    """A row of R[t][s]: the block that the model was tested on, and whether it had learned the test events."""
 
+    model_block: int = 0
     block: int
+    learned: bool = False
 
 
 class RecommendRecord(MetricsRecord):
@@ -61,6 +63,7 @@ def read_measures(folder: Path, metrics: Mapping[str, Any], name: str, settings:
         settings,
         {int(block): values for block, values in metrics["ceiling"].items()},
         next=after,
+        learned=frozenset((cell["model_block"], cell["block"]) for cell in metrics["matrix"] if cell.get("learned")),
     )
     if measures.own.is_empty():
         raise DataError(

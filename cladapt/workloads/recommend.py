@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,18 +14,17 @@ from torch import nn
 from cladapt import ops, ranks
 from cladapt.artifacts import atomic_dir
 from cladapt.config import BaseConfig, EvalConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
-from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
-from cladapt.eval.metrics import summarise
 from cladapt.eval.promotion import LOG_LIKELIHOOD
 from cladapt.eval.protocol import (
     CEILING,
     COUNTS,
     FROZEN,
     Measures,
+    cells,
     continual_summary,
     differences,
     effects,
@@ -38,16 +38,18 @@ from cladapt.eval.protocol import (
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.eval.significance import Effect
+from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
+from cladapt.model.saved import LEARNED
 from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, pack
 from cladapt.train.bases import make_base
 from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.sinks import Sink
-from cladapt.train.stream import catalogue_softmax, make_feed, make_form, training_documents
+from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
 from cladapt.workloads._base import Group, Workload
 from cladapt.workloads._recommend_compare import Lines, block_curves, headline, heat_map, next_block_tables
 from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
@@ -87,11 +89,14 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     def starts_from(self, config: RunConfig) -> Path | None:
         return Path(config.from_adapter) if config.from_adapter else None
 
-    def provenance(self, config: RunConfig) -> dict[str, Any]:
+    def provenance(self, config: RunConfig, block: int) -> dict[str, Any]:
+        learned = build(config.method).learned_with(block)
         return {
             "form": config.train.form,
             "window": config.train.window,
             "softmax": config.train.softmax,
+            "held_out": config.train.held_out,
+            LEARNED: [*passed(learned)] if config.train.held_out == "next" else [],
             "from_adapter": config.from_adapter or None,
             "beams": config.eval.beams,
         }
@@ -104,17 +109,17 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         form = form_of(config, base)
 
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[PackedLoss, PackedFeed]:
-            splits = [split_block(stream, block) for block in blocks]
             loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, blocks[-1], config.train.softmax))
-            return loss, make_feed(splits, splits[-1], form, config.train)
+            return loss, make_feed(stream, blocks, form, config.train)
 
         return of_blocks
 
     def plan(self, config: RunConfig, stream: Stream, base: Base, blocks: Sequence[int]) -> list[dict[str, Any]]:
         form, train = form_of(config, base), config.train
+        method = build(config.method)
         lines = []
         for block in blocks:
-            documents = training_documents(split_block(stream, block), form)
+            documents = learned_documents(stream, method.learned_with(block), form, train)
             rows = pack(documents, train.row_tokens, None)
             batches = math.ceil(len(rows.tokens) / max(1, train.batch_tokens // train.row_tokens))
             lines.append(
@@ -180,6 +185,9 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         found = {name: effects(rows[challenger], rows[name], asked, metrics) for name in (*others, popularity)}
         return {name: {m: e for m, e in by_metric.items() if e is not None} for name, by_metric in found.items()}
 
+    def marked(self, measures: Measures, learned: Mapping[int, Sequence[int]]) -> Measures:
+        return replace(measures, learned=frozenset((t, s) for t, blocks in learned.items() for s in blocks))
+
     def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
         return frames_of(measures)
 
@@ -190,7 +198,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return {
             "table": table([measures]),
             "differences": differences([measures]),
-            "matrix": summarise(measures.rows, measures.config.top_k, beams=measures.config.beams).to_dicts(),
+            "matrix": cells(measures),
             "continual": continual_summary(measures, headline(measures.config)),
             "slices": slice_table(measures, stream),
             "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
@@ -233,7 +241,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         row = model_row(measures.name, measures.own, measures.config)
         grid = matrix(measures, headline(measures.config)[0])
         found = {key: value for key, value in row.items() if key not in ("model", "users") and "95 %" not in key}
-        return found | {name: None if mean.missing else mean.value for name, mean in summaries(grid).items()}
+        means = summaries(grid).items()
+        return found | {name: mean.value if mean.used and not mean.missing else None for name, mean in means}
 
 
 def form_of(config: RunConfig, base: Base) -> Form:

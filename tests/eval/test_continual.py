@@ -4,12 +4,20 @@ import polars as pl
 import pytest
 
 from cladapt.errors import DataError
-from cladapt.eval.continual import Matrix, average, backward_transfer, forward_transfer, plasticity, summaries
+from cladapt.eval.continual import (
+    Matrix,
+    average,
+    backward_transfer,
+    forward_transfer,
+    left_out,
+    plasticity,
+    summaries,
+)
 
 
-def matrix(cells: dict[tuple[int, int], float], base: int = 1) -> Matrix:
+def matrix(cells: dict[tuple[int, int], float], base: int = 1, learned: frozenset[tuple[int, int]] = frozenset()):
     frame = pl.DataFrame({"model_block": [t for t, _ in cells], "block": [s for _, s in cells], "HR": cells.values()})
-    return Matrix.build(frame, "HR", base)
+    return Matrix.build(frame, "HR", base, learned)
 
 
 FULL = {
@@ -57,6 +65,20 @@ def test_an_unmeasured_cell_leaves_its_term_out_and_is_counted():
     r = matrix({cell: value for cell, value in FULL.items() if cell != (4, 2)})
     assert backward_transfer(r).value == pytest.approx(((0.30 - 0.50) + (0.28 - 0.30)) / 2)
     assert (backward_transfer(r).used, backward_transfer(r).missing) == (2, 1)
+
+
+def test_a_cell_that_was_learned_is_no_part_of_backward_transfer_and_the_reason_is_said():
+    r = matrix(FULL, learned=frozenset({(4, 1), (4, 3), (3, 2)}))
+    assert backward_transfer(r).value == pytest.approx(0.30 - 0.40)
+    assert (backward_transfer(r).used, backward_transfer(r).missing) == (1, 0)
+    assert left_out(r) == (
+        "backward transfer without block 1, 3: the last model has learned the held-out events there "
+        "(train.held_out=next), so its figure is no test"
+    )
+    whole = matrix(FULL)
+    assert left_out(whole) == ""
+    for summary in (average, forward_transfer, plasticity):
+        assert summary(r) == summary(whole)
 
 
 def test_a_null_metric_is_an_unmeasured_cell():

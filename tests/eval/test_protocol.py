@@ -27,6 +27,7 @@ from cladapt.eval.protocol import (
     backward_rows,
     block_mean_interval,
     ceiling_row,
+    cells,
     continual_summary,
     differences,
     effects_by_block,
@@ -342,6 +343,23 @@ def test_backward_transfer_of_users_is_that_of_the_matrix_and_its_difference_is_
     effect = backward_effects(*(rows for rows in parts if rows is not None), CONFIG, [metric])[metric]
     assert effect.mean == pytest.approx(means[0] - means[1])
     assert effect.low <= effect.mean <= effect.high
+
+
+def test_backward_transfer_of_users_leaves_out_what_was_learned() -> None:
+    whole = make_measures("a", 0)
+    part = replace(whole, learned=frozenset({(3, 1), (2, 1)}))
+    rows, kept = backward_rows(whole, ["HR@2"]), backward_rows(part, ["HR@2"])
+    assert rows is not None
+    assert kept is not None
+    assert kept.equals(rows.filter(pl.col("block") == 2))
+    (line,) = continual_summary(part, ["HR@2"])
+    assert line["backward transfer"] == pytest.approx(kept["HR@2"].mean())
+    assert "without block 1:" in line["left out"]
+    assert "left out" not in continual_summary(whole, ["HR@2"])[0]
+    every = replace(whole, learned=frozenset({(3, 1), (3, 2)}))
+    assert backward_rows(every, ["HR@2"]) is None
+    assert continual_summary(every, ["HR@2"])[0]["backward transfer"] is None
+    assert [cell["learned"] for cell in cells(part)] == [False] * 3 + [True] + [False] * 2 + [True] + [False] * 2
 
 
 def test_there_is_no_backward_transfer_without_the_earlier_blocks() -> None:

@@ -196,6 +196,11 @@ def test_uneven_data_is_refused():
         Curves("c", [1, 2], [Series("a", [0.1])])
 
 
+def test_struck_cells_of_a_heat_map_are_struck_through():
+    html = render_report("r", [HeatMap("R", [1, 2], [1, 2], [[0.1, 0.2], [0.3, 0.4]], struck={(2, 1)})])
+    assert re.findall("<s>(.*?)</s>", html) == ["0.3000"]
+
+
 def test_a_trace_is_drawn_to_scale_and_broken_between_its_lines():
     tags = read(Traces("t", [Trace("loss", [[(1, 0.0), (2, 1.0)], [(5, 0.5)]], {1: "block 2", 5: "block 3"})])).tags
     paths = [re.findall(r"[\d.]+", a["d"] or "") for tag, a in tags if tag == "path"]

@@ -28,7 +28,7 @@ from cladapt.data.simulate import ceiling, load_truth
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.metrics import ROWS, summarise
 from cladapt.model.load import load_base
-from cladapt.pipeline import bases, evaluation, runs, streams
+from cladapt.pipeline import bases, compare, evaluation, runs, streams
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads import recommend
@@ -187,7 +187,8 @@ def test_evaluation_writes_rows_of_every_model_on_every_block(world: Path) -> No
         ]
     metrics = read_json(world / "peso" / "metrics.json")
     assert metrics["schema_version"] == 2
-    assert metrics["matrix"] == summarise(pl.concat(frames), (5, 10), beams=20).to_dicts()
+    means = summarise(pl.concat(frames), (5, 10), beams=20).to_dicts()
+    assert metrics["matrix"] == [{**cell, "learned": False} for cell in means]
     truth = load_truth(world / "stream")
     assert metrics["ceiling"] == {str(b): ceiling(truth, stream, b, (5, 10)) for b in (2, 3)}
     assert (world / "peso" / "report.html").read_text().startswith("<!")
@@ -255,6 +256,23 @@ def test_evaluating_leaves_no_trace_of_one_model_in_the_next(world: Path, tmp_pa
     assert not [name for name, _ in base.model.named_parameters() if "lora" in name]
     twice = evaluation.measure(run, stream, base, EvalConfig(**EVAL), 2, MemorySink())
     assert twice.rows.equals(rows)
+
+
+def test_cells_that_were_learned_are_marked_and_no_memory(world: Path, tmp_path: Path) -> None:
+    runs.train(config_of(world, "finetune", epochs=1, held_out="next"), tmp_path / "run", MemorySink())
+    result = evaluation.evaluate(tmp_path / "run", EVAL, None, MemorySink())
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    learned = {(cell["model_block"], cell["block"]) for cell in metrics["matrix"] if cell["learned"]}
+    assert learned == {(2, 1), (3, 1), (3, 2)}
+    for line in result["continual"]:
+        assert line["backward transfer"] is None
+        assert line["plasticity"] is not None
+        assert line["left out"].startswith("backward transfer without block 1, 2: the last model has learned")
+    assert (tmp_path / "run" / "report.html").read_text().count("<s>") == 3 * 3  # of three headline metrics
+    found = evaluation.Evaluated.read(Run.open(tmp_path / "run")).measures
+    assert found.learned == learned
+    both = compare.compare_runs([tmp_path / "run", world / "peso"])
+    assert not [line for line in both["differences"] if line["metric"].startswith("backward")]
 
 
 def test_a_method_that_does_not_train_has_base_rows_alone(world: Path, tmp_path: Path) -> None:

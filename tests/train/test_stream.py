@@ -17,7 +17,7 @@ import torch
 from cladapt.artifacts import read_tensors
 from cladapt.config import AdapterConfig, MethodConfig, RunConfig, SimulateConfig, TrainConfig
 from cladapt.data.histories import split_block
-from cladapt.data.schema import Stream
+from cladapt.data.schema import INTERACTIONS, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.methods import Context, Method
@@ -25,12 +25,15 @@ from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import Base, load_base, new_model, save_base, weights_hash
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import adapter_provenance, load_adapter, read_adapter
+from cladapt.tokens.prompts import PackedForm
 from cladapt.tokens.sids import SidTable
 from cladapt.train.blocks import adapter_folder, fit_settings
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import MemorySink, Sink
 from cladapt.train.stream import (
     catalogue_softmax,
+    held_out_documents,
+    learned_documents,
     make_form,
     training_documents,
     validation_documents,
@@ -73,8 +76,12 @@ def run(
     base = base or load_base(folder)
     start = None if from_adapter is None else str(from_adapter)
     config = config.model_copy(update={"from_adapter": start or ""})
-    provenance = {"seed": 0} | ({} if start is None else {"from_adapter": start})
-    return Recommend().learn(path, config, stream(), base, sink or MemorySink(), "hash", provenance)
+    work = Recommend()
+
+    def provenance(block: int) -> dict[str, Any]:
+        return {"seed": 0, **work.provenance(config, block)}
+
+    return work.learn(path, config, stream(), base, sink or MemorySink(), "hash", provenance)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,112 @@ def test_the_validation_target_follows_its_whole_history(folder: Path) -> None:
     for i, d in zip(split.test_users, validation_documents(split, form), strict=True):
         expected = form.prompt(split.history(int(i), before="valid"))
         np.testing.assert_array_equal(d.tokens[:-2], expected)
+
+
+def unique_stream() -> Stream:
+    """Users with 0 to 5 events in each of three blocks, no item twice: an item names its (user, event)."""
+    rng = np.random.default_rng(3)
+    rows: list[tuple[str, str, int, int, int]] = []
+    for user in (f"u{k:02d}" for k in range(12)):
+        blocks = np.repeat([1, 2, 3], rng.integers(0, 6, size=3)).tolist()
+        rows += [(user, f"{user}-{k}", 100 * block + k, k, block) for k, block in enumerate(blocks)]
+    events = pl.DataFrame(rows, schema=INTERACTIONS, orient="row")
+    items = events.select("item", text=pl.lit(""), first_block="block").sort("first_block", maintain_order=True)
+    return Stream(events, items)
+
+
+def items_of(document: Any, items: list[str]) -> tuple[list[str], list[str]]:
+    """The items of a packed document whose tokens are [0, item, item, …], and those of them that are targets."""
+    assert document.tokens[0] == 0
+    names = [items[token - 1] for token in document.tokens[1:]]
+    return names, [name for name, marked in zip(names, document.loss[1:], strict=True) if marked]
+
+
+@pytest.mark.parametrize("held_out", ["never", "next"])
+@pytest.mark.parametrize("past_data", [False, True])
+def test_which_events_are_targets(held_out: str, past_data: bool) -> None:
+    whole = unique_stream()
+    items = whole.items["item"].to_list()
+    form = PackedForm(np.arange(1, len(items) + 1)[:, None], bos=0, window=4, row_tokens=16)
+    by_user: dict[str, list[tuple[int, str]]] = {}
+    for user, item, block in whole.interactions.select("user", "item", "block").iter_rows():
+        by_user.setdefault(user, []).append((block, item))
+    config = TRAIN.model_copy(update={"held_out": held_out})
+    for newest in (1, 2, 3):
+        expected = []
+        for events in by_user.values():
+            for block in (1, 2, 3):
+                own = [item for b, item in events if b == block]
+                tested = own[-2:] if len(own) >= 3 else []
+                if block == newest or (past_data and block < newest):
+                    expected += own[: len(own) - len(tested)]
+                if held_out == "next" and (block == newest - 1 or (past_data and block < newest)):
+                    expected += tested
+        blocks = range(1, newest + 1) if past_data else (newest,)
+        documents = learned_documents(whole, blocks, form, config)
+        found = [items_of(document, items) for document in documents]
+        assert sorted(target for _, targets in found for target in targets) == sorted(expected)
+        for names, targets in found:  # each is a stretch of one user's events, with enough before its first target
+            own = [item for _, item in by_user[names[0][:3]]]
+            first = own.index(names[0])
+            assert names == own[first : first + len(names)]
+            assert first == 0 or names.index(targets[0]) >= 2
+
+
+def test_the_held_out_events_of_a_user_are_two_targets_of_one_document(folder: Path) -> None:
+    base = load_base(folder)
+    tokens = base.item_tokens().numpy()
+    split = split_block(stream(), 2)
+    documents = held_out_documents(split, make_form("packed", base, window=8, row_tokens=64))
+    assert len(documents) == split.n_test
+    for i, document in zip(split.test_users, documents, strict=True):
+        events = split.events[split.offsets[i] : split.offsets[i + 1]]
+        np.testing.assert_array_equal(document.tokens, [base.bos(), *tokens[events[-10:]].ravel()])
+        assert document.loss.tolist() == [False] * (len(document.tokens) - 4) + [True] * 4
+
+
+def test_a_prompt_has_one_of_the_held_out_events(folder: Path) -> None:
+    base = load_base(folder)
+    form = make_form("prompt", base, window=3, row_tokens=128)
+    split = split_block(stream(), 2)
+    tokens = base.item_tokens().numpy()
+    targets = [d.tokens[d.loss].tolist() for d in held_out_documents(split, form)]
+    held_out = np.column_stack([split.targets("valid"), split.targets("test")]).ravel()
+    assert targets == tokens[held_out].tolist()
+
+
+@pytest.mark.parametrize("method", ["finetune", "retrain"])
+def test_held_out_events_are_learned_a_block_later_and_adapters_say_so(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
+    plain, config = (
+        changed(epochs=1, held_out=held_out).model_copy(update={"method": MethodConfig(name=method)})
+        for held_out in ("never", "next")
+    )
+    run(tmp_path / "never", folder, plain)
+    sink = MemorySink()
+    run(tmp_path / "next", folder, config, sink)
+    records = {
+        name: [adapter_provenance(adapter_folder(tmp_path / name, block)) for block in (2, 3)]
+        for name in ("never", "next")
+    }
+    assert [r["held_out"] for r in records["never"] + records["next"]] == ["never"] * 2 + ["next"] * 2
+    assert [r.get("held_out_blocks", []) for r in records["never"] + records["next"]] == [[], [], [1], [1, 2]]
+    assert not equal(tmp_path / "never", tmp_path / "next", folder, 2)
+    base = load_base(folder)
+    plans = [Recommend().plan(c, stream(), base, (2, 3)) for c in (plain, config)]
+    tested = [split_block(stream(), block).n_test for block in (1, 2)]
+    more = [two["targets"] - one["targets"] for one, two in zip(*plans, strict=True)]
+    assert more == [2 * tested[0], 2 * (sum(tested) if method == "retrain" else tested[1])]
+    used = [e["tokens"] for e in sink.events if e["kind"] == "block"]
+    assert [line["tokens_per_epoch"] for line in plans[1]] == used
+
+
+def test_an_adapter_to_start_from_passes_on_what_it_has_learned(folder: Path, tmp_path: Path) -> None:
+    run(tmp_path / "first", folder, changed(epochs=1, held_out="next"))
+    given = adapter_folder(tmp_path / "first", 2)
+    run(tmp_path / "second", folder, changed(epochs=1), from_adapter=given)
+    assert adapter_provenance(adapter_folder(tmp_path / "second", 3))["held_out_blocks"] == [1]
 
 
 def test_the_softmax_of_a_block_is_over_the_items_known_by_then(folder: Path) -> None:
@@ -345,9 +458,13 @@ def test_without_validation_the_last_epoch_is_kept_and_its_score_is_null(folder:
         stream().interactions.filter(pl.int_range(pl.len()).over("user", "block") < 2), stream().items
     )  # two events a block: nobody is held out
     base = load_base(folder)
-    results = Recommend().learn(tmp_path, changed(keep="last", epochs=1), short, base, MemorySink(), "hash", {})
+    results = Recommend().learn(
+        tmp_path, changed(keep="last", epochs=1), short, base, MemorySink(), "hash", lambda _: {}
+    )
     assert math.isnan(results[3].score)
     text = (adapter_folder(tmp_path, 3) / "cladapt.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["valid_log_likelihood"] is None
     with pytest.raises(DataError, match="block 2 has no validation target to choose an epoch by"):
-        Recommend().learn(tmp_path / "best", changed(epochs=1), short, load_base(folder), MemorySink(), "hash", {})
+        Recommend().learn(
+            tmp_path / "best", changed(epochs=1), short, load_base(folder), MemorySink(), "hash", lambda _: {}
+        )

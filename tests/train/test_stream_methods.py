@@ -53,7 +53,8 @@ def config_of(name: str, **options: Any) -> RunConfig:
 
 
 def learn(path: Path, folder: Path, config: RunConfig, sink: MemorySink | None = None) -> Any:
-    return Recommend().learn(path, config, stream(), load_base(folder), sink or MemorySink(), "hash", {"seed": 0})
+    base, said = load_base(folder), {"seed": 0}
+    return Recommend().learn(path, config, stream(), base, sink or MemorySink(), "hash", lambda _: said)
 
 
 @torch.no_grad()
