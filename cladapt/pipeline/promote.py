@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FILE = "current.json"
 CHALLENGER, FROZEN = "challenger", "frozen"
+PROMOTED: Literal["promoted"] = "promoted"
+REFUSED: Literal["refused"] = "refused"
 
 
 class Event(BaseModel):
@@ -99,61 +101,91 @@ def current_block(run: Run[Any]) -> int | None:
 
 
 def promote(
-    path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink, again: bool = True
+    path: Path | None,
+    settings: Mapping[str, Any],
+    block: int | None,
+    sink: Sink,
+    data: Path | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
-    """Judge an adapter of a run (by default the newest) and make it the current one, or refuse it.
+    """Judge an adapter of a run (by default the newest of the latest run) and make it the current one, or refuse it.
 
-    `again`: also where it was judged before. `CheckFailed` when it is refused; `current.json` keeps the decision.
+    `CheckFailed` when it is refused; `current.json` keeps the decision. `data`, `base`: where these are now.
     """
     config = resolve(PromoteConfig, settings, "promote", PromoteConfig.shown_by)
-    run = open_run(latest_run() if path is None else path)
-    with locked(run.path):
-        report = judge(run, config, block, sink, again)
-    if report["decision"] == "refused":
-        raise CheckFailed(
-            f"block {report['block']} of {run.path} is not promoted: {'; '.join(report['reasons'])}",
-            f"the current adapter stays ({_name(report['current'])}); --promote always takes the new one all the same",
-            report,
-        )
+    report = judge(latest_run() if path is None else path, config, block, sink, data=data, base=base)
+    if report["decision"] == REFUSED:
+        raise refusal(report, report)
     return report
 
 
-def judge(run: Run[Any], config: PromoteConfig, block: int | None, sink: Sink, again: bool) -> dict[str, Any]:
-    """Decide about an adapter and write `current.json`; what was decided, why, and what is current now."""
-    adapters = run.adapters
-    if not adapters:
-        raise DataError(
-            f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
-        )
-    chosen = max(adapters) if block is None else block
-    if chosen not in adapters:
-        raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
-    current, weights = read_current(run), hash_file(adapters[chosen] / ADAPTER_FILE)
-    before = current_block(run)
-    event = None if again else current.judged(chosen, weights)
-    if event is None and (before, current.weights) == (chosen, weights):
-        event = current.judged(chosen, weights)
-    if event is None:
-        decision = compare(run, config, chosen, before, sink)
-        event = Event(
-            at=datetime.now(UTC).isoformat(timespec="seconds"),
-            action="promoted" if decision.promoted else "refused",
-            block=chosen,
-            weights=weights,
-            rule=config.rule,
-            reasons=list(decision.reasons),
-            differences=[dict(line) for line in decision.differences],
-        )
-        _write(run, current, event)
+def refusal(decided: Mapping[str, Any], result: dict[str, Any]) -> CheckFailed:
+    """The error that says of a decision that the adapter is refused."""
+    current = "none is current" if decided["current"] is None else f"that of block {decided['current']} stays current"
+    return CheckFailed(
+        f"the adapter of block {decided['block']} is not promoted: {'; '.join(decided['reasons'])}",
+        f"{current}; to take it all the same: cladapt promote --block {decided['block']} --promote always",
+        result,
+    )
+
+
+def judge(
+    path: Path,
+    config: PromoteConfig,
+    block: int | None,
+    sink: Sink,
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    again: bool = True,
+) -> dict[str, Any]:
+    """Decide about an adapter and write `current.json`; what was decided, why, and what is current now.
+
+    `again`: also where it was decided before. An adapter that is current already is not compared with itself.
+    """
+    run = open_run(path, data, base)
+    with locked(run.path):
+        adapters = run.adapters
+        if not adapters:
+            raise DataError(
+                f"{path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
+            )
+        chosen = max(adapters) if block is None else block
+        if chosen not in adapters:
+            raise ConfigError(f"--block {chosen}: {path} has {sorted(adapters)}", "choose one of these blocks")
+        current, weights = read_current(run), hash_file(adapters[chosen] / ADAPTER_FILE)
+        before = current_block(run)
+        is_current = (before, current.weights) == (chosen, weights)
+        known = current.judged(chosen, weights) if is_current or not again else None
+        event = known or _event(config, chosen, weights, compare(run, config, chosen, before, sink))
+        if known is None:
+            _write(run, current, event)
     return {
-        "run": str(run.path),
+        "run": str(path),
         "block": chosen,
         "decision": event.action,
+        "new": known is None,
         "rule": event.rule,
         "reasons": event.reasons,
         "current": read_current(run).block,
         "differences": event.differences,
     }
+
+
+def _event(config: PromoteConfig, block: int, weights: str, decision: Decision) -> Event:
+    return Event(
+        at=_now(),
+        action=PROMOTED if decision.promoted else REFUSED,
+        block=block,
+        weights=weights,
+        rule=config.rule,
+        reasons=list(decision.reasons),
+        differences=[dict(line) for line in decision.differences],
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def compare(run: Run[Any], config: PromoteConfig, block: int, current: int | None, sink: Sink) -> Decision:
@@ -185,12 +217,11 @@ def rollback(path: Path | None, to: int | None) -> dict[str, Any]:
         folder = adapter_folder(run.path, target.block) / ADAPTER_FILE
         if not folder.is_file() or hash_file(folder) != target.weights:
             raise DataError(f"{folder} is not what was promoted then", "restore it, or go back further with --to")
-        at = datetime.now(UTC).isoformat(timespec="seconds")
         reasons = [f"back from block {current.block}"]
         _write(
             run,
             current,
-            Event(at=at, action="rolled back", block=target.block, weights=target.weights, reasons=reasons),
+            Event(at=_now(), action="rolled back", block=target.block, weights=target.weights, reasons=reasons),
         )
     return {"run": str(run.path), "current": target.block, "before": current.block}
 
@@ -213,7 +244,3 @@ def _models(folders: Mapping[str, Path], base: FittedBase) -> Iterator[tuple[str
         model = load_adapter(base, folder)
         yield name, adapted_lm(model)
         unload(model)
-
-
-def _name(block: int | None) -> str:
-    return "none yet" if block is None else f"block {block}"
