@@ -74,7 +74,7 @@ def _start(source: str, sids: SidTable, stream: Stream, config: BaseConfig) -> t
         model, tokenizer, new = extend_model(source, sids, config.seed)
         return Base(model, tokenizer, sids, {}), new
     base = reuse_base(Path(source), sids)
-    if base.fitted_block and base.provenance.get("stream") != stream.fingerprint:
+    if base.fitted_block and stream.home_of(base.provenance.get("stream")) is None:
         raise DataError(
             f"{source} has learned up to block {base.fitted_block} of the stream {base.provenance.get('stream')}, "
             f"this is the stream {stream.fingerprint}",

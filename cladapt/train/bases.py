@@ -39,8 +39,9 @@ def first_block(stream: Stream, base: Base, form: str, config: BaseConfig) -> tu
 
 
 def base_record(stream: Stream, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
-    """What the `cladapt.json` of a base says of how it was made."""
-    return {"stream": stream.fingerprint, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
+    """What the `cladapt.json` of a base says of how it was made; `stream`: of as much of the stream as it has seen."""
+    seen = stream.fingerprints[max(fitted_block, 1) - 1]
+    return {"stream": seen, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
 
 
 def fitted_form(form: str, config: BaseConfig) -> dict[str, Any]:
