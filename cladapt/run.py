@@ -8,14 +8,14 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
 from cladapt import __version__, ranks, workloads
-from cladapt.artifacts import check_writable, hash_value, is_leftover, read_record, write_json
+from cladapt.artifacts import check_writable, hash_value, is_leftover, read_json, read_record, write_json
 from cladapt.config import RunConfig, RunSettings, resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.lock import LOCK
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from cladapt.workloads._base import Workload
 
 RUNS = Path("runs")
+CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 SCHEMA_VERSION = 1
+FOLDERS = ("data", "base", "from_adapter")
+"""Settings that say where a run's inputs are; what they are, their fingerprints say."""
 
 
 def _known(task: str) -> str:
@@ -35,12 +38,14 @@ def _known(task: str) -> str:
 
 
 class RunRecord(BaseModel):
-    """What config.json must hold; runs of older versions have no inputs and no task."""
+    """What config.json must hold; runs of older versions have no inputs, no paths and no task."""
 
     schema_version: Literal[1]
     task: Annotated[str, AfterValidator(_known)] = workloads.DEFAULT
     config: dict[str, Any]
     inputs: dict[str, str] = {}
+    paths: dict[Literal["data", "base", "from_adapter"], str] = {}
+    held_out: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Literal["never", "next"]] = {}
 
 
 class MachineRecord(BaseModel):
@@ -60,16 +65,28 @@ C = TypeVar("C", bound=RunSettings)
 
 @dataclass(frozen=True)
 class Run(Generic[C]):
-    """An existing run directory, its resolved configuration and the fingerprints of its inputs by name."""
+    """An existing run directory, its resolved configuration and the fingerprints of its inputs by name.
+
+    `held_out`: what `train.held_out` is from a block on, where it was changed when the run was continued.
+    """
 
     path: Path
     config: C
     inputs: Mapping[str, str] = field(default_factory=dict)
+    held_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def config_hash(self) -> str:
-        """Identity of everything that shapes the adapters; how they are measured and tracked does not."""
-        return hash_value(self.config.model_dump(mode="json", exclude={"eval", "track"}))
+        """Identity of the settings that shape the adapters; inputs have fingerprints, wherever they lie."""
+        return hash_value(self.config.model_dump(mode="json", exclude={"eval", "track", *FOLDERS}))
+
+    def config_at(self, block: int) -> C:
+        """The configuration by which a block is learned."""
+        changes = [value for first, value in sorted(self.held_out.items()) if first <= block]
+        if not changes:
+            return self.config
+        train = self.config.train.model_copy(update={"held_out": changes[-1]})
+        return self.config.model_copy(update={"train": train})
 
     @property
     def adapters(self) -> dict[int, Path]:
@@ -95,11 +112,34 @@ class Run(Generic[C]):
         """
         cls.refuse_existing(path)
         run = cls(path, config, inputs)
-        settings = config.model_dump(mode="json")
-        record = {"schema_version": SCHEMA_VERSION, "task": run.task, "config": settings, "inputs": dict(inputs)}
-        write_json(path / "config.json", record)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "task": run.task,
+            "config": config.model_dump(mode="json"),
+            "inputs": dict(inputs),
+            "paths": run._paths(),
+        }
+        write_json(path / CONFIG, record)
         run.begin()
         return run
+
+    def go_on(self, data: str, held_out: Mapping[int, str]) -> "Run[C]":
+        """Have the run learn the stream of the fingerprint `data`, whose beginning it has learned.
+
+        `config.json` is replaced at once, with where the inputs are now: from here on the run is one over that stream.
+        """
+        inputs, settings = {**self.inputs, "data": data}, {**self.held_out, **held_out}
+        changed: dict[str, Any] = {"inputs": inputs, "paths": self._paths()}
+        if settings:
+            changed["held_out"] = {str(block): value for block, value in settings.items()}
+        write_json(self.path / CONFIG, {**read_json(self.path / CONFIG), **changed})
+        return replace(self, inputs=inputs, held_out=settings)
+
+    def _paths(self) -> dict[str, str]:
+        """Where the inputs are, from the run directory."""
+        named = {key: getattr(self.config, key, "") for key in FOLDERS}
+        here = os.path.realpath(self.path)
+        return {key: os.path.relpath(os.path.realpath(folder), here) for key, folder in named.items() if folder}
 
     @staticmethod
     def refuse_existing(path: Path) -> None:
@@ -140,7 +180,7 @@ class Run(Generic[C]):
         run = open_run(path)
         if not isinstance(run.config, RunConfig):
             raise ConfigError(f"{path} is a run of --task {run.task}", "this works for runs that recommend")
-        return Run(run.path, run.config, run.inputs)
+        return run
 
     @classmethod
     def latest(cls) -> "Run[RunConfig]":
@@ -148,14 +188,27 @@ class Run(Generic[C]):
         return cls.open(latest_run())
 
 
-def open_run(path: Path) -> Run[Any]:
-    """Open a run directory of any task."""
-    if not (path / "config.json").is_file():
-        raise DataError(f"{path} is not a run directory: it has no config.json", "make one with `cladapt train`")
+def open_run(path: Path, data: Path | None = None, base: Path | None = None) -> Run[Any]:
+    """Open a run directory of any task; `data` and `base` say where its stream and base are now.
+
+    Otherwise each input is where it was, seen from the run directory, or else where it was when the run began.
+    """
+    if not (path / CONFIG).is_file():
+        raise DataError(f"{path} is not a run directory: it has no {CONFIG}", "make one with `cladapt train`")
     hint = f"restore this file; this version reads schema_version {SCHEMA_VERSION}"
-    record = read_record(path / "config.json", RunRecord, hint)
-    config = resolve(workloads.get(record.get("task")).config, record["config"], str(path / "config.json"))
-    return Run(path, config, record.get("inputs", {}))
+    record = read_record(path / CONFIG, RunRecord, hint)
+    config = resolve(workloads.get(record.get("task")).config, record["config"], str(path / CONFIG))
+    places = {key: _place(path / where, getattr(config, key, "")) for key, where in record.get("paths", {}).items()}
+    places |= {key: str(where) for key, where in (("data", data), ("base", base)) if where is not None}
+    held_out = {int(block): value for block, value in record.get("held_out", {}).items()}
+    return Run(path, config.model_copy(update=places), record.get("inputs", {}), held_out)
+
+
+def _place(moved: Path, given: str) -> str:
+    """Of two places of one input, the one relative to the run where something is, by its given name if it has it."""
+    if not moved.exists() or (os.path.exists(given) and moved.samefile(given)):
+        return given
+    return os.path.realpath(moved)
 
 
 def latest_run() -> Path:

@@ -4,8 +4,9 @@ The model of block t is tested on the held-out events of every block s, and on t
 what it meets when it is served.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cladapt.data.histories import training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.eval.baselines import evaluate_counts
+from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import Cells, Matrix, left_out, summaries
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import head_frequency, slices, summarise, user_metrics
@@ -75,31 +77,48 @@ class Measures:
 
 def measure_run(
     evaluator: Evaluator,
-    models: Iterable[tuple[int, "PreTrainedModel"]],
+    models: Sequence[Candidate],
     blocks: Sequence[int],
     note: Callable[[str], None],
+    earlier: "Earlier[Measures] | None" = None,
+    asked: Collection[int] | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows of the base, then of each adapted model, given with the block after which it was made.
+    """Rows of the base, then of each adapted model, on the held-out events of `blocks`, and on the first events of
+    those of them that come next.
 
-    On the held-out events of `blocks`, and on the first events of those of them that come next.
+    What `earlier` has of these is kept; of the rest the blocks in `asked`, by default all, are measured.
     """
     config = evaluator.config
-    frames: list[pl.DataFrame] = []
-    following: list[pl.DataFrame] = []
-    for index, (model_block, lm) in enumerate(models):
-        # the first model is the base: its row is the frozen line of every table
-        for block in blocks:
-            skipped = block <= model_block if index == 0 else block != model_block
-            if not (config.scope == "current" and skipped):
-                frames.append(evaluator.rows(lm, model_block, block))
-                note(f"tested the model of block {model_block} on block {block}: {frames[-1].height} users")
-            follows = block > model_block + 1 if index == 0 else block == model_block + 1
-            if tests_next(config) and follows:
-                following.append(evaluator.rows(lm, model_block, block, first=True))
-                note(f"and on the first events of block {block}: {following[-1].height} users")
-    if not frames:
-        raise ConfigError(f"no model is tested on {blocks} with scope=current", "use scope=matrix, or a later block")
-    return pl.concat(frames), pl.concat(following) if following else frames[0].clear()
+    earlier, asked = earlier or Earlier(), blocks if asked is None else asked
+    found: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
+    for index, model in enumerate(models):
+        with ExitStack() as stack:
+            lm: PreTrainedModel | None = None
+            for block, first in _cells(config, model.block, blocks, base=index == 0):
+                rows = _kept(earlier, model.block, block, first)
+                if rows is None and block in asked:
+                    lm = stack.enter_context(model.open()) if lm is None else lm
+                    rows = evaluator.rows(lm, model.block, block, first)
+                    earlier.measured += 1
+                    what = "and on the first events of" if first else f"tested the model of block {model.block} on"
+                    note(f"{what} block {block}: {rows.height} users")
+                if rows is not None:
+                    found[first].append(rows)
+    if not found[False]:
+        raise ConfigError(
+            f"no model is tested on {sorted(asked)} with scope=current", "use scope=matrix, or a later block"
+        )
+    whole = pl.concat(found[False])
+    return whole, pl.concat(found[True]) if found[True] else whole.clear()
+
+
+def _cells(config: EvalConfig, model: int, blocks: Sequence[int], base: bool) -> Iterator[tuple[int, bool]]:
+    """The blocks that a model is tested on, and whether on their first events; the base's rows are the frozen line."""
+    for block in blocks:
+        if config.scope == "matrix" or (block > model if base else block == model):
+            yield block, False
+        if tests_next(config) and (block > model + 1 if base else block == model + 1):
+            yield block, True
 
 
 def tests_next(config: EvalConfig) -> bool:
@@ -107,21 +126,59 @@ def tests_next(config: EvalConfig) -> bool:
     return config.next_block and config.targets == "test"
 
 
-def measure_counts(evaluator: Evaluator, blocks: Sequence[int], lag: int = 0) -> dict[str, pl.DataFrame]:
+def measure_counts(
+    evaluator: Evaluator, blocks: Sequence[int], lag: int = 0, earlier: "Earlier[Measures] | None" = None
+) -> dict[str, pl.DataFrame]:
     """Rows of the counts-only models on the held-out events of each block, counted up to it; with a lag of 1 on the
-    first events, counted up to the block before."""
+    first events, counted up to the block before. What `earlier` has is not counted again."""
     config, stream = evaluator.config, evaluator.stream
     found = {}
     for name in COUNTS:
         if name == OWN_HISTORY and config.exclude_seen:
             continue
-        frames = [
-            evaluate_counts(stream, name, b - lag, evaluator.cases(b, first=lag > 0), config.exclude_seen, config.beams)
-            for b in blocks
-        ]
+        frames = []
+        for block in blocks:
+            rows = _kept_counts(earlier or Earlier(), name, block, lag)
+            if rows is None:
+                cases = evaluator.cases(block, first=lag > 0)
+                rows = evaluate_counts(stream, name, block - lag, cases, config.exclude_seen, config.beams)
+            frames.append(rows)
         if frames:
             found[name] = pl.concat(frames)
     return found
+
+
+def _kept(earlier: "Earlier[Measures]", model: int, block: int, first: bool) -> pl.DataFrame | None:
+    """The rows of a cell that an earlier evaluation has; None where it has none that hold."""
+    measures = earlier.of(model, block)
+    measures = measures.next if measures and first else measures
+    if measures is None:
+        return None
+    rows = measures.rows.filter((pl.col("model_block") == model) & (pl.col("block") == block))
+    earlier.kept += not rows.is_empty()
+    return None if rows.is_empty() else rows
+
+
+def _kept_counts(earlier: "Earlier[Measures]", name: str, block: int, lag: int) -> pl.DataFrame | None:
+    """The same of a model that only counts, which the stream alone decides."""
+    measures = earlier.on(block)
+    measures = measures.next if measures and lag else measures
+    if measures is None or name not in measures.references:
+        return None
+    rows = measures.references[name].filter(pl.col("block") == block)
+    return None if rows.is_empty() else rows
+
+
+def on_block(measures: Measures, block: int) -> Measures:
+    """What was measured on one block."""
+    here = pl.col("block") == block
+    return replace(
+        measures,
+        rows=measures.rows.filter(here),
+        references={name: rows.filter(here) for name, rows in measures.references.items()},
+        ceiling={b: best for b, best in measures.ceiling.items() if b == block},
+        next=measures.next and (after if (after := on_block(measures.next, block)).rows.height else None),
+    )
 
 
 def metric_columns(config: EvalConfig) -> list[str]:

@@ -1,20 +1,26 @@
-"""Evaluation of a run, whatever its task: measured, written beside its adapters, and read back."""
+"""Evaluation of a run, whatever its task: measured where it was not before, and written beside its adapters."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cladapt import ranks
-from cladapt.artifacts import atomic_dir, atomic_path, read_record, write_json, write_parquet
+from cladapt.artifacts import atomic_dir, atomic_path, write_json, write_parquet
 from cladapt.config import resolve
 from cladapt.errors import ConfigError, DataError
+from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.expect import check_expected, read_expected
 from cladapt.lock import locked
 from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
 from cladapt.model.saved import LEARNED, adapter_provenance, load_adapter
+from cladapt.pipeline.evaluated import Evaluated
+from cladapt.pipeline.inputs import open_inputs, verify_inputs
+from cladapt.pipeline.measured import earlier_of, measured_of, refuse_mixture
 from cladapt.pipeline.report import METRICS, REPORT, run_report
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
@@ -23,17 +29,27 @@ from cladapt.workloads._base import FittedBase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["Evaluated", "evaluate", "evaluate_run"]
 METRICS_SCHEMA_VERSION = 2
 
 
 def evaluate(
-    path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink, expect: Path | None = None
+    path: Path | None,
+    settings: Mapping[str, Any],
+    block: int | None,
+    sink: Sink,
+    expect: Path | None = None,
+    data: Path | None = None,
+    base: Path | None = None,
+    everything: bool = False,
 ) -> dict[str, Any]:
     """Test every adapter of a run (by default the latest) on every block, or on one where the workload knows that.
 
+    What an earlier evaluation has measured of the same models, blocks and settings is kept, unless `everything` is to
+    be measured anew; with `block`, what it has of the others. `data` and `base`: where the stream and the base are now.
     `expect`: a file of ranges, see `cladapt.eval.expect`; `CheckFailed`, after all is written, when a value is outside.
     """
-    run = open_run(latest_run() if path is None else path)
+    run = open_run(latest_run() if path is None else path, data, base)
     strange = [key for key in settings if key not in type(run.config.eval).model_fields]
     if block is not None and not run.workload.one_block:
         strange.append("block")
@@ -43,29 +59,79 @@ def evaluate(
     lines, columns = run.workload.table_names(run.config.method.name, config)
     expected = read_expected(expect, columns, lines) if expect else {}
     with locked(run.path):
-        _, result = evaluate_run(run, config, block, sink)
-    check_expected(expected, result["table"])
+        done = _evaluate(run, config, block, sink, everything)
+    figures = done.metrics if block is None else run.workload.figures(done.on_block(block), done.stream)
+    check_expected(expected, figures["table"])
     return {
         "run": str(run.path),
         "method": run.config.method.name,
         "report": str(run.path / REPORT),
-        **run.workload.printed(result),
+        "cells": {"measured": done.earlier.measured, "kept": done.earlier.kept},
+        **run.workload.printed(figures),
     }
 
 
 def evaluate_run(run: Run[Any], config: Any, block: int | None, sink: Sink) -> tuple[Any, dict[str, Any]]:
     """Measure a run and write its rows, metrics.json and report.html; the measures and the content of metrics.json."""
-    stream, base = run.workload.open_inputs(run.config)
-    if block is not None and not 1 <= block <= stream.n_blocks:
-        raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
+    done = _evaluate(run, config, block, sink)
+    return done.measures, done.metrics
+
+
+@dataclass(frozen=True)
+class _Done:
+    """An evaluation: what it measured on which stream, the content of metrics.json, and what it kept."""
+
+    run: Run[Any]
+    stream: Any
+    measures: Any
+    metrics: dict[str, Any]
+    earlier: Earlier[Any]
+
+    def on_block(self, block: int) -> Any:
+        return self.run.workload.on_block(self.measures, block)
+
+
+def _evaluate(run: Run[Any], config: Any, block: int | None, sink: Sink, everything: bool = False) -> _Done:
+    stream, base = open_inputs(run)
+    if block is not None:
+        if not 1 <= block <= stream.n_blocks:
+            raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
+        refuse_mixture(run, config, block)
+    verify_inputs(run, base)
     run.environment()  # the report tells of it: what is damaged shows now
-    measures = measure(run, stream, base, config, block, sink)
-    return measures, ranks.once(lambda: _write(run, measures, stream, base))
+    learned = run.workload.learned_block(run.config, base)
+    adapters = _checked_adapters(run, stream, base, learned)
+    earlier: Earlier[Any] = Earlier()
+    if block is not None or not everything:
+        earlier = earlier_of(run, stream, base, adapters, learned, config, sink)
+    if everything:
+        earlier.blocks = [b for b in earlier.blocks if b != block]
+    measures = measure(run, stream, base, config, block, sink, earlier)
+    metrics = ranks.once(lambda: _write(run, measures, stream, base, adapters))
+    return _Done(run, stream, measures, metrics, earlier)
 
 
-def measure(run: Run[Any], stream: Any, base: FittedBase, config: Any, block: int | None, sink: Sink) -> Any:
+def measure(
+    run: Run[Any],
+    stream: Any,
+    base: FittedBase,
+    config: Any,
+    block: int | None,
+    sink: Sink,
+    earlier: Earlier[Any] | None = None,
+) -> Any:
     """What the workload measures of what the run starts from and of its adapters."""
     learned = run.workload.learned_block(run.config, base)
+    models = []
+    if run.workload.starts_from(run.config) is None:
+        models.append(Candidate(learned, lambda: nullcontext(base.model)))
+    for after, folder in _adapters(run, learned).items():
+        models.append(Candidate(after, partial(adapted, base, folder), adapter_provenance(folder).get(LEARNED, ())))
+    return run.workload.measure(run.config, config, stream, base, models, block, earlier or Earlier(), sink)
+
+
+def _checked_adapters(run: Run[Any], stream: Any, base: FittedBase, learned: int) -> dict[int, Path]:
+    """The adapters that are tested beside the base; `DataError` unless they are those of the stream, and whole."""
     blocks = run.workload.blocks(run.config, stream, base)
     expected = blocks if build(run.config.method).trains else ()
     if sorted(run.adapters) != list(expected):
@@ -74,12 +140,11 @@ def measure(run: Run[Any], stream: Any, base: FittedBase, config: Any, block: in
             + (f"the stream needs {list(expected)}" if expected else f"{run.config.method.name} leaves none"),
             f"finish it: cladapt train --resume {run.path}" if expected else "start a new run of this method",
         )
-    for _ in _models(run, base, learned):
-        pass  # a damaged adapter shows now, not when those before it are measured
-    models = _models(run, base, learned)
-    measures = run.workload.measure(run.config, config, stream, base, models, learned, block, sink)
-    seen = {model: adapter_provenance(folder).get(LEARNED, ()) for model, folder in _adapters(run, learned).items()}
-    return run.workload.marked(measures, seen)
+    adapters = _adapters(run, learned)
+    for folder in adapters.values():  # a damaged adapter shows now, not when those before it are measured
+        with adapted(base, folder):
+            pass
+    return adapters
 
 
 def _adapters(run: Run[Any], learned: int) -> dict[int, Path]:
@@ -88,46 +153,25 @@ def _adapters(run: Run[Any], learned: int) -> dict[int, Path]:
     return {**({} if start is None else {learned: start}), **run.adapters}
 
 
-def _models(run: Run[Any], base: FittedBase, learned: int) -> Iterator[tuple[int, "PreTrainedModel"]]:
-    """What the run starts from, then each of its adapters in turn; the base is bare again at the end."""
-    if run.workload.starts_from(run.config) is None:
-        yield learned, base.model
-    for block, folder in _adapters(run, learned).items():
-        model = load_adapter(base, folder)  # each anew: their ranks may differ
-        yield block, adapted_lm(model)
+@contextmanager
+def adapted(base: FittedBase, folder: Path) -> "Iterator[PreTrainedModel]":
+    """The base with an adapter, each loaded anew: their ranks may differ; at the end it is as it was."""
+    model = load_adapter(base, folder)
+    try:
+        yield adapted_lm(model)
+    finally:
         unload(model)
 
 
-def _write(run: Run[Any], measures: Any, stream: Any, base: FittedBase) -> dict[str, Any]:
+def _write(run: Run[Any], measures: Any, stream: Any, base: FittedBase, adapters: Mapping[int, Path]) -> dict[str, Any]:
     """Rows, metrics.json and report.html; the content of metrics.json."""
     html, result = run_report(run, measures, stream, base)  # first: it reads files that may be damaged
-    with atomic_dir(run.path / run.workload.rows_folder) as folder:  # whole, so that no earlier rows stay
+    rows = run.path / run.workload.rows_folder
+    with atomic_dir(rows) as folder:  # whole, so that no earlier rows stay
         for name, frame in run.workload.frames(measures).items():
             write_parquet(folder / f"{name}.parquet", frame)
+    result["measured"] = measured_of(run, stream, base, adapters, rows)
     write_json(run.path / METRICS, {"schema_version": METRICS_SCHEMA_VERSION, **result})
     with atomic_path(run.path / REPORT) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return result
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A run with what its evaluation wrote; `stream` is None where the evaluation did not record it."""
-
-    run: Run[Any]
-    measures: Any
-    stream: str | None
-
-    @classmethod
-    def read(cls, run: Run[Any]) -> "Evaluated":
-        """Read rows and metrics.json; `DataError` when the run was not evaluated."""
-        file, rows, again = run.path / METRICS, run.path / run.workload.rows_folder, f"cladapt eval {run.path}"
-        if not file.is_file() or not any(rows.glob("*.parquet")):
-            raise DataError(f"{run.path} is not evaluated yet", again)
-        metrics = read_record(file, run.workload.record, again)
-        try:
-            config = resolve(type(run.config.eval), metrics["config"], f"{file}: config")
-        except ConfigError as error:  # no mistake of a user: `cladapt eval` wrote this file
-            raise DataError(error.message, again) from error
-        measures = run.workload.read(rows, metrics, run.config.method.name, config, again)
-        return cls(run, measures, metrics.get("stream"))

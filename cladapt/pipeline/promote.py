@@ -3,28 +3,27 @@
 The file is replaced as a whole, so at any moment it names one adapter or none; its history keeps every decision.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, PositiveInt
 
 from cladapt.artifacts import hash_file, read_record, write_json
 from cladapt.config import PromoteConfig, resolve
 from cladapt.errors import CheckFailed, ConfigError, DataError
+from cladapt.eval.cells import Candidate
 from cladapt.eval.promotion import CURRENT, Decision, decide
 from cladapt.lock import locked
-from cladapt.model.adapter import adapted_lm
-from cladapt.model.history import unload
-from cladapt.model.saved import ADAPTER_FILE, load_adapter
+from cladapt.model.saved import ADAPTER_FILE
+from cladapt.pipeline.evaluation import adapted
+from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.blocks import adapter_folder
 from cladapt.train.sinks import Sink
-from cladapt.workloads._base import FittedBase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FILE = "current.json"
 CHALLENGER, FROZEN = "challenger", "frozen"
@@ -190,11 +189,14 @@ def _now() -> str:
 
 def compare(run: Run[Any], config: PromoteConfig, block: int, current: int | None, sink: Sink) -> Decision:
     """Judge the adapter of `block` against the current one, the base alone and counting, on its validation targets."""
-    stream, base = run.workload.open_inputs(run.config)
+    stream, base = open_inputs(run)
+    verify_inputs(run, base)
     sink.emit({"kind": "note", "text": f"judging the adapter of block {block} on the validation targets of its block"})
-    folders = {} if current in (None, block) else {CURRENT: adapter_folder(run.path, int(current))}
-    folders[CHALLENGER] = adapter_folder(run.path, block)
-    models = _models(folders, base)
+    learned = run.workload.learned_block(run.config, base)
+    models = {FROZEN: Candidate(learned, lambda: nullcontext(base.model))}
+    for name, chosen in ((CURRENT, current), (CHALLENGER, block)):
+        if chosen is not None and (name, chosen) != (CURRENT, block):
+            models[name] = Candidate(chosen, partial(adapted, base, adapter_folder(run.path, chosen)))
     return decide(run.workload.judge(run.config, config, stream, base, models, block), config)
 
 
@@ -235,12 +237,3 @@ def _write(run: Run[Any], current: Current, event: Event) -> None:
             update={"block": event.block, "adapter": folder.as_posix(), "weights": event.weights}
         )
     write_json(run.path / FILE, changed.model_dump(mode="json"))
-
-
-def _models(folders: Mapping[str, Path], base: FittedBase) -> Iterator[tuple[str, "PreTrainedModel"]]:
-    """The base alone, then it with each adapter; a model is gone when the next one is asked for."""
-    yield FROZEN, base.model
-    for name, folder in folders.items():
-        model = load_adapter(base, folder)
-        yield name, adapted_lm(model)
-        unload(model)

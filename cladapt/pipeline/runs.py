@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cladapt import ops, ranks, workloads
-from cladapt.artifacts import hash_file, recover
+from cladapt.artifacts import recover
 from cladapt.config import RunSettings, describe, resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.lock import locked
@@ -16,16 +16,14 @@ from cladapt.methods import Method, build
 from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.anchors import module_of
 from cladapt.model.history import unload
-from cladapt.model.load import weights_hash
-from cladapt.model.saved import ADAPTER_FILE, adapter_block, start_from
-from cladapt.run import RUNS, Run, new_run_path, open_run
+from cladapt.model.saved import adapter_block, adapter_provenance, start_from
+from cladapt.pipeline.inputs import fingerprints, open_inputs, verify_inputs
+from cladapt.run import FOLDERS, RUNS, Run, new_run_path, open_run
 from cladapt.train.checkpoint import clear_checkpoints
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Fan, JsonlSink, Sink
 from cladapt.train.track import require, tracking
 from cladapt.workloads._base import FittedBase
-
-FOLDERS = ("data", "base", "from_adapter")
 
 
 def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
@@ -38,32 +36,128 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
     _prepare(config, stream, base)
     work.blocks(config, stream, base)
     require(config.track)
-    inputs = _fingerprints(config, stream, base)
+    inputs = fingerprints(config, stream, base)
     path = ranks.once(lambda: out or new_run_path(config.method.name, config.seed))
     with locked(path):
         run = ranks.once(lambda: Run.create(path, config, inputs))
         return _learn(run, stream, base, sink)
 
 
-def resume(path: Path, sink: Sink, asked: Mapping[str, Any] | None = None, task: str | None = None) -> dict[str, Any]:
+def resume(
+    path: Path,
+    sink: Sink,
+    asked: Mapping[str, Any] | None = None,
+    task: str | None = None,
+    data: Path | None = None,
+    base: Path | None = None,
+) -> dict[str, Any]:
     """Continue an interrupted run exactly where its last checkpoint or finished block stands.
 
     `asked`: settings given with --resume, nested as in a recipe; they must be the run's own, and so must `task`.
+    `data` and `base`: where the stream and the base are now. The stream may have grown, which changes nothing.
     `DataError` when an input is not what it was when the run began. A finished run is left as it is.
     """
-    run = open_run(path)
+    run = open_run(path, data, base)
     if task not in (None, run.task):
         raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
     _refuse_changes(run, asked or {})
     with locked(run.path):
-        return _continue(run, sink)
+        stream, opened = open_inputs(run)
+        notes = verify_inputs(run, opened)
+        return _finish(run, stream, opened, sink, notes, f"{run.path} is finished: there is nothing to continue")
 
 
-def _continue(run: Run[Any], sink: Sink) -> dict[str, Any]:
-    stream, base = run.workload.open_inputs(run.config)
-    notes = [*_verify_inputs(run, stream, base), *ranks.once(lambda: _mend(run))]
+def continue_run(
+    path: Path,
+    sink: Sink,
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    held_out: str | None = None,
+) -> dict[str, Any]:
+    """Learn the blocks that the stream has and the run has not, by the run's own settings, as if it had begun with all.
+
+    `data` and `base`: where the stream and the base are now. `held_out`: what `train.held_out` is for the new blocks.
+    An unfinished run is finished on the way. `DataError` for a stream that does not begin with what the run has
+    learned, and for another base. Where nothing is new the run stays as it is.
+    """
+    run = open_run(path, data, base)
+    if held_out is not None and "held_out" not in type(run.config.train).model_fields:
+        raise ConfigError(f"--held-out {held_out}: {path} is a run of --task {run.task}", "leave out --held-out")
+    with locked(run.path):
+        if "data" not in run.inputs:
+            raise DataError(
+                f"{run.path} does not say which stream it has learned, so none is known to begin with it",
+                "start a new run",
+            )
+        stream, opened = run.workload.open_inputs(run.config)
+        home = _home(run, stream)
+        notes = verify_inputs(run, opened)
+        run, said = _with_new_blocks(run, stream, home, held_out)
+        if not said:
+            _refuse_late_change(run, stream, opened, held_out)
+        finished = f"{run.path} has all {stream.n_blocks} blocks of the stream: nothing is new"
+        return _finish(run, stream, opened, sink, [*notes, *said], finished)
+
+
+def _home(run: Run[Any], stream: Any) -> int:
+    """Blocks of the stream that the run is to learn already."""
+    work = run.workload
+    known = work.prefix(stream, run.inputs["data"])
+    if known is not None:
+        return int(known.n_blocks)
+    there = f"{run.config.data} is the stream {stream.fingerprint} of {stream.n_blocks} blocks"
+    made = {block: adapter_provenance(folder).get("stream", "") for block, folder in run.adapters.items()}
+    common = [block for block, recorded in made.items() if work.prefix(stream, recorded) is not None]
+    if common:
+        raise DataError(
+            f"{there}: it has block {max(common)} as {run.path} has learned it, but not what the run learned or was to "
+            f"learn after it, up to the stream {run.inputs['data']}",
+            "give the stream that the run has learned, or a longer one: --data DIR",
+        )
+    raise DataError(
+        f"{there}, which does not begin with the stream {run.inputs['data']} that {run.path} has learned",
+        "give the stream that the run has learned after it has grown: --data DIR; or start a new run",
+    )
+
+
+def _with_new_blocks(run: Run[Any], stream: Any, home: int, held_out: str | None) -> tuple[Run[Any], list[str]]:
+    """The run, told of the blocks after `home` before any is learned; a sentence for each thing that changes."""
+    if home == stream.n_blocks:
+        return run, []
+    new = range(home + 1, stream.n_blocks + 1)
+    said = [f"new in the stream: {_named(new)}"]
+    changes = {}
+    if held_out is not None and (before := run.config_at(new[0]).train.held_out) != held_out:
+        changes[new[0]] = held_out
+        said.append(f"train.held_out={held_out} from block {new[0]} on, it was {before}")
+    return ranks.once(lambda: run.go_on(stream.fingerprint, changes)), said
+
+
+def _refuse_late_change(run: Run[Any], stream: Any, base: FittedBase, held_out: str | None) -> None:
+    """`ConfigError` where blocks that the run was to learn already are left, and would be learned in another way."""
+    if held_out is None or not build(run.config.method).trains:
+        return
+    left = [block for block in run.workload.blocks(run.config, stream, base) if block not in run.adapters]
+    if any(run.config_at(block).train.held_out != held_out for block in left):
+        raise ConfigError(
+            f"--held-out {held_out}: {run.path} was to learn {_named(left)} with "
+            f"train.held_out={run.config_at(left[0]).train.held_out}",
+            f"finish it first: cladapt train --resume {run.path}",
+        )
+
+
+def _named(blocks: Sequence[int]) -> str:
+    return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"
+
+
+def _finish(
+    run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequence[str], finished: str
+) -> dict[str, Any]:
+    """Learn what is left; where nothing is, only the notes are said, and `finished`."""
+    notes = [*notes, *ranks.once(lambda: _mend(run))]
     if not build(run.config.method).trains or set(run.workload.blocks(run.config, stream, base)) <= set(run.adapters):
-        for text in (*notes, f"{run.path} is finished: there is nothing to continue"):
+        for text in (*notes, finished):
             sink.emit({"kind": "note", "text": text})
         return _summary(run, {})
     if changes := run.environment_changes():
@@ -169,34 +263,6 @@ def _same_folder(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _fingerprints(config: RunSettings, stream: Any, base: FittedBase) -> dict[str, str]:
-    """Content of all that a run starts from, by name."""
-    found = {"data": stream.fingerprint, "base": base.fingerprint, "base weights": weights_hash(base.model)}
-    if (start := workloads.get(config.task).starts_from(config)) is not None:
-        file = start / ADAPTER_FILE
-        if not file.is_file():
-            raise DataError(f"no such file: {file}", "restore the adapter that the run starts from")
-        found["from_adapter"] = hash_file(file)
-    return found
-
-
-def _verify_inputs(run: Run[Any], stream: Any, base: FittedBase) -> list[str]:
-    """`DataError` when an input is not what the run began with; a note when that was not recorded."""
-    if not run.inputs:
-        return [f"{run.path} does not say which inputs it began with, so they are not compared"]
-    found = _fingerprints(run.config, stream, base)
-    changed = [
-        f"{name} ({getattr(run.config, name.split()[0], 'unknown')}) is {found.get(name)}, it was {then}"
-        for name, then in run.inputs.items()
-        if found.get(name) != then
-    ]
-    if changed:
-        raise DataError(
-            f"{run.path} began with other inputs: {'; '.join(changed)}", "restore them, or start a new run from these"
-        )
-    return []
-
-
 def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequence[str] = ()) -> dict[str, Any]:
     config, work = run.config, run.workload
     sink.emit({"kind": "run", "path": str(run.path)})
@@ -209,16 +275,16 @@ def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequ
 
     def provenance(block: int) -> dict[str, Any]:
         return {
-            "stream": stream.fingerprint,
+            "stream": work.fingerprint(stream, block),
             "config": run.config_hash,
             "method": config.method.name,
             "seed": config.seed,
-            **work.provenance(config, block),
+            **work.provenance(run.config_at(block), block),
         }
 
     with tracking(config.track if ranks.is_main() else "none", run.path, config) as tracked:
         sinks = Fan([everywhere, tracked])
-        results = work.learn(run.path, config, stream, base, sinks, run.config_hash, provenance)
+        results = work.learn(run.path, config, stream, base, sinks, run.config_hash, provenance, run.config_at)
     return _summary(run, results)
 
 

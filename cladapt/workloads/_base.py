@@ -1,27 +1,30 @@
 """What workloads differ in. A workload is one file with one subclass of `Workload`; see `cladapt.workloads`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, NonNegativeInt
+from torch import nn
 
 from cladapt.config import PromoteConfig, RunSettings
 from cladapt.errors import ConfigError
+from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.promotion import Effects
 from cladapt.eval.report import Section
 from cladapt.eval.significance import Effect, describe
 from cladapt.model.adapter import AdaptedBase
 from cladapt.model.saved import adapter_provenance
 from cladapt.train.blocks import Examples, Provenance, blocks_after, learn_blocks
+from cladapt.train.feeds import Feed
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Sink
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from peft import PeftModel
 
 
 class Blocks(Protocol):
@@ -64,6 +67,11 @@ class MetricsRecord(BaseModel):
     base_block: NonNegativeInt
     config: dict[str, Any]
     stream: str | None = None
+
+
+def whole(stream: Any) -> Any:
+    """All of a stream."""
+    return stream
 
 
 C = TypeVar("C", bound=RunSettings)
@@ -161,12 +169,36 @@ class Workload(ABC, Generic[C, S, B, M]):
     """Whether runs of several seeds must be on one stream; otherwise runs of one seed must."""
     same_question: ClassVar[Sequence[str]]
     """Evaluation settings that must agree between runs; the others change the effort, not the figures."""
+    same_rows: ClassVar[Sequence[str]]
+    """Evaluation settings that decide the rows of a cell."""
+    same_cells: ClassVar[Sequence[str]] = ()
+    """Evaluation settings that decide which cells there are."""
 
     # inputs
 
     @abstractmethod
-    def open_inputs(self, config: C) -> tuple[S, B]:
-        """The stream and the base of a configuration, checked to belong together."""
+    def open_inputs(self, config: C, choose: Callable[[S], S] = whole) -> tuple[S, B]:
+        """The stream and the base of a configuration, checked to belong together.
+
+        `choose`: gives the part of the stream that is meant.
+        """
+
+    def prefix(self, stream: S, fingerprint: str) -> S | None:
+        """The beginning of the stream that has this fingerprint, also from before users were forgotten; None for
+        another stream's."""
+        return stream if stream.fingerprint == fingerprint else None
+
+    def unchanged(self, stream: S, fingerprint: str) -> int:
+        """How many of the first blocks are, bit for bit, those of the stream with this fingerprint."""
+        return stream.n_blocks if stream.fingerprint == fingerprint else 0
+
+    def fingerprint(self, stream: S, block: int) -> str:
+        """Identity of the stream up to `block`, as adapters record it."""
+        return stream.fingerprint
+
+    def meaning(self, stream: S, base: B, block: int) -> str:
+        """Identity of what the outputs of the base stand for in the blocks up to `block`."""
+        return base.fingerprint
 
     @abstractmethod
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
@@ -200,11 +232,26 @@ class Workload(ABC, Generic[C, S, B, M]):
         return blocks_after(self.learned_block(config, base), stream.n_blocks)
 
     def learn(
-        self, run: Path, config: C, stream: S, base: B, sink: Sink, config_hash: str, provenance: Provenance
+        self,
+        run: Path,
+        config: C,
+        stream: S,
+        base: B,
+        sink: Sink,
+        config_hash: str,
+        provenance: Provenance,
+        config_at: Callable[[int], C] | None = None,
     ) -> dict[int, FitResult]:
-        """Adapt to every block that is not learned; finished blocks of an interrupted run are taken as they are."""
-        blocks, examples = self.blocks(config, stream, base), self.examples(config, stream, base)
-        start = self.starts_from(config)
+        """Adapt to every block that is not learned; finished blocks of an interrupted run are taken as they are.
+
+        `config_at`: the configuration of each block, where it is not the same for all.
+        """
+
+        def examples(model: "PeftModel", learned: Sequence[int]) -> tuple[nn.Module, Feed]:
+            of_block = config if config_at is None else config_at(learned[-1])
+            return self.examples(of_block, stream, base)(model, learned)
+
+        blocks, start = self.blocks(config, stream, base), self.starts_from(config)
         return learn_blocks(run, config, base, blocks, examples, sink, config_hash, provenance, start)
 
     @abstractmethod
@@ -224,16 +271,13 @@ class Workload(ABC, Generic[C, S, B, M]):
         settings: Any,
         stream: S,
         base: B,
-        models: Iterator[tuple[int, "PreTrainedModel"]],
-        learned: int,
+        models: Sequence[Candidate],
         block: int | None,
+        earlier: Earlier[M],
         sink: Sink,
     ) -> M:
-        """Test what the run starts from, then each adapted model, on every block (or one).
-
-        `models`: each with the block after which it was made, the first with `learned`. A model is gone when the next
-        one is asked for.
-        """
+        """Test what the run starts from, then each adapted model, on every block (or one), without the cells that an
+        earlier evaluation has measured: the result has them as they are."""
 
     def judge(
         self,
@@ -241,17 +285,17 @@ class Workload(ABC, Generic[C, S, B, M]):
         settings: PromoteConfig,
         stream: S,
         base: B,
-        models: "Iterator[tuple[str, PreTrainedModel]]",
+        models: Mapping[str, Candidate],
         block: int,
     ) -> Effects:
         """The last of the named models minus each other one, and minus counting, on the validation targets of `block`.
 
-        A model is gone when the next one is asked for. `ConfigError` where the task's streams do not grow.
+        `ConfigError` where the task's streams do not grow.
         """
         raise ConfigError(f"runs of --task {config.task} promote nothing", "their streams do not grow")
 
-    def marked(self, measures: M, learned: Mapping[int, Sequence[int]]) -> M:
-        """With what is known of leaks: by block of the model, the blocks whose held-out events it has learned."""
+    def on_block(self, measures: M, block: int) -> M:
+        """What was measured on one block, for a workload with `one_block`."""
         return measures
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Classifying: an image transformer meets classes block by block, and a head that is not told the block."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +16,7 @@ from cladapt.config import ClassEvalConfig, ClassifyConfig, VitConfig
 from cladapt.data.images import ImageStream, digits_stream
 from cladapt.errors import DataError
 from cladapt.eval import classes
+from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.classes import MEASURES, Outcomes
 from cladapt.eval.images import ROWS, image_rows
 from cladapt.eval.report import Curves, HeatMap, Section, Series, rows_table
@@ -26,11 +27,10 @@ from cladapt.model.vit import ClassLoss, VisionBase, VisionRecord, load_vision_b
 from cladapt.train.blocks import Examples
 from cladapt.train.classes import ImageFeed, describe_blocks, make_vision_base
 from cladapt.train.sinks import Sink
-from cladapt.workloads._base import Comparison, Group, Workload
+from cladapt.workloads._base import Comparison, Group, Workload, whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 FORMULAS = (
     "R: accuracy among all classes of the blocks up to the model's. FWT: of a nearest-class-mean probe on blocks to "
@@ -58,9 +58,12 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
     note = FORMULAS
     one_stream = False
     same_question = ("targets",)
+    same_rows = ("targets",)
 
-    def open_inputs(self, config: ClassifyConfig) -> tuple[ImageStream, VisionBase]:
-        stream, base = ImageStream.load(Path(config.data)), load_vision_base(Path(config.base))
+    def open_inputs(
+        self, config: ClassifyConfig, choose: Callable[[ImageStream], ImageStream] = whole
+    ) -> tuple[ImageStream, VisionBase]:
+        stream, base = choose(ImageStream.load(Path(config.data))), load_vision_base(Path(config.base))
         if base.provenance["stream"] != stream.fingerprint:
             raise DataError(
                 f"{config.base} was made for the stream {base.provenance['stream']}, "
@@ -106,16 +109,23 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         settings: ClassEvalConfig,
         stream: ImageStream,
         base: VisionBase,
-        models: Iterator[tuple[int, "PreTrainedModel"]],
-        learned: int,
+        models: Sequence[Candidate],
         block: int | None,
+        earlier: Earlier[ClassMeasures],
         sink: Sink,
     ) -> ClassMeasures:
         rows = []
-        for after, model in models:
-            rows.append(image_rows(model, stream, after, settings.targets, settings.batch_images))
+        for candidate in models:
+            after = candidate.block
+            if known := earlier.of(after, stream.n_blocks):
+                rows.append(known.rows.filter(pl.col("model") == after))
+                earlier.kept += stream.n_blocks
+                continue
+            with candidate.open() as model:
+                rows.append(image_rows(model, stream, after, settings.targets, settings.batch_images))
+            earlier.measured += stream.n_blocks
             sink.emit({"kind": "note", "text": f"tested the model of block {after}"})
-        return ClassMeasures(config.method.name, pl.concat(rows), learned, settings)
+        return ClassMeasures(config.method.name, pl.concat(rows), models[0].block, settings)
 
     def frames(self, measures: ClassMeasures) -> dict[str, pl.DataFrame]:
         return {"rows": measures.rows}

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +15,8 @@ from cladapt.artifacts import atomic_dir
 from cladapt.config import BaseConfig, EvalConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
+from cladapt.errors import DataError
+from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.promotion import LOG_LIKELIHOOD
@@ -32,6 +33,7 @@ from cladapt.eval.protocol import (
     measure_counts,
     measure_run,
     model_row,
+    on_block,
     slice_table,
     table,
     table_columns,
@@ -42,7 +44,7 @@ from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
-from cladapt.model.saved import LEARNED
+from cladapt.model.saved import LEARNED, adapter_provenance
 from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, pack
 from cladapt.train.bases import make_base
@@ -50,13 +52,12 @@ from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
-from cladapt.workloads._base import Group, Workload
+from cladapt.workloads._base import Group, Workload, whole
 from cladapt.workloads._recommend_compare import Lines, block_curves, headline, heat_map, next_block_tables
 from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class Recommend(Workload[RunConfig, Stream, Base, Measures]):
@@ -74,14 +75,31 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     )
     one_block = True
     same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
+    same_rows = ("beams", "exclude_seen", "targets", "max_users")
+    same_cells = ("scope", "next_block")
 
-    def open_inputs(self, config: RunConfig) -> tuple[Stream, Base]:
-        stream = Stream.load(Path(config.data))
+    def open_inputs(self, config: RunConfig, choose: Callable[[Stream], Stream] = whole) -> tuple[Stream, Base]:
+        stream = choose(Stream.load(Path(config.data)))
         base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         cast(nn.Module, base.model).to(ops.compute_device())
         check_home(base, stream, config.base, config.data)
+        if start := self.starts_from(config):
+            _check_start(start, stream, config.data)
         check_form(base, config.train.form)
         return stream, base.with_sids(load_sids(Path(config.data), stream))
+
+    def prefix(self, stream: Stream, fingerprint: str) -> Stream | None:
+        home = stream.home_of(fingerprint)
+        return None if home is None else stream.prefix(home)
+
+    def unchanged(self, stream: Stream, fingerprint: str) -> int:
+        return stream.fingerprints.index(fingerprint) + 1 if fingerprint in stream.fingerprints else 0
+
+    def fingerprint(self, stream: Stream, block: int) -> str:
+        return stream.fingerprints[block - 1]
+
+    def meaning(self, stream: Stream, base: Base, block: int) -> str:
+        return base.sids.align([base.sids.items[i] for i in stream.known(block)]).fingerprint
 
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
         make_world(stream, base, SimulateConfig(), BaseConfig(), sink)
@@ -148,22 +166,27 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         settings: EvalConfig,
         stream: Stream,
         base: Base,
-        models: Iterator[tuple[int, "PreTrainedModel"]],
-        learned: int,
+        models: Sequence[Candidate],
         block: int | None,
+        earlier: Earlier[Measures],
         sink: Sink,
     ) -> Measures:
         evaluator = Evaluator(stream, base, form_of(config, base), settings, config.train.softmax, config.seed)
-        blocks = list(range(1, stream.n_blocks + 1)) if block is None else [block]
-        later = [b for b in blocks if b > learned]
+        blocks = range(1, stream.n_blocks + 1)
+        asked = blocks if block is None else [block]
+        rows, first = measure_run(
+            evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}), earlier, asked
+        )
+        name, after, learned = config.method.name, None, models[0].block
+        later = [b for b in sorted(rows["block"].unique()) if b > learned]
         truth = truth_of(Path(config.data)) if settings.targets == "test" else None
         best = {} if truth is None else {b: ceiling(truth, stream, b, settings.top_k) for b in later}
-        rows, first = measure_run(evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}))
-        name, after = config.method.name, None
         if first.height:
-            counts = measure_counts(evaluator, [b for b in later if b > learned + 1], lag=1)
+            counts = measure_counts(evaluator, [b for b in later if b > learned + 1], 1, earlier)
             after = Measures(name, first, counts, learned, settings, lag=1)
-        return Measures(name, rows, measure_counts(evaluator, later), learned, settings, best, next=after)
+        leaks = frozenset((model.block, s) for model in models for s in model.learned)
+        counts = measure_counts(evaluator, later, earlier=earlier)
+        return Measures(name, rows, counts, learned, settings, best, next=after, learned=leaks)
 
     def judge(
         self,
@@ -171,13 +194,16 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         settings: PromoteConfig,
         stream: Stream,
         base: Base,
-        models: Iterator[tuple[str, "PreTrainedModel"]],
+        models: Mapping[str, Candidate],
         block: int,
     ) -> dict[str, dict[str, Effect]]:
         changes = {"targets": "valid", "next_block": False, "bootstrap": settings.bootstrap}
         asked = config.eval.model_copy(update=changes)
         evaluator = Evaluator(stream, base, form_of(config, base), asked, config.train.softmax, config.seed)
-        rows = {name: evaluator.rows(lm, block, block) for name, lm in models}
+        rows = {}
+        for name, model in models.items():
+            with model.open() as lm:
+                rows[name] = evaluator.rows(lm, block, block)
         *others, challenger = rows
         popularity = COUNTS[0]
         rows[popularity] = measure_counts(evaluator, [block])[popularity]
@@ -185,8 +211,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         found = {name: effects(rows[challenger], rows[name], asked, metrics) for name in (*others, popularity)}
         return {name: {m: e for m, e in by_metric.items() if e is not None} for name, by_metric in found.items()}
 
-    def marked(self, measures: Measures, learned: Mapping[int, Sequence[int]]) -> Measures:
-        return replace(measures, learned=frozenset((t, s) for t, blocks in learned.items() for s in blocks))
+    def on_block(self, measures: Measures, block: int) -> Measures:
+        return on_block(measures, block)
 
     def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
         return frames_of(measures)
@@ -243,6 +269,18 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         found = {key: value for key, value in row.items() if key not in ("model", "users") and "95 %" not in key}
         means = summaries(grid).items()
         return found | {name: mean.value if mean.used and not mean.missing else None for name, mean in means}
+
+
+def _check_start(adapter: Path, stream: Stream, data: str) -> None:
+    """`DataError` where the adapter that a run starts from has learned another stream than this one's beginning."""
+    record = adapter_provenance(adapter)
+    made_of = record.get("stream")
+    if made_of and stream.home_of(made_of) is None:
+        raise DataError(
+            f"{adapter} was trained on block {record.get('block')} of the stream {made_of}, {data} is the stream "
+            f"{stream.fingerprint}, which does not begin with it",
+            "use the stream that it was made from, so that no test event is in its training data",
+        )
 
 
 def form_of(config: RunConfig, base: Base) -> Form:

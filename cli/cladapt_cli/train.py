@@ -1,11 +1,13 @@
 """`cladapt train` and `cladapt eval`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from cladapt.errors import ConfigError
 from cladapt_cli._verb import verb
 from cladapt_cli.options import Overrides, Task, method_names, overrides_of
 from cladapt_cli.progress import Progress
@@ -42,6 +44,23 @@ def train(
             "--resume", help="Continue this interrupted run exactly; settings given with it must equal the run's."
         ),
     ] = None,
+    continued: Annotated[
+        Path | None,
+        typer.Option(
+            "--continue",
+            help="Learn the blocks that the stream of this run has got since, by the run's own settings; --data and "
+            "--base say where things are now.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out",
+            show_default="never",
+            help="When validation and test events are learned: never, or with the next block; with --continue for the "
+            "new blocks.",
+        ),
+    ] = None,
     from_adapter: Annotated[
         Path | None, typer.Option("--from-adapter", show_default="a fresh adapter", help="Start from this adapter.")
     ] = None,
@@ -50,7 +69,6 @@ def train(
     """Adapt a base to every new block of a stream; reads both, writes a run with one LoRA adapter per block."""
     from cladapt import workloads
     from cladapt.config import load_recipe, merge_overrides, resolve
-    from cladapt.errors import ConfigError
     from cladapt.pipeline import runs
 
     flags = {
@@ -59,7 +77,27 @@ def train(
         "train.lr": lr,
         "train.epochs": epochs,
         "adapter.rank": rank,
+        "train.held_out": held_out,
     }
+    if continued is not None:
+        if held_out not in (None, "never", "next"):
+            raise ConfigError(f"--held-out {held_out}: expected never or next", "give one of these")
+        others = {
+            "RECIPE": recipe,
+            "--task": task,
+            "--method": method,
+            "--seed": seed,
+            "--lr": lr,
+            "--epochs": epochs,
+            "--rank": rank,
+            "--override": override or None,
+            "--out": out,
+            "--resume": resume,
+            "--from-adapter": from_adapter,
+            "--dry-run": dry_run or None,
+        }
+        _refuse("--continue goes on with a run as it is configured, where it lies", others)
+        return runs.continue_run(continued, Progress(), data=data, base=base, held_out=held_out)
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     named = {"data": data, "base": base, "from_adapter": from_adapter}
     folders = {key: str(folder) for key, folder in named.items() if folder is not None}
@@ -71,16 +109,19 @@ def train(
     kind = workloads.get(task).config
     if resume is not None:
         elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(resume)
-        strange = {"--from-adapter": from_adapter, "--dry-run": dry_run, "--out": elsewhere}
-        for option, used in strange.items():
-            if used:
-                raise ConfigError(
-                    f"--resume continues a run as it was configured, where it lies: {option} does not fit",
-                    f"leave out {option}, or start a new run without --resume",
-                )
-        return runs.resume(resume, Progress(), values, task)
+        others = {"--from-adapter": from_adapter, "--dry-run": dry_run or None, "--out": elsewhere or None}
+        _refuse("--resume continues a run as it was configured, where it lies", others)
+        places = {key: Path(values.pop(key)) for key in ("data", "base") if values.get(key)}
+        return runs.resume(resume, Progress(), values, task, **places)
     config = resolve(kind, values, str(recipe) if recipe else "train")
     return runs.plan(config) if dry_run else runs.train(config, out, Progress())
+
+
+def _refuse(what: str, others: Mapping[str, Any]) -> None:
+    """`ConfigError` that names the first option given beside one that takes everything from a run."""
+    for option, given in others.items():
+        if given is not None:
+            raise ConfigError(f"{what}: {option} does not fit", f"leave out {option}, or start a new run")
 
 
 def evaluate(
@@ -90,23 +131,36 @@ def evaluate(
         typer.Option(
             "--block",
             show_default="every block",
-            help="Test on this block alone; its rows replace those of an earlier evaluation.",
+            help="Test on this block alone and print its figures; what was measured of the others stays.",
         ),
     ] = None,
     top_k: Annotated[
         str | None, typer.Option("--top-k", show_default="the run's own", help="Cut-offs, e.g. 5,10.")
     ] = None,
     beams: Annotated[int | None, typer.Option("--beams", show_default="the run's own", help="Beam width.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Measure everything anew, also what an earlier evaluation has measured.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", show_default="the run's own", help="Where its stream is now.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", show_default="the run's own", help="Where its base is now.")
+    ] = None,
     override: Overrides = None,
     expect: Annotated[
         Path | None,
         typer.Option("--expect", help="YAML or JSON {line: {metric: [low, high]}}; exit 5 when a value is outside."),
     ] = None,
 ) -> dict[str, Any]:
-    """Test every adapter of a run on every block; writes rows, metrics.json and report.html into the run."""
+    """Test every adapter of a run on every block; writes rows, metrics.json and report.html into the run.
+
+    What an earlier evaluation has measured of the same adapters, blocks and settings is kept.
+    """
     from cladapt.config import merge_overrides
     from cladapt.pipeline import evaluation
 
     flags = {"top_k": None if top_k is None else f"[{top_k}]", "beams": beams}
     given = merge_overrides({}, [f"{key}={value}" for key, value in flags.items() if value is not None])
-    return evaluation.evaluate(run, {**given, **overrides_of(override, "eval")}, block, Progress(), expect)
+    settings = {**given, **overrides_of(override, "eval")}
+    return evaluation.evaluate(run, settings, block, Progress(), expect, data, base, everything)

@@ -1,12 +1,14 @@
 """Tables, differences and summaries against plain-Python arithmetic on small made-up rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from statistics import fmean
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -16,7 +18,8 @@ from cladapt.config import EvalConfig, SimulateConfig
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError
 from cladapt.eval.baselines import evaluate_counts
-from cladapt.eval.cases import first_event_cases, held_out_cases
+from cladapt.eval.cases import Cases, first_event_cases, held_out_cases
+from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.metrics import ROWS
 from cladapt.eval.protocol import (
     COUNTS,
@@ -259,9 +262,14 @@ class Asked:
         return make_rows(0, [model_block]).filter(pl.col("block") == block)
 
 
+def candidates(*names: str) -> list[Candidate]:
+    """Models of blocks 1, 2, … that stand for themselves by name."""
+    return [Candidate(block, partial(nullcontext, cast("Any", name))) for block, name in enumerate(names, 1)]
+
+
 def test_every_model_meets_every_block_in_order_and_the_first_events_of_the_next() -> None:
     asked, notes = Asked(), []  # type: ignore[var-annotated]
-    models: Any = iter([(1, "base"), (2, "second"), (3, "third")])
+    models = candidates("base", "second", "third")
     found, following = measure_run(asked, models, [1, 2, 3], notes.append)  # type: ignore[arg-type]
     names = ("base", "second", "third")
     assert asked.held_out == [(name, t, s) for t, name in enumerate(names, 1) for s in (1, 2, 3)]
@@ -276,25 +284,65 @@ def test_every_model_meets_every_block_in_order_and_the_first_events_of_the_next
 @pytest.mark.parametrize("config", [{"next_block": False}, {"targets": "valid"}])
 def test_nothing_is_chosen_by_the_next_block(config: dict[str, Any]) -> None:
     asked = Asked(**config)
-    models: Any = [(1, "base"), (2, "second")]
+    models = candidates("base", "second")
     _, following = measure_run(asked, models, [1, 2, 3], lambda _: None)  # type: ignore[arg-type]
     assert following.is_empty()
     assert asked.first == []
 
 
+def test_what_an_earlier_evaluation_has_is_not_measured_again() -> None:
+    whole = measure_run(Asked(), candidates("a", "b", "c"), [1, 2, 3], lambda _: None)  # type: ignore[arg-type]
+    known = Measures("m", whole[0], {}, BASE, CONFIG, next=Measures("m", whole[1], {}, BASE, CONFIG, lag=1))
+    opened: list[str] = []
+
+    @contextmanager
+    def opening(name: str) -> Iterator[Any]:
+        opened.append(name)
+        yield name
+
+    models = [Candidate(block, partial(opening, name)) for block, name in enumerate("abc", 1)]
+    asked, earlier = Asked(), Earlier(known, models={1, 2}, blocks=[1, 2])
+    found = measure_run(asked, models, [1, 2, 3], lambda _: None, earlier)  # type: ignore[arg-type]
+    assert all(one.equals(other) for one, other in zip(found, whole, strict=True))  # in the same order
+    assert asked.held_out == [("a", 1, 3), ("b", 2, 3), ("c", 3, 1), ("c", 3, 2), ("c", 3, 3)]
+    assert asked.first == [("a", 1, 3), ("b", 2, 3)]
+    assert (earlier.kept, earlier.measured) == (4, 7)
+    assert opened == ["a", "b", "c"]
+
+    asked, earlier = Asked(), Earlier(known, models={1, 2, 3}, blocks=[1, 2, 3])
+    opened.clear()
+    found = measure_run(asked, models, [1, 2, 3], lambda _: None, earlier)  # type: ignore[arg-type]
+    assert all(one.equals(other) for one, other in zip(found, whole, strict=True))
+    assert (asked.held_out, asked.first, opened) == ([], [], [])  # no model is loaded for nothing
+
+    asked, earlier = Asked(), Earlier(known, models={1, 2}, blocks=[2])
+    rows, following = measure_run(asked, models, [1, 2, 3], lambda _: None, earlier, [3])  # type: ignore[arg-type]
+    kept = (pl.col("block") == 2) & (pl.col("model_block") < 3)
+    assert rows.equals(whole[0].filter(kept | (pl.col("block") == 3)))
+    assert following.equals(whole[1])
+
+
 def test_counts_are_made_up_to_the_tested_block_or_to_the_one_before() -> None:
     stream = simulate(SimulateConfig(users=40, items=40, topics=4, blocks=3)).stream
-    evaluator: Any = SimpleNamespace(
-        stream=stream,
-        config=CONFIG,
-        cases=lambda b, first: first_event_cases(stream, b, True) if first else held_out_cases(stream, b, "test", True),
-    )
+
+    def cases(block: int, first: bool) -> Cases:
+        return first_event_cases(stream, block, True) if first else held_out_cases(stream, block, "test", True)
+
+    evaluator: Any = SimpleNamespace(stream=stream, config=CONFIG, cases=cases)
     for lag, blocks in ((0, [2, 3]), (1, [3])):
         found = measure_counts(evaluator, blocks, lag)
         assert tuple(found) == COUNTS[:2]  # seen items may not be recommended
         for name in found:
             expected = [evaluate_counts(stream, name, b - lag, evaluator.cases(b, lag > 0), True, 6) for b in blocks]
             assert found[name].equals(pl.concat(expected))
+        known = Measures("m", found[COUNTS[0]].clear(), found, BASE, CONFIG)
+        earlier = Earlier(Measures("m", known.rows, {}, BASE, CONFIG, next=known) if lag else known, blocks=[3])
+        again = measure_counts(evaluator, blocks[:-1], lag, earlier)
+        del evaluator.cases
+        kept = measure_counts(evaluator, [3], lag, earlier)
+        assert all(kept[name].equals(found[name].filter(pl.col("block") == 3)) for name in found)
+        assert all(again[name].equals(found[name].filter(pl.col("block") < 3)) for name in again)
+        evaluator.cases = cases
     assert measure_counts(evaluator, []) == {}
 
 
@@ -320,7 +368,7 @@ def test_slices_take_the_run_s_current_rows_or_the_base_s() -> None:
 
 def test_the_current_scope_tests_each_model_on_its_own_block_and_the_base_on_the_later_ones() -> None:
     asked = Asked(scope="current")
-    models: Any = [(1, "base"), (2, "second"), (3, "third")]
+    models = candidates("base", "second", "third")
     found, following = measure_run(asked, models, [1, 2, 3], lambda _: None)  # type: ignore[arg-type]
     assert found.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 2), (1, 3), (2, 2), (3, 3)]
     assert following.select("model_block", "block").unique(maintain_order=True).rows() == [(1, 3), (2, 3)]

@@ -171,7 +171,6 @@ def test_every_changed_setting_is_named_with_both_values(part: Path) -> None:
         ("--out elsewhere", "--out does not fit"),
         ("--lr 1", "train.lr=1.0, the run has 0.002"),
         ("-o train.epochs=9", "train.epochs=9, the run has 3"),
-        ("--data whole", "data='whole', the run has 'stream'"),
     ],
 )
 def test_the_command_refuses_what_does_not_fit(more: str, text: str, part: Path, capsys: Any) -> None:
