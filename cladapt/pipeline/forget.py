@@ -16,7 +16,8 @@ from cladapt.data.schema import MANIFEST, PARTS, Stream, block_file, home_of
 from cladapt.data.simulate import TRUTH
 from cladapt.errors import DataError
 from cladapt.lock import LOCK
-from cladapt.pipeline.growth import named, writing
+from cladapt.pipeline.growth import named
+from cladapt.pipeline.streams import writing
 from cladapt.run import RUNS
 
 RECORD = "cladapt.json"

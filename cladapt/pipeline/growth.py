@@ -4,36 +4,24 @@ One command at a time changes a stream. The manifest is written last and names t
 that is killed leaves the stream that it found, or the one that it was to make.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cladapt.artifacts import put_back, recover, write_parquet
+from cladapt.artifacts import write_parquet
 from cladapt.data.append import WAITING, Growth, append, waiting_rows
 from cladapt.data.ids import read_ids
 from cladapt.data.readers import NoRows, RawLog, ReadOptions, read
-from cladapt.data.schema import PARTS, Stream, Withdrawal, block_file, read_manifest, write_manifest
+from cladapt.data.schema import PARTS, Stream, Withdrawal, block_file, write_manifest
 from cladapt.errors import DataError
-from cladapt.lock import locked
-from cladapt.pipeline.streams import check_rejects, where_of, write_rejects
+from cladapt.pipeline.streams import check_rejects, where_of, write_rejects, writing
 from cladapt.tokens.build import SIDS
 
 SHOWN = 5
 """Ids or rows that a message names."""
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Hold a stream directory against other commands, with what killed ones have left mended."""
-    put_back(folder)
-    read_manifest(folder)  # no lock where there is no stream
-    with locked(folder):
-        recover(folder)
-        yield
 
 
 def append_data(

@@ -43,6 +43,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "methods": "",
     "recommend": "histories.jsonl --adapter run --out new.csv",
     "tokens build": "bare -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
+    "tokens extend": "grown",
     "tokens inspect": "stream",
     "train": "--data stream --base base --epochs 1 --out new",
 }
