@@ -277,9 +277,9 @@ def _grow(
     interactions = pl.concat([stream.interactions, place(kept, stream.interactions)]).sort("user", "position")
     ends = raw.group_by("block").agg(pl.col("timestamp").max(), pl.col("number").max()).sort("block")
     for block, until, number in ends.iter_rows():
-        end = cuts[-1]["until"]
-        is_late = (pl.col("block") == block) & (pl.col("timestamp") <= end)
-        late = 0 if end is None or number is not None else kept.filter(is_late).height
+        end, late = cuts[-1]["until"], 0
+        if number is None:
+            late = kept.filter(pl.col("block") == block, pl.col("timestamp") <= end).height
         cuts = [*cuts, {"until": end if until is None else max(until, end), "number": number, "late": late}]
     longer = Stream(interactions, pl.concat([stream.items, items]), {**stream.manifest, "cuts": cuts})
     report = check_stream(longer)
