@@ -5,6 +5,7 @@ All others, with those that waited from earlier logs, are cut into new blocks an
 block that would test too few users waits, and is joined with the rows that come after it.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ class Growth:
 def waiting_rows(folder: Path, blocks: int) -> pl.DataFrame:
     """The rows that wait to become a block after the stream's `blocks`."""
     file = folder / block_file(WAITING, blocks + 1)
-    if not file.exists():
+    if not os.path.lexists(file):
         return NO_ROWS
     frame = read_parquet(file, PENDING)
     expected = {**PENDING, **{name: kind for name, kind in OPTIONAL.items() if name in frame.columns}}

@@ -25,6 +25,9 @@ PICKLE = b"\x80\x04\x95\x19\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x06weight\x94]\
 TRAIN = "train --data stream --base base --out new --epochs 1"
 RECOMMEND = "recommend histories.jsonl --adapter run --out new.csv"
 BLOCKS = "*/adapters/block_002"
+APPEND = "data append bare next.csv"
+FORGET = "data forget bare users.txt"
+RETIRE = "data retire bare catalogue.txt"
 STREAM = ("data check stream", "tokens inspect stream", f"{TRAIN} --dry-run", "base pretrain --data stream --out new")
 SIDS = (
     "data check stream",
@@ -59,6 +62,12 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "stream/manifest.json": (*STREAM, "export run --out new"),
     "stream/interactions/block_00002.parquet": (*STREAM, "data stats stream", "data blocks stream"),
     "stream/items/block_00001.parquet": STREAM,
+    "bare/manifest.json": (APPEND, FORGET, RETIRE),
+    "bare/interactions/block_00003.parquet": (APPEND, FORGET, RETIRE),
+    "bare/pending/block_00004.parquet": (APPEND, FORGET, "data check bare"),
+    "bare/truth.parquet": (FORGET,),
+    "next.csv": (APPEND,),
+    "users.txt": (FORGET,),
     "stream/sids.parquet": SIDS,
     "stream/truth.parquet": ("eval run -o bootstrap=100",),
     "base/cladapt.json": (*BASE, "compare run twin"),
@@ -80,7 +89,7 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "log.csv": ("data import log.csv --out new --fractions 0.5,0.5 --min-events 3", "data check log.csv"),
     "items.csv": ("data import log.csv --out new --items items.csv --fractions 0.5,0.5 --min-events 3",),
     "histories.jsonl": (RECOMMEND,),
-    "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt",),
+    "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt", RETIRE),
     "index.json": ("tokens build bare --index index.json",),
     "classes/manifest.json": (SIGHT, VISION, LOOK),
     "classes/images.safetensors": (SIGHT, VISION, LOOK),
@@ -100,6 +109,8 @@ TEXTS = {  # nearly any text is a table, a list or a recipe: those that happen t
     "items.csv",
     "histories.jsonl",
     "catalogue.txt",
+    "next.csv",
+    "users.txt",
     "recipe.yaml",
 }
 
@@ -156,7 +167,8 @@ JSON_TEXTS = {
 
 
 JSON_KEYS = {  # what each file is asked for
-    "stream/manifest.json": ("schema_version", "hashes"),
+    "stream/manifest.json": ("schema_version", "hashes", "config", "withdrawn", "cuts", "earlier"),
+    "bare/manifest.json": ("schema_version", "hashes", "cuts", "appended", "notes"),
     "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "stream"),
     f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream"),
     f"{BLOCKS}/adapter_config.json": ("r", "lora_alpha", "target_modules", "peft_type"),
@@ -175,6 +187,14 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
         f"stream/manifest.json: schema_version {other}: export run": "a card needs no more than the hashes"
         for other in OTHER
     },
+    **{
+        f"{stream}/manifest.json: {key} missing": "a stream without what this records"
+        for stream in ("stream", "bare")
+        for key in ("config", "withdrawn", "cuts", "earlier", "appended", "notes")
+    },
+    "stream/manifest.json: config object": "a setting that nobody asks for",
+    "bare/manifest.json: notes object": "a note more",
+    "bare/pending/block_00004.parquet: missing": "no row waits",
     "drawings/c1/2.png: missing": "one image fewer",
     "drawings/c1/2.png: folder": "a folder without images is no class",
     "base/cladapt.json: fingerprint text": "a name; whoever has recorded another one refuses",
