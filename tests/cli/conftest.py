@@ -21,6 +21,7 @@ CODES = "-o dimensions=8 -o levels=2 -o codes=4 -o capacity=16"
 MAKE = (
     "data simulate --out stream -o users=40 -o items=40 -o topics=4 -o blocks=3",
     "data simulate --out bare -o users=40 -o items=40 -o topics=4 -o blocks=3",
+    "data append bare next.csv --min-tested 9",
     f"tokens build stream {CODES}",
     "base pretrain --data stream --out base -o epochs=1",
     "base pretrain --data stream --out stranger -o epochs=0 -o seed=1",
@@ -38,11 +39,7 @@ ALLOWED = (
     "new",
     "nowhere",
     "runs",
-    "bare/sids",
-    "bare/codebooks",
-    "bare/embedding",
-    "bare/terms",
-    "bare/tokens",
+    "bare",
     "grown/sids",
     "run/metrics",
     "run/report",
@@ -82,12 +79,15 @@ def limited(seconds: float = 15.0) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stream with, without and with some IDs, two bases, two evaluated runs and the files that commands read."""
+    """Streams with IDs, without (rows wait there) and with some; two bases, two evaluated runs, files to read."""
     folder = tmp_path_factory.mktemp("small")
     histories = [{"user": "u", "history": ["i01", "i02"]}, {"user": "v", "history": []}]
     (folder / "histories.jsonl").write_text("\n".join(map(json.dumps, histories)))
     log = [f"u{u},i{(u + k) % 5},{1000 * (k // 3) + k}" for u in range(4) for k in range(6)]
     (folder / "log.csv").write_text("\n".join(["user,item,timestamp", *log]))
+    later = [f"u{u:02d},{item},{4_000_000_000 + k}" for u in (1, 2) for k, item in enumerate(("i01", "i02", "fresh"))]
+    (folder / "next.csv").write_text("\n".join(["user,item,timestamp", *later]))
+    (folder / "users.txt").write_text("u01\nu03\n")
     (folder / "items.csv").write_text("item,text\ni0,zero\ni1,one\n")
     (folder / "catalogue.txt").write_text("i01\ni02\ni03\n")
     (folder / "recipe.yaml").write_text("seed: 3\ntrain: {lr: 1e-3, epochs: 1}\n")

@@ -25,6 +25,9 @@ PICKLE = b"\x80\x04\x95\x19\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x06weight\x94]\
 TRAIN = "train --data stream --base base --out new --epochs 1"
 RECOMMEND = "recommend histories.jsonl --adapter run --out new.csv"
 BLOCKS = "*/adapters/block_002"
+APPEND = "data append bare next.csv"
+FORGET = "data forget bare users.txt"
+RETIRE = "data retire bare catalogue.txt"
 STREAM = ("data check stream", "tokens inspect stream", f"{TRAIN} --dry-run", "base pretrain --data stream --out new")
 SIDS = (
     "data check stream",
@@ -64,6 +67,12 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "stream/manifest.json": (*STREAM, "export run --out new"),
     "stream/interactions/block_00002.parquet": (*STREAM, "data stats stream", "data blocks stream"),
     "stream/items/block_00001.parquet": STREAM,
+    "bare/manifest.json": (APPEND, FORGET, RETIRE),
+    "bare/interactions/block_00003.parquet": (APPEND, FORGET, RETIRE),
+    "bare/pending/block_00004.parquet": (APPEND, FORGET, "data check bare"),
+    "bare/truth.parquet": (FORGET,),
+    "next.csv": (APPEND,),
+    "users.txt": (FORGET,),
     "stream/sids.parquet": SIDS,
     "stream/tokens.json": ("tokens inspect stream",),
     "grown/sids.parquet": (EXTEND, f"{EXTEND} --index rows.json"),
@@ -94,7 +103,7 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "log.csv": ("data import log.csv --out new --fractions 0.5,0.5 --min-events 3", "data check log.csv"),
     "items.csv": ("data import log.csv --out new --items items.csv --fractions 0.5,0.5 --min-events 3",),
     "histories.jsonl": (RECOMMEND,),
-    "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt",),
+    "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt", RETIRE),
     "index.json": ("tokens build bare --index index.json",),
     "classes/manifest.json": (SIGHT, VISION, LOOK),
     "classes/images.safetensors": (SIGHT, VISION, LOOK),
@@ -114,6 +123,8 @@ TEXTS = {  # nearly any text is a table, a list or a recipe: those that happen t
     "items.csv",
     "histories.jsonl",
     "catalogue.txt",
+    "next.csv",
+    "users.txt",
     "recipe.yaml",
 }
 
@@ -170,8 +181,9 @@ JSON_TEXTS = {
 
 
 JSON_KEYS = {  # what each file is asked for
-    "stream/manifest.json": ("schema_version", "hashes"),
+    "stream/manifest.json": ("schema_version", "hashes", "config", "withdrawn", "cuts", "earlier"),
     "grown/tokens.json": ("schema_version", "config", "block_1", "files"),
+    "bare/manifest.json": ("schema_version", "hashes", "cuts", "appended", "notes"),
     "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "stream"),
     f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream"),
     f"{BLOCKS}/adapter_config.json": ("r", "lora_alpha", "target_modules", "peft_type"),
@@ -185,6 +197,20 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
     "stream/sids.parquet: missing: data check stream": "a stream has no IDs before `tokens build`",
     "stream/truth.parquet: missing: eval run": "only a simulated stream has a known ceiling",
     "stream/tokens.json: missing": "IDs of an index have none",
+    "stream/manifest.json: missing: export run": "a model card tells what is known of the data",
+    "stream/manifest.json: schema_version missing: export run": "a card needs no more of the data than its hashes",
+    **{
+        f"stream/manifest.json: schema_version {other}: export run": "a card needs no more than the hashes"
+        for other in OTHER
+    },
+    **{
+        f"{stream}/manifest.json: {key} missing": "a stream without what this records"
+        for stream in ("stream", "bare")
+        for key in ("config", "withdrawn", "cuts", "earlier", "appended", "notes")
+    },
+    "stream/manifest.json: config object": "a setting that nobody asks for",
+    "bare/manifest.json: notes object": "a note more",
+    "bare/pending/block_00004.parquet: missing": "no row waits",
     "drawings/c1/2.png: missing": "one image fewer",
     "drawings/c1/2.png: folder": "a folder without images is no class",
     "base/cladapt.json: fingerprint text": "a name; whoever has recorded another one refuses",
