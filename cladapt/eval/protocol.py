@@ -196,7 +196,8 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
     measured = user_metrics(rows, config.top_k, config.beams)
     main = f"HR@{max(config.top_k)}"
     columns = [*metric_columns(config), f"{main} (ID)"]
-    means = measured.group_by("block").agg(pl.col(columns).mean()).select(pl.col(columns).mean()).row(0, named=True)
+    of_blocks = measured.group_by("block").agg(pl.col(columns).mean()).sort("block")
+    means = of_blocks.select(pl.col(columns).mean()).row(0, named=True)
     row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), TESTS: rows.height}
     row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means}
     for column in (main, "log_likelihood"):
