@@ -19,6 +19,9 @@ from cladapt.data.schema import PARTS, Stream, Withdrawal, block_file, write_man
 from cladapt.errors import DataError
 from cladapt.pipeline.streams import check_rejects, where_of, write_rejects, writing
 from cladapt.tokens.build import SIDS
+from cladapt.tokens.encoder import encoder_settings
+from cladapt.tokens.extend import extend_with_index
+from cladapt.tokens.sids import SidTable
 
 SHOWN = 5
 """Ids or rows that a message names."""
@@ -55,7 +58,8 @@ def append_data(
         growth = append(stream, log, pending, dates, late, least)
         write_rejects(pl.concat([log.rejects, growth.late]), rejects)
         _commit(folder, stream, pending, growth)
-        return _report(folder, stream, growth, log)
+        report = _report(folder, stream, growth, log)
+        return {**report, **_ids_of_log(folder, growth.stream, log, report["warnings"])}
 
 
 def _reading(manifest: Mapping[str, Any], source: str, items: Path | None) -> tuple[str, ReadOptions]:
@@ -132,6 +136,18 @@ def _report(folder: Path, before: Stream, growth: Growth, log: RawLog | None) ->
         **({"semantic_ids": _next_step(folder, new_items)} if new_items and (folder / SIDS).exists() else {}),
         "blocks": [row for row in manifest.get("blocks", []) if row["block"] in entry["blocks"]],
     }
+
+
+def _ids_of_log(folder: Path, stream: Stream, log: RawLog, warnings: list[str]) -> dict[str, Any]:
+    """Give new items the IDs that came with the log, where those of the stream came from an index; the report of it."""
+    if not log.index or not (folder / SIDS).exists() or encoder_settings(folder) is not None:
+        return {}
+    try:
+        taken = extend_with_index(folder, stream, SidTable.from_index(log.index))
+    except DataError as error:
+        text = f"the IDs that came with the log are not taken: {error.message}; {error.hint}"
+        return {"warnings": [*warnings, text]}
+    return {"semantic_ids": f"from the log, of {taken.new} new items"} if taken.new else {}
 
 
 def _outcome(blocks: Sequence[int], growth: Growth, counts: Mapping[str, int]) -> str:
