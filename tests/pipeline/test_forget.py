@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,16 @@ def test_what_has_learned_from_them_is_named(stream: Path, tmp_path: Path) -> No
 
 def test_a_killed_forgetting_that_had_moved_the_stream_aside_is_undone(stream: Path) -> None:
     gone = stream.with_name(f".{stream.name}.999999999.old")
+    half = stream.with_name(f".{stream.name}.999999999.tmp")
+    shutil.copytree(stream, half)
     stream.rename(gone)
     assert forget_users(stream, users("d"))["events_removed"] == 2
     assert not gone.exists()
+    assert not half.exists()
     assert json.loads((stream / "manifest.json").read_text())["interactions"] == 7
+    shutil.copytree(stream, gone)  # it died after the new one was in its place: the old one has the users
+    assert forget_users(stream, users("d"))["events_removed"] == 0
+    assert not gone.exists()
 
 
 def test_what_a_link_leads_to_is_forgotten(stream: Path, tmp_path: Path) -> None:
