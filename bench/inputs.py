@@ -5,6 +5,7 @@ Streams and bases lie in the study's work folder by the hash of what they are ma
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,18 +63,27 @@ class Interactions(Recipe):
 
     source: str = ""
     """Folder of real data below the data root; empty = simulate."""
+    read: Mapping[str, Any] = {}
+    """How the source is read: the options of `cladapt data import`, by name."""
     blocks: BlocksConfig = BlocksConfig()
     simulate: SimulateConfig = SimulateConfig()
     tokens: TokensConfig = TokensConfig()
     base: BaseConfig = BaseConfig()
     """How the bases are made; a cell's own `base` comes on top."""
 
+    @property
+    def options(self) -> ReadOptions:
+        lists = {name: tuple(value) for name, value in self.read.items() if isinstance(value, list | tuple)}
+        if strange := sorted({*self.read} - {field.name for field in fields(ReadOptions)}):
+            raise ConfigError(f"read: {', '.join(strange)} unknown", "use the names of `cladapt data import --help`")
+        return ReadOptions(**{**self.read, **lists})
+
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
-        made = self.model_dump(mode="json", include={"source", "blocks", "simulate", "tokens"})
+        made = self.model_dump(mode="json", include={"source", "read", "blocks", "simulate", "tokens"})
         folder = work / "streams" / hash_value(made)
         if not (folder / "manifest.json").is_file():
             if self.source:
-                streams.import_data(str(data / self.source), folder, "auto", ReadOptions(), self.blocks)
+                streams.import_data(str(data / self.source), folder, "auto", self.options, self.blocks)
             else:
                 streams.simulate_data(folder, self.simulate)
         if not (folder / streams.SIDS).is_file():

@@ -29,8 +29,9 @@ from cladapt.pipeline import evaluation, runs
 from cladapt.pipeline.compare import Pooled, comparison_of
 from cladapt.pipeline.evaluation import Evaluated
 from cladapt.pipeline.report import METRICS, regulariser_log
-from cladapt.run import Run, open_run
+from cladapt.run import open_run
 from cladapt.train.sinks import MemorySink
+from cladapt.workloads._base import Comparison
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT.parent.parent / "shared" / "data"
@@ -88,7 +89,7 @@ class Study:
 
     def run(self, cell: Cell) -> Path:
         """Train and measure a cell, or take it from the cache; returns its run directory."""
-        folder = self.work / "cells" / Run(Path(), cell.config).config_hash
+        folder = self.work / "cells" / hash_value(cell.config.model_dump(mode="json", exclude={"eval", "track"}))
         took = folder / "seconds.json"
         if not took.is_file():
             began = time.perf_counter()
@@ -128,7 +129,8 @@ def mean_distance(adapters: list[Path]) -> float | None:
 
 
 def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
-    """`summary` (a line per cell name, seeds pooled), `differences` from every reference, `cells` (a line each).
+    """`summary` (a line per cell name, seeds pooled), `differences` from every reference, `cells` (a line each), and
+    `blocks` (the difference of each pair block by block).
 
     The first two also of what else the runs are judged by, such as the next block, where all cells have it.
     """
@@ -151,7 +153,19 @@ def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.Da
         frames[f"{prefix}differences"] = [
             line for name, others in against for line in wide(part.differences(name, others))
         ]
+        pairs = [pair for pair in recipe.pairs if {*pair} <= {*part.names}]
+        if by_block := [line for one, two in pairs for line in block_lines(part, one, two)]:
+            frames[f"{prefix}blocks"] = by_block
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
+
+
+def block_lines(part: Comparison[Any], one: str, two: str) -> list[dict[str, Any]]:
+    """The difference of a pair in each block, and its slope: a line each."""
+    lines: dict[str, dict[str, Any]] = {}
+    for (block, metric), effect in part.effects_by_block(one, two).items():
+        line = lines.setdefault(block, {"difference": f"{one} - {two}", "block": block, "users": effect.n})
+        line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
+    return [*lines.values()]
 
 
 def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:

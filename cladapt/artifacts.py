@@ -58,8 +58,7 @@ def atomic_dir(target: Path) -> Iterator[Path]:
             if target.exists() and not target.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "it is a file")
             target.parent.mkdir(parents=True, exist_ok=True)
-            for path in _leftovers(target.parent, target.name):
-                _restore(path)
+            put_back(target)
             for path in (temporary, retired):
                 shutil.rmtree(path, ignore_errors=True)
             temporary.mkdir()
@@ -133,6 +132,12 @@ def recover(folder: Path) -> list[str]:
             path.unlink(missing_ok=True)
         done.append(f"{path} is removed: a killed process had not finished it")
     return done
+
+
+def put_back(target: Path) -> None:
+    """Restore a folder that a killed process had moved aside to replace it."""
+    for path in _leftovers(target.parent, target.name) if target.parent.is_dir() else ():
+        _restore(path)
 
 
 def is_leftover(path: Path) -> bool:

@@ -4,6 +4,8 @@ Every expected failure is a `CladaptError`. The command line prints it as one `e
 ends with the class's exit code; anything else is a bug and ends with 1.
 """
 
+from typing import Any
+
 
 class CladaptError(Exception):
     """An expected failure: `message` says what, where and the value; `hint` says how to fix it."""
@@ -38,6 +40,10 @@ class EnvironmentProblem(CladaptError):
 
 
 class CheckFailed(CladaptError):
-    """A verification of a result failed."""
+    """A verification of a result failed; `result` is what the command has to print nevertheless."""
 
     exit_code = 5
+
+    def __init__(self, message: str, hint: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.result = result

@@ -6,11 +6,8 @@ config.json  environment.json  log.jsonl  adapters/block_<t>/  method/  checkpoi
 import importlib.metadata
 import os
 import platform
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
@@ -20,7 +17,8 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from cladapt import __version__, ranks, workloads
 from cladapt.artifacts import check_writable, hash_value, is_leftover, read_json, read_record, write_json
 from cladapt.config import RunConfig, RunSettings, resolve
-from cladapt.errors import ConfigError, DataError, EnvironmentProblem
+from cladapt.errors import ConfigError, DataError
+from cladapt.lock import LOCK
 
 if TYPE_CHECKING:
     from cladapt.workloads._base import Workload
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
-LOCK = ".lock"
 SCHEMA_VERSION = 1
 FOLDERS = ("data", "base", "from_adapter")
 """Settings that say where a run's inputs are; what they are, their fingerprints say."""
@@ -221,56 +218,6 @@ def latest_run() -> Path:
         raise DataError(f"no run here: {pointer} does not exist", "run `cladapt train` first, or name a run directory")
     hint = 'expected {"run": "<directory>"}; or name a run directory'
     return RUNS / read_record(pointer, PointerRecord, hint)["run"]
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the run directory, made where it is missing, against other commands that would write into it.
-
-    `EnvironmentProblem` names the process that has it. The lock of a process that dies is released by the system. Of
-    several processes the first locks for all; on Windows nothing is locked.
-    """
-    if sys.platform == "win32" or not ranks.is_main():
-        yield
-        return
-    file, made = path / LOCK, not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = _lock(file)
-    except OSError as error:
-        hint = "check the path, its permissions and the free space there"
-        raise EnvironmentProblem(f"cannot write {file}: {error.strerror}", hint) from error
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(handle)
-        if made:
-            with suppress(OSError):  # only where nothing was begun is it empty
-                path.rmdir()
-
-
-def _lock(file: Path) -> int:
-    """An open file that this process alone has locked, and which still has its name."""
-    import fcntl
-
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 200).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise EnvironmentProblem(
-                f"{file.parent} is in use: {holder} writes into it", "wait until it ends, or stop it; then try again"
-            ) from error
-        except OSError as error:  # some network file systems
-            warnings.warn(f"{file.parent} cannot be locked ({error.strerror}): use it in one command", stacklevel=1)
-        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-            os.truncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
-            return handle
-        os.close(handle)  # who held it has removed it meanwhile
 
 
 def new_run_path(method: str, seed: int) -> Path:

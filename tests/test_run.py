@@ -11,7 +11,8 @@ import pytest
 
 from cladapt.config import EvalConfig, MethodConfig, RunConfig, TrainConfig
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
-from cladapt.run import Run, environment, locked, new_run_path
+from cladapt.lock import locked
+from cladapt.run import Run, environment, new_run_path
 
 
 @pytest.fixture(autouse=True)

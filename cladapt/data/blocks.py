@@ -7,7 +7,6 @@ appended later is filtered as it would have been here. An item is known from the
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,17 +32,13 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
     raw, n_blocks = _assign_blocks(log.events, config)
     kept = raw if config.k_core < 2 else _core_of_blocks(raw, n_blocks, config.k_core)
 
-    # rows are in time order, so an item's first row is in its first block
-    items = kept.unique("item", keep="first", maintain_order=True).select("item", pl.col("block").alias("first_block"))
-    texts, late = _texts_by_first_block(raw, items) if "text" in raw.columns else (log.items, 0)
-    items = items.join(texts, on="item", how="left", maintain_order="left").with_columns(pl.col("text").fill_null(""))
-    placed = kept.with_columns(position=pl.int_range(pl.len(), dtype=pl.Int64).over("user")).sort("user", "position")
-    columns = [*INTERACTIONS, *(name for name in WEIGHT if name in placed.columns)]
+    items, later = items_of(raw, kept, log.items)
     settings = config.model_dump(mode="json")
-    stream = Stream(placed.select(columns), items.select(*ITEMS), {"config": settings})
+    stream = Stream(place(kept), items, {"config": settings})
     given = log.events["block"].drop_nulls().unique().sort().to_list()
     renumbered = bool(given) and given != list(range(1, n_blocks + 1))
-    losses = _losses(raw, kept, stream)
+    losses = losses_of(raw, kept, stream.min_events)
+    report = check_stream(stream)
     manifest = {
         "source": log.source,
         "files": dict(log.files),
@@ -52,31 +47,60 @@ def build_stream(log: RawLog, config: BlocksConfig) -> Stream:
         "config": settings,
         "dropped": {**log.dropped, "k_core": raw.height - kept.height},
         "losses": [*log.losses, *losses],
-        "warnings": [*log.warnings, *_warnings(losses, stream, config)],
+        "warnings": [*log.warnings, *warnings_of(losses, report["blocks"], stream.min_events, config.k_core)],
         "notes": {
             **log.notes,
-            "items_never_used": log.items.join(items, on="item", how="anti").height,
-            "items_without_text": items.filter(pl.col("text") == "").height,
-            **({"items_with_text_of_a_later_block": late} if late else {}),
+            **notes_of(stream, log),
+            **({"items_with_a_text_in_later_blocks_alone": later} if later else {}),
             **({"rows_sorted_by_time": log.out_of_order} if log.out_of_order else {}),
             **({"blocks_renumbered_from_1": n_blocks} if renumbered else {}),
-            **({"weights_kept_but_unused_in_training": kept.height} if stream.weighted else {}),
         },
-        **check_stream(stream),
+        "cuts": [
+            {"until": until, "number": given[block - 1] if given else None, "late": 0}
+            for block, until in raw.group_by("block").agg(pl.col("timestamp").max()).sort("block").iter_rows()
+        ],
+        **report,
     }
     return replace(stream, manifest=manifest)
 
 
-def _texts_by_first_block(raw: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """Each item's most frequent text up to the end of its first block, so that later blocks never change it.
+def notes_of(stream: Stream, log: RawLog) -> dict[str, int]:
+    """Oddities of a stream, with those of the item table of the log that its last blocks are from."""
+    return {
+        "items_never_used": log.items.join(stream.items, on="item", how="anti").height,
+        "items_without_text": stream.items.filter(pl.col("text") == "").height,
+        **({"weights_kept_but_unused_in_training": stream.interactions.height} if stream.weighted else {}),
+    }
 
-    An item that has none by then gets its first later one; the second result counts them.
+
+def place(rows: pl.DataFrame, before: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Rows in their order as interactions: each user's positions go on from those in `before`."""
+    position = pl.int_range(pl.len(), dtype=pl.Int64).over("user")
+    if before is not None:
+        counts = before.join(rows, on="user", how="semi").group_by("user").agg(pl.len().cast(pl.Int64).alias("before"))
+        rows = rows.join(counts, on="user", how="left", maintain_order="left")
+        position = position + pl.col("before").fill_null(0)
+    columns = [*INTERACTIONS, *(name for name in WEIGHT if name in rows.columns)]
+    return rows.with_columns(position=position).select(columns).sort("user", "position")
+
+
+def items_of(raw: pl.DataFrame, kept: pl.DataFrame, described: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """The items of `kept` in the order of their first rows; the second result counts texts of later blocks alone.
+
+    Their texts are those in `described`, or where the log itself has texts each item's most frequent one in the rows
+    of its first block, so that nothing of a later block changes them.
     """
-    rows = raw.with_columns(order=pl.int_range(pl.len())).join(items, on="item", maintain_order="left")
-    known = frequent_texts(rows.filter(pl.col("block") <= pl.col("first_block")))
-    later = rows.drop_nulls("text").unique("item", keep="first", maintain_order=True)
-    late = known.filter(pl.col("text").is_null()).select("item").join(later.select("item", "text"), on="item")
-    return pl.concat([known.drop_nulls("text"), late]), late.height
+    # rows are in time order, so an item's first row is in its first block
+    items = kept.unique("item", keep="first", maintain_order=True).select("item", pl.col("block").alias("first_block"))
+    texts, later = described, 0
+    if "text" in raw.columns:
+        rows = raw.with_columns(order=pl.int_range(pl.len())).join(items, on="item", maintain_order="left")
+        texts = frequent_texts(rows.filter(pl.col("block") == pl.col("first_block")))
+        absent = texts.filter(pl.col("text").is_null())
+        afterwards = rows.filter(pl.col("block") > pl.col("first_block")).drop_nulls("text")
+        later = absent.join(afterwards, on="item", how="semi").height
+    items = items.join(texts, on="item", how="left", maintain_order="left").with_columns(pl.col("text").fill_null(""))
+    return items.select(*ITEMS), later
 
 
 def core(kept: pl.DataFrame, rows: pl.DataFrame, k: int) -> pl.DataFrame:
@@ -111,10 +135,10 @@ def _core_of_blocks(raw: pl.DataFrame, n_blocks: int, k: int) -> pl.DataFrame:
     return kept
 
 
-def _losses(raw: pl.DataFrame, kept: pl.DataFrame, stream: Stream) -> list[dict[str, Any]]:
+def losses_of(raw: pl.DataFrame, kept: pl.DataFrame, min_events: int) -> list[dict[str, Any]]:
     """What k-core drops, and what is kept but never tested: events and users with their shares of the log."""
     users = raw["user"].n_unique()
-    often = kept.filter(pl.len().over("user", "block") >= stream.min_events)["user"].unique()
+    often = kept.filter(pl.len().over("user", "block") >= min_events)["user"].unique()
     untested = kept.join(often.to_frame(), on="user", how="anti")
     parts = {
         "dropped by k_core": (raw.height - kept.height, users - kept["user"].n_unique()),
@@ -132,22 +156,23 @@ def _losses(raw: pl.DataFrame, kept: pl.DataFrame, stream: Stream) -> list[dict[
     ]
 
 
-def _warnings(losses: Sequence[Mapping[str, Any]], stream: Stream, config: BlocksConfig) -> list[str]:
+def warnings_of(
+    losses: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]], least: int, k_core: int
+) -> list[str]:
     """A sentence, with its cure, for each large loss, and for each block in which nobody is tested."""
     dropped, untested = losses
     found = []
     if max(dropped["events_share"], dropped["users_share"]) > LARGE_LOSS:
         found.append(
-            f"k_core={config.k_core} drops {dropped['events_share']:.0%} of the events and "
+            f"k_core={k_core} drops {dropped['events_share']:.0%} of the events and "
             f"{dropped['users_share']:.0%} of the users: lower it to keep them"
         )
-    least = stream.min_events
     if untested["users_share"] > LARGE_LOSS:
         found.append(
             f"{untested['users']} users ({untested['users_share']:.0%}) have fewer than {least} events in every block: "
             "they are learned from and never tested; lower min_events to test more of them"
         )
-    for row in check_stream(stream)["blocks"]:
+    for row in blocks:
         if not row["tested"]:
             found.append(
                 f"block {row['block']} tests nobody: none of its {row['users']} users has {least} events there; lower "
@@ -176,10 +201,10 @@ def _assign_blocks(events: pl.DataFrame, config: BlocksConfig) -> tuple[pl.DataF
     if config.dates:
         if times is None:
             raise DataError("blocks by date need timestamps, and the log has none", "use --fractions")
-        starts = _starts(config.dates)
+        starts = starts_of(config.dates)
         block = 1 + np.searchsorted(starts, times, side="right")
         n_blocks = len(starts) + 1
-        cure = f"the log is from {_moment(int(times[0]))} to {_moment(int(times[-1]))} UTC: choose dates inside it"
+        cure = f"the log is from {moment(int(times[0]))} to {moment(int(times[-1]))} UTC: choose dates inside it"
     else:
         n_blocks = len(config.fractions)
         # halves go up, whatever the rounding error of the sum
@@ -204,7 +229,7 @@ def _refuse_cut(config: BlocksConfig) -> None:
         raise ConfigError(f"the log has ready-made blocks, so {given} cannot apply", f"leave out --{given} or --block")
 
 
-def _starts(dates: tuple[str, ...]) -> np.ndarray:
+def starts_of(dates: tuple[str, ...]) -> np.ndarray:
     """Unix seconds of the midnights (UTC) that begin blocks 2, 3, …."""
     try:
         starts = [int(datetime.strptime(date, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()) for date in dates]
@@ -259,14 +284,42 @@ def check_stream(stream: Stream) -> dict[str, Any]:
         )
         .to_dicts()
     )
-    for earlier, later in pairwise(blocks):
-        if earlier["last"] is not None and later["first"] is not None and earlier["last"] > later["first"]:
+    _check_times(stream, blocks)
+    return {"users": len(stream.users), "items": stream.n_items, "interactions": frame.height, "blocks": blocks}
+
+
+def late_blocks(stream: Stream) -> dict[int, int]:
+    """Block -> its events that came late, as the manifest has recorded them, for blocks that have any."""
+    cuts = enumerate(stream.manifest.get("cuts", []), start=1)
+    return {block: cut["late"] for block, cut in cuts if cut["late"]}
+
+
+def count_late(stream: Stream, block: int) -> int:
+    """Events of a block that are not after the end of the block before."""
+    until = stream.manifest["cuts"][block - 2]["until"]
+    return stream.interactions.filter(pl.col("block") == block, pl.col("timestamp") <= until).height
+
+
+def _check_times(stream: Stream, blocks: Sequence[Mapping[str, Any]]) -> None:
+    """No event is before the end of an earlier block, but for as many as are recorded to have come late."""
+    late = late_blocks(stream)
+    latest: Mapping[str, Any] | None = None
+    for row in blocks:
+        if row["block"] in late:
+            found = count_late(stream, row["block"])
+            if found != late[row["block"]]:
+                raise DataError(
+                    f"block {row['block']} has {found} events that came late, the manifest says {late[row['block']]}",
+                    "restore the manifest, or import the source again",
+                )
+        elif latest is not None and row["first"] is not None and latest["last"] > row["first"]:
             raise DataError(
-                f"block {earlier['block']} leaks: its last event ({_moment(earlier['last'])}) is after the first of "
-                f"block {later['block']} ({_moment(later['first'])})",
+                f"block {latest['block']} leaks: its last event ({moment(latest['last'])}) is after the first of "
+                f"block {row['block']} ({moment(row['first'])})",
                 "cut the blocks by time: import the log without its block column",
             )
-    return {"users": len(stream.users), "items": stream.n_items, "interactions": frame.height, "blocks": blocks}
+        if row["last"] is not None and (latest is None or row["last"] > latest["last"]):
+            latest = row
 
 
 def _check_order(stream: Stream) -> None:
@@ -290,10 +343,13 @@ def _check_order(stream: Stream) -> None:
         "is out of place: rows must be sorted by user, then by position 0, 1, 2, …",
     )
     within = np.diff(users, prepend=-1) == 0
-    for name in ("block", "timestamp"):
+    # events that came late follow those of the blocks before
+    opens_late = np.isin(stream.block, list(late_blocks(stream))) & (np.diff(stream.block, prepend=0) > 0)
+    for name, allowed in (("block", False), ("timestamp", opens_late)):
         if not frame[name].has_nulls():
-            steps = np.diff(frame[name].to_numpy(), prepend=0)
-            _refuse(frame, within & (steps < 0), f"is out of time: its {name} is before that of the previous position")
+            back = np.diff(frame[name].to_numpy(), prepend=0) < 0
+            problem = f"is out of time: its {name} is before that of the previous position"
+            _refuse(frame, within & back & ~np.asarray(allowed), problem)
     if stream.weighted:
         weights = frame["weight"].fill_null(0.0).to_numpy()
         _refuse(frame, ~(np.isfinite(weights) & (weights > 0)), "has a weight that is not finite and above 0")
@@ -312,5 +368,5 @@ def _refuse(frame: pl.DataFrame, wrong: np.ndarray, problem: str) -> None:
         )
 
 
-def _moment(seconds: int) -> str:
+def moment(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

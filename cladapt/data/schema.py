@@ -1,24 +1,25 @@
 """The stream: interactions in time blocks, the item catalogue, and what is known about both.
 
 On disk a block is two files that never change once they are written, `interactions/block_00001.parquet` and
-`items/block_00001.parquet` (the items first used there); `manifest.json` names the blocks that count, with their hashes,
-and is written last. `sids.parquet` (see `cladapt.tokens.sids`) joins them once the items have semantic IDs. In memory a
-`Stream` holds two frames and integer views of them.
+`items/block_00001.parquet` (the items first used there); `manifest.json` names the blocks that count, with their
+hashes, and is written last. `sids.parquet` (see `cladapt.tokens.sids`) joins them once the items have semantic IDs. In
+memory a `Stream` holds two frames and integer views of them.
 
 A stream grows at its end alone. Every prefix of its blocks has a fingerprint, and what was made on a prefix (IDs, base,
 run, adapter) is at home on the longer stream; see `Stream.home_of`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import polars as pl
+from pydantic import BaseModel, BeforeValidator, Field
 
-from cladapt.artifacts import hash_file, hash_value, read_json, read_parquet, write_json, write_parquet
+from cladapt.artifacts import hash_file, hash_value, read_json, read_parquet, read_record, write_json, write_parquet
 from cladapt.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -44,6 +45,46 @@ LEAST_TESTED = 3  # a validation target, a test target and an event before them
 def block_file(part: str, block: int) -> str:
     """Name of a block's file below the stream directory."""
     return f"{part}/block_{block:05d}.parquet"
+
+
+class FilesRecord(BaseModel, extra="forbid"):
+    """Hashes of the files of a block."""
+
+    interactions: str
+    items: str
+
+
+class CutRecord(BaseModel):
+    """Where a block ends, so that what is new in a later log can be told."""
+
+    until: int | None
+    """Last time (unix seconds) of its rows before any filter; None without times."""
+    number: int | None = None
+    """Its number in the source, where the source has ready-made blocks."""
+    late: int = 0
+    """Its rows that are not after `until` of the block before: they came late, and were kept."""
+
+
+class SettingsRecord(BaseModel):
+    """What a stream reads of its import's settings."""
+
+    min_events: int = LEAST_TESTED
+    k_core: int = 0
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists alone."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class ManifestRecord(BaseModel):
+    """What manifest.json must hold."""
+
+    hashes: Annotated[list[FilesRecord], Field(min_length=1)]
+    config: SettingsRecord = SettingsRecord()
+    withdrawn: list[Annotated[tuple[str, int, int | None], BeforeValidator(_as_tuple)]] = []
+    earlier: list[list[str]] = []
+    cuts: list[CutRecord] = []
 
 
 class Withdrawal(NamedTuple):
@@ -95,7 +136,7 @@ class Stream:
     @property
     def min_events(self) -> int:
         """Events in a block from which a user is tested there: the import's `min_events`, and never below 3."""
-        return max(LEAST_TESTED, int(self.manifest.get("config", {}).get("min_events", LEAST_TESTED)))
+        return _min_events(self.manifest)
 
     @property
     def n_blocks(self) -> int:
@@ -149,7 +190,7 @@ class Stream:
     @cached_property
     def withdrawn(self) -> tuple[Withdrawal, ...]:
         """Every withdrawal, also those that have ended."""
-        return tuple(Withdrawal(*row) for row in self.manifest.get("withdrawn", []))
+        return _withdrawn(self.manifest)
 
     def prefix(self, block: int) -> "Stream":
         """The stream as it was at the end of `block`."""
@@ -158,7 +199,7 @@ class Stream:
         if not 1 <= block < self.n_blocks:
             raise DataError(f"the stream has no block {block}", f"choose one of 1..{self.n_blocks}")
         manifest = dict(self.manifest)
-        for key in ("hashes", "blocks"):
+        for key in ("hashes", "blocks", "cuts"):
             if key in manifest:
                 manifest[key] = manifest[key][:block]
         manifest["withdrawn"] = [
@@ -192,7 +233,8 @@ class Stream:
             "items": self.items.filter(pl.col("first_block") == block),
         }
         for part, frame in frames.items():
-            write_parquet(folder / block_file(part, block), frame)
+            # in one piece, so that equal blocks are equal bytes however they came together
+            write_parquet(folder / block_file(part, block), frame.rechunk())
         return {part: hash_file(folder / block_file(part, block)) for part in frames}
 
     @classmethod
@@ -216,16 +258,7 @@ class Stream:
 
         Each is the hash of the one before, of the block's files, and of what is withdrawn there.
         """
-        hashes: Sequence[Mapping[str, str]] | None = self.manifest.get("hashes")
-        if not hashes:
-            raise DataError(
-                "this stream was not read from files, so it has no fingerprint", "save it and load it again"
-            )
-        found = [hash_value({"min_events": self.min_events})]
-        for block, files in enumerate(hashes, start=1):
-            withdrawn = sorted(w.item for w in self.withdrawn if w.covers(block))
-            found.append(hash_value([found[-1], files, withdrawn]))
-        return tuple(found[1:])
+        return fingerprints_of(self.manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -234,10 +267,34 @@ class Stream:
 
     def home_of(self, fingerprint: str | None) -> int | None:
         """Blocks of the prefix with this fingerprint, now or before users were forgotten; None for another stream's."""
-        for chain in (self.fingerprints, *self.manifest.get("earlier", [])):
-            if fingerprint in chain:
-                return list(chain).index(str(fingerprint)) + 1
-        return None
+        return home_of(self.manifest, fingerprint)
+
+
+def _min_events(manifest: Mapping[str, Any]) -> int:
+    return max(LEAST_TESTED, int(manifest.get("config", {}).get("min_events", LEAST_TESTED)))
+
+
+def _withdrawn(manifest: Mapping[str, Any]) -> tuple[Withdrawal, ...]:
+    return tuple(Withdrawal(*row) for row in manifest.get("withdrawn", []))
+
+
+def fingerprints_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """`Stream.fingerprints` of the stream with this manifest."""
+    if not manifest.get("hashes"):
+        raise DataError("this stream was not read from files, so it has no fingerprint", "save it and load it again")
+    found = [hash_value({"min_events": _min_events(manifest)})]
+    for block, files in enumerate(manifest["hashes"], start=1):
+        withdrawn = sorted(w.item for w in _withdrawn(manifest) if w.covers(block))
+        found.append(hash_value([found[-1], files, withdrawn]))
+    return tuple(found[1:])
+
+
+def home_of(manifest: Mapping[str, Any], fingerprint: str | None) -> int | None:
+    """`Stream.home_of` of the stream with this manifest."""
+    for chain in (fingerprints_of(manifest), *manifest.get("earlier", [])):
+        if fingerprint in chain:
+            return list(chain).index(str(fingerprint)) + 1
+    return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -254,10 +311,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{file}: schema_version {found!r}", f"this version reads {SCHEMA_VERSION}: import the source again"
         )
-    hashes = manifest.get("hashes")
-    whole = isinstance(hashes, list) and hashes and all(isinstance(h, dict) and set(h) == set(PARTS) for h in hashes)
-    if not whole:
-        raise DataError(f"{file} lacks the hashes of the files of each block", "import the source again")
+    read_record(file, ManifestRecord, "restore this file, or import the source again")
     return manifest
 
 

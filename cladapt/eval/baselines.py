@@ -84,10 +84,31 @@ class Markov:
         return (context @ self.transitions).toarray() + self.fill
 
 
+class OwnHistory:
+    """What a user takes again: the items of its history by how often, equal counts by the latest.
+
+    Block popularity orders the rest, and all where seen items may not be recommended.
+    """
+
+    def fit(self, log: TrainingLog, n_items: int) -> "OwnHistory":
+        popularity = BlockPopularity().fit(log, n_items).item_scores
+        self.fill = popularity / (popularity.max() + 1.0)
+        return self
+
+    def scores(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        scores = np.tile(self.fill, (len(histories), 1))
+        for row, history in zip(scores, histories, strict=True):
+            if len(history):
+                items, from_end, count = np.unique(history[::-1], return_index=True, return_counts=True)
+                row[items] = 1.0 + count - from_end / len(history)  # above every fill, and 1 for one more event
+        return scores
+
+
 MODELS: dict[str, type[CountsModel]] = {
     "popularity": Popularity,
     "block popularity": BlockPopularity,
     "markov": Markov,
+    "own history": OwnHistory,
 }
 
 

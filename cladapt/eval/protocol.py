@@ -26,7 +26,9 @@ from cladapt.eval.significance import Effect, compare, describe, interval
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COUNTS = ("block popularity", "markov")
+OWN_HISTORY = "own history"
+COUNTS = ("block popularity", "markov", OWN_HISTORY)
+"""The counts-only models of a table; the last only where seen items may be recommended."""
 FROZEN = "frozen"
 CEILING = "ceiling"
 TESTS, NOT_ALLOWED = "tests", "targets not allowed"
@@ -106,8 +108,9 @@ def measure_run(
         raise ConfigError(
             f"no model is tested on {sorted(asked)} with scope=current", "use scope=matrix, or a later block"
         )
-    whole = pl.concat(found[False])
-    return whole, pl.concat(found[True]) if found[True] else whole.clear()
+    # one piece, so that sums are the same to the last bit whether rows were measured or kept
+    whole = pl.concat(found[False], rechunk=True)
+    return whole, pl.concat(found[True], rechunk=True) if found[True] else whole.clear()
 
 
 def _cells(config: EvalConfig, model: int, blocks: Sequence[int], base: bool) -> Iterator[tuple[int, bool]]:
@@ -132,6 +135,8 @@ def measure_counts(
     config, stream = evaluator.config, evaluator.stream
     found = {}
     for name in COUNTS:
+        if name == OWN_HISTORY and config.exclude_seen:
+            continue
         frames = []
         for block in blocks:
             rows = _kept_counts(earlier or Earlier(), name, block, lag)
@@ -140,7 +145,7 @@ def measure_counts(
                 rows = evaluate_counts(stream, name, block - lag, cases, config.exclude_seen, config.beams)
             frames.append(rows)
         if frames:
-            found[name] = pl.concat(frames)
+            found[name] = pl.concat(frames, rechunk=True)
     return found
 
 
@@ -192,9 +197,11 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
     measured = user_metrics(rows, config.top_k, config.beams)
     main = f"HR@{max(config.top_k)}"
     columns = [*metric_columns(config), f"{main} (ID)"]
-    means = measured.group_by("block").agg(pl.col(columns).mean()).select(pl.col(columns).mean()).row(0, named=True)
+    # in order: a sum's last bit depends on it
+    means = measured.group_by("block", maintain_order=True).agg(pl.col(columns).mean())
+    means_of_blocks = means.select(pl.col(columns).mean()).row(0, named=True)
     row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), TESTS: rows.height}
-    row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means}
+    row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means_of_blocks}
     for column in (main, "log_likelihood"):
         effect = block_mean_interval(measured, column, config.bootstrap)
         row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"
@@ -267,6 +274,35 @@ def effects(a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Itera
         one, other = (block_weighted(rows.drop_nulls(metric), metric) for rows in (left, right))
         enough = min(one["user"].n_unique(), other["user"].n_unique()) >= 2
         found[metric] = compare(one, other, metric, config.bootstrap) if enough else None
+    return found
+
+
+def effects_by_block(
+    a: pl.DataFrame, b: pl.DataFrame, config: EvalConfig, metrics: Sequence[str]
+) -> dict[tuple[str, str], Effect]:
+    """Paired differences of the rows `a` minus `b` by (block, metric), and under "slope" how the difference grows from
+    one block to the next: the least-squares line through the differences of the blocks, users resampled.
+
+    Blocks with fewer than two users, and a slope through fewer than two blocks, are left out.
+    """
+    left, right = (user_metrics(rows, config.top_k, config.beams) for rows in (a, b))
+    found: dict[tuple[str, str], Effect] = {}
+    for metric in metrics:
+        one, other = left.drop_nulls(metric), right.drop_nulls(metric)
+        sizes = {int(block): n for block, n in one.group_by("block").len().sort("block").iter_rows()}
+        for block in sizes:
+            here, there = one.filter(pl.col("block") == block), other.filter(pl.col("block") == block)
+            if min(here["user"].n_unique(), there["user"].n_unique()) >= 2:
+                found[str(block), metric] = compare(here, there, metric, config.bootstrap)
+        if len(sizes) >= 2:
+            blocks = np.array([*sizes])
+            slope = (blocks - blocks.mean()) / ((blocks - blocks.mean()) ** 2).sum()
+            # so that the mean over all rows is the sum over blocks of slope times the mean of the block
+            weight = {block: s * one.height / sizes[block] for block, s in zip(sizes, slope, strict=True)}
+            scaled = pl.col(metric) * pl.col("block").replace_strict(weight, return_dtype=pl.Float64)
+            found["slope", metric] = compare(
+                one.with_columns(scaled), other.with_columns(scaled), metric, config.bootstrap
+            )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from cladapt.data.ids import read_ids
 from cladapt.data.readers import to_seconds
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.lists import Catalogue, decode_in_batches, make_decoder
@@ -110,15 +111,7 @@ def _check_ids(path: Path, column: str, dtype: Any) -> None:
 
 def read_catalogue(path: Path) -> list[str]:
     """Item ids of a text file, one per line."""
-    if not path.is_file():
-        raise DataError(f"no such file: {path}", "check the path")
-    try:
-        items = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", "expected a UTF-8 text file, one item id per line") from error
-    if not items:
-        raise DataError(f"{path} lists no item", "write one item id per line")
-    return items
+    return read_ids(path, "item")
 
 
 def recommend(

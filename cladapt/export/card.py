@@ -13,19 +13,14 @@ from typing import Any, Literal, Protocol
 import yaml
 from pydantic import BaseModel
 
-from cladapt.artifacts import hash_value, read_record
+from cladapt.artifacts import read_record
 from cladapt.config import RunSettings
+from cladapt.data.schema import MANIFEST, ManifestRecord, home_of
 from cladapt.model.load import LEFT_OUT
 
 CARD = "README.md"
 UNKNOWN = "unknown: fill in"
 TAGS = ["continual-learning", "recommendation", "semantic-ids", "cladapt"]
-
-
-class ManifestRecord(BaseModel):
-    """What a stream's manifest.json must hold."""
-
-    hashes: dict[str, str]
 
 
 class TargetsRecord(BaseModel):
@@ -74,12 +69,15 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def facts_of(run: Trained | None, stream: str | None) -> Facts:
-    """What `run` knows; its data folder counts only while it still is the stream of that fingerprint."""
+def facts_of(run: Trained | None, stream: str | None, data: Path | None = None) -> Facts:
+    """What `run` knows; its data folder counts only while a prefix of the stream there has that fingerprint.
+
+    `data`: where the stream is now.
+    """
     if run is None:
         return Facts()
-    manifest = _read(Path(run.config.data) / "manifest.json", ManifestRecord, "restore the stream directory")
-    if hash_value(manifest.get("hashes")) != stream:
+    manifest = _read((data or Path(run.config.data)) / MANIFEST, ManifestRecord, "restore the stream directory")
+    if manifest and home_of(manifest, stream) is None:
         manifest = {}
     packages = run.packages
     return Facts(

@@ -11,6 +11,7 @@ from torch import nn
 
 from cladapt.artifacts import atomic_dir
 from cladapt.errors import CheckFailed, DataError
+from cladapt.export.catalogue import Offered
 from cladapt.model.load import LEFT_OUT, Base, load_base, write_base
 from cladapt.model.saved import adapter_block, adapter_provenance, load_adapter
 
@@ -33,13 +34,18 @@ class MergeReport:
     left_out: Mapping[str, Any]
 
 
-def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) -> MergeReport:
+def merge(
+    adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4, offered: Offered | None = None
+) -> MergeReport:
     """Write the merged checkpoint, read it back and compare its logits with base + adapter on probe histories.
 
-    `tolerance` bounds the largest difference relative to the largest logit; above it `CheckFailed`, and nothing stays.
+    It has the IDs of all items of the stream and the catalogue, where they are given as `offered`, else those of the
+    base. `tolerance` bounds the largest difference relative to the largest logit; above it `CheckFailed`, and nothing
+    stays.
     """
     base, block = load_base(base_folder, dtype=torch.float32), adapter_block(adapter)
     model = load_adapter(base, adapter)
+    table = base.sids if offered is None else base.with_sids(offered.sids).sids
     probe = probe_tokens(base)
     before = logits(model, probe)
     if not torch.isfinite(before).all():
@@ -55,7 +61,9 @@ def merge(adapter: Path, base_folder: Path, out: Path, tolerance: float = 1e-4) 
     }
     merged = cast("PreTrainedModel", model.merge_and_unload())
     with atomic_dir(out) as folder:
-        write_base(folder, merged, base.tokenizer, base.sids, record)
+        write_base(folder, merged, base.tokenizer, table, record)
+        if offered is not None:
+            offered.save_items(folder)
         written = _read_back(folder, adapter, merged.dtype)
         difference = (before - logits(written.model, probe)).abs()
         bound = tolerance * float(before.abs().max())

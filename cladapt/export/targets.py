@@ -10,6 +10,7 @@ from typing import Any
 from cladapt.artifacts import atomic_dir, atomic_path, write_json
 from cladapt.errors import ConfigError
 from cladapt.export.card import CARD, Facts, adapter_card, merged_card
+from cladapt.export.catalogue import Offered
 from cladapt.export.merge import merge
 from cladapt.export.place import refuse_existing
 from cladapt.export.vllm import export_vllm
@@ -18,14 +19,18 @@ from cladapt.model.load import LEFT_OUT, base_provenance, load_base
 from cladapt.model.saved import CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 
 
-def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:
+def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None) -> dict[str, Any]:
     """Copy the adapter in stock PEFT form, pointing to its base, after checking that the two belong together."""
     refuse_existing(out)
     base = load_base(base_folder)
     parameters = adapter_parameters(load_adapter(base, adapter))
+    if offered is not None:
+        base.with_sids(offered.sids)  # IDs of another stream are refused
     provenance = adapter_provenance(adapter)
     with atomic_dir(out) as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        if offered is not None:
+            offered.save(folder)
         config = adapter_settings(folder)
         config["base_model_name_or_path"] = str(base_folder.resolve())
         write_json(folder / CONFIG_FILE, config)
@@ -42,10 +47,10 @@ def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
     }
 
 
-def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:
+def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None) -> dict[str, Any]:
     """Write base and adapter as one checkpoint; see `merge`."""
     refuse_existing(out)
-    report = merge(adapter, base_folder, out)
+    report = merge(adapter, base_folder, out, offered=offered)
     provenance = adapter_provenance(adapter)
     base, merged = base_provenance(base_folder), base_provenance(out)
     with atomic_path(out / CARD) as temporary:
@@ -61,15 +66,25 @@ def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> 
     }
 
 
-TARGETS: dict[str, Callable[[Path, Path, Path, Facts], dict[str, Any]]] = {
+TARGETS: dict[str, Callable[[Path, Path, Path, Facts, Offered | None], dict[str, Any]]] = {
     "peft": export_peft,
     "merged": export_merged,
     "vllm": export_vllm,
 }
 
 
-def export(target: str, adapter: Path, base_folder: Path, out: Path, facts: Facts | None = None) -> dict[str, Any]:
-    """Export an adapter to `target`; returns what was written. `facts` fill its model card."""
+def export(
+    target: str,
+    adapter: Path,
+    base_folder: Path,
+    out: Path,
+    facts: Facts | None = None,
+    offered: Offered | None = None,
+) -> dict[str, Any]:
+    """Export an adapter to `target`; returns what was written.
+
+    `facts` fill its model card; `offered`, the IDs of the stream and its catalogue, are written with it.
+    """
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not known", f"use one of {', '.join(TARGETS)}")
-    return TARGETS[target](adapter, base_folder, out, facts or Facts())
+    return TARGETS[target](adapter, base_folder, out, facts or Facts(), offered)

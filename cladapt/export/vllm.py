@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from cladapt.artifacts import atomic_dir, atomic_path, read_json, write_json
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.card import CARD, Facts, adapter_card
+from cladapt.export.catalogue import Offered
 from cladapt.export.place import refuse_existing
 from cladapt.export.preflight import MAX_LORA_RANKS, Finding, max_lora_rank, preflight, refuse, subject
 from cladapt.model.generation import write_greedy
@@ -33,14 +34,16 @@ from cladapt.tokens.sids import SidTable
 GUIDE = "SERVING.md"
 
 
-def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> dict[str, Any]:
+def export_vllm(
+    adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None = None
+) -> dict[str, Any]:
     """Add an adapter, and at first its base, to the serving folder `out`.
 
     `CheckFailed` when vLLM would refuse it, `DataError` when `out` serves another base; what is there already and the
-    same is kept.
+    same is kept, but for IDs and catalogue (`offered`), which are those of the stream now.
     """
     _refuse_foreign(out)
-    config, tensors = servable(adapter, base_folder)
+    config, tensors = servable(adapter, base_folder, offered)
     findings = preflight(subject(config, _shapes(tensors), base_folder), "vllm")
     refuse(str(adapter), findings)
     name = served_name(adapter)
@@ -64,6 +67,10 @@ def export_vllm(adapter: Path, base_folder: Path, out: Path, facts: Facts) -> di
             write_factors(folder, tensors, provenance)
             card = adapter_card("../../base", config, provenance, base, facts)
             (folder / CARD).write_text(card, encoding="utf-8")
+            if offered is not None:
+                offered.save(folder)
+    elif offered is not None:
+        offered.save(target)
     command = serve_command(out)
     with atomic_path(out / GUIDE) as temporary:
         temporary.write_text(_guide(out, command, findings), encoding="utf-8")
@@ -92,11 +99,16 @@ def served_name(adapter: Path) -> str:
     return adapter.resolve().name if block is None else f"block_{block}"
 
 
-def servable(adapter: Path, base_folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def servable(
+    adapter: Path, base_folder: Path, offered: Offered | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors in the form that servers read, after checking that adapter and base fit."""
     from peft.tuners.lora import LoraLayer
 
-    model = load_adapter(load_base(base_folder), adapter)
+    base = load_base(base_folder)
+    model = load_adapter(base, adapter)
+    if offered is not None:
+        base.with_sids(offered.sids)  # IDs of another stream are refused
     config, tensors = adapter_settings(adapter), read_factors(adapter)
     if not (config.get("rank_pattern") or config.get("alpha_pattern")):
         return config, tensors
@@ -192,8 +204,9 @@ is the token that opens a history, then the tokens of each item's ID in time ord
 - A new block needs no restart: start the server with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` (on trusted networks
   only) and post `{{"lora_name": "block_9", "lora_path": "/path/to/adapters/block_9"}}` to `/v1/load_lora_adapter`.
 - `--max-loras N` lets one batch mix N adapters (default 1); `--max-lora-rank` is one of {ranks}.
-- vLLM knows no catalogue: free decoding may name IDs that no item has. For rankings that are valid, distinct and
-  full-width use `cladapt recommend`.
+- vLLM knows no catalogue: free decoding may name IDs that no item has, or one that is withdrawn. The IDs of all items
+  are in each adapter's `sids.parquet`, the items that may be recommended in its `catalogue.parquet`. For rankings that
+  are valid, distinct and full-width use `cladapt recommend HISTORIES --adapter adapters/NAME --base base`.
 {limits}
 """.rstrip()
         + "\n"

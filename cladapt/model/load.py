@@ -5,7 +5,7 @@ The directory is an ordinary checkpoint (model, tokenizer) beside `sids.parquet`
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from torch import nn
 
 from cladapt import __version__
 from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
+from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.generation import greedy
 from cladapt.model.packed import TrieSoftmax
@@ -89,6 +90,28 @@ class Base(Made):
     def task_type(self) -> str:
         """PEFT's name of its task."""
         return "CAUSAL_LM"
+
+    def with_sids(self, table: SidTable) -> "Base":
+        """The base with the IDs of `table`, a stream's, in place of its own.
+
+        `DataError` where level sizes differ, or an item that both have has another ID: the same tokens would stand for
+        other items.
+        """
+        meaning = "the same tokens would stand for other items"
+        cure = "use the stream that this base was made for, or make a base for this one"
+        if self.sids.sizes != table.sizes:
+            raise DataError(
+                f"the base has tokens for levels of {list(self.sids.sizes)} codes, the stream's IDs have levels of "
+                f"{list(table.sizes)}: {meaning}",
+                cure,
+            )
+        if (other := self.sids.first_other(table)) is not None:
+            raise DataError(
+                f"the base has the ID {self.sids.spelt(other)} for item {other!r}, the stream has "
+                f"{table.spelt(other)}: {meaning}",
+                cure,
+            )
+        return replace(self, sids=table)
 
     def bos(self) -> int:
         """The token that opens a packed history."""
@@ -202,19 +225,16 @@ def _pretrained(source: str | Path, dtype: torch.dtype) -> "tuple[PreTrainedToke
     return tokenizer, model, sorted(found["unexpected_keys"])
 
 
-def reuse_base(folder: Path, sids: SidTable) -> Base:
-    """A base+tokens directory, a merged export among them, as the start of another base for the same IDs.
-
-    `DataError` where its ID table is another one: the same tokens would stand for other items.
-    """
-    base = load_base(folder)
-    if base.sids.fingerprint != sids.fingerprint:
+def check_home(base: Base, stream: Stream, base_name: str, stream_name: str) -> None:
+    """`DataError` where the base has learned events of another stream than this one and its prefixes."""
+    recorded = base.provenance.get("stream")
+    learned = base.fitted_block or (1 if base.provenance.get("form") else 0)
+    if learned and stream.home_of(recorded) is None:
+        what = f"was trained on block {learned}" if base.fitted_block else "has ID rows fitted on block 1"
         raise DataError(
-            f"{folder} has the tokens of the ID table {base.sids.fingerprint}, the stream has {sids.fingerprint}: "
-            "the same tokens would stand for other items",
-            "use the stream that this base was made for, or a checkpoint without ID tokens",
+            f"{base_name} {what} of the stream {recorded}, {stream_name} is the stream {stream.fingerprint}",
+            "use the stream that the base was made from, so that no test event is in its training data",
         )
-    return base
 
 
 def check_form(base: Base, form: str) -> None:

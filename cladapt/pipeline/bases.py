@@ -8,9 +8,18 @@ from torch import nn
 
 from cladapt.config import BaseConfig
 from cladapt.data.schema import Stream
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import ConfigError
 from cladapt.export.targets import refuse_existing
-from cladapt.model.load import LEFT_OUT, PROVENANCE, Base, base_provenance, extend_model, reuse_base, save_base
+from cladapt.model.load import (
+    LEFT_OUT,
+    PROVENANCE,
+    Base,
+    base_provenance,
+    check_home,
+    extend_model,
+    load_base,
+    save_base,
+)
 from cladapt.ops import compute_device
 from cladapt.tokens.build import load_sids
 from cladapt.tokens.sids import SidTable
@@ -25,7 +34,7 @@ from cladapt.train.stream import catalogue_softmax
 def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict[str, Any]:
     """Train a small model from scratch on block 1 and write it as base+tokens."""
     refuse_existing(out)
-    stream = Stream.load(data)
+    stream = Stream.load(data).prefix(1)
     base, result = make_base(out, stream, load_sids(data, stream), config, sink)
     return _report(out, base, result)
 
@@ -35,30 +44,33 @@ def init_base(
 ) -> dict[str, Any]:
     """Add the ID tokens to a pretrained model, fit their rows on block 1 and bake them in.
 
-    The model itself stays as it was, so block 1 still has to be learned: adapters of this base start there. A source
-    that is a base of the same IDs, such as a merged export, keeps its rows and what it has learned; `refit` fits all
-    ID rows again.
+    The model itself stays as it was, so block 1 still has to be learned: adapters of this base start there. It has the
+    IDs of the items known at block 1, and is the same whatever blocks follow. A source that is a base of the same IDs,
+    such as a merged export, keeps its rows, its IDs and what it has learned; `refit` fits all ID rows again.
     """
     refuse_existing(out)
     if form_name not in ("packed", "prompt"):
         raise ConfigError(f"form {form_name!r} is not known", "use packed or prompt")
-    stream = Stream.load(data)
+    whole = Stream.load(data)
+    stream = whole.prefix(1)
     sids = load_sids(data, stream)
-    base, new = _start(source, sids, stream, config)
+    base, new = _start(source, sids, whole, config, str(data))
     fitted = new
     if refit:
         fitted = sid_token_ids(base.tokenizer, sids).tolist()
     cast(nn.Module, base.model).to(compute_device())  # before the softmax, which lies beside the head
     result, record = None, dict(base.provenance)
     if config.epochs and fitted:
-        softmax = catalogue_softmax(base, stream, 1, config.softmax)
-        documents = first_block(stream, base, form_name, config)
+        known = base.with_sids(sids)
+        softmax = catalogue_softmax(known, stream, 1, config.softmax)
+        documents = first_block(stream, known, form_name, config)
         model, result = fit_token_rows(base.model, fitted, softmax, *documents, config, sink)
         base = replace(base, model=model)
         record |= fitted_form(form_name, config)
-    learned = base_record(stream, config, int(record.get("fitted_block", 0)))
-    record |= {**learned, "source": source, "new_tokens": len(new)}
-    save_base(out, base.model, base.tokenizer, sids, record)
+    fitted_block = int(record.get("fitted_block", 0))
+    learned = str(record["stream"]) if fitted_block else stream.fingerprint
+    record |= {**base_record(learned, config, fitted_block), "source": source, "new_tokens": len(new)}
+    save_base(out, base.model, base.tokenizer, base.sids, record)
     left_out = base_provenance(out)[LEFT_OUT]
     return {
         **_report(out, base, result),
@@ -68,18 +80,14 @@ def init_base(
     }
 
 
-def _start(source: str, sids: SidTable, stream: Stream, config: BaseConfig) -> tuple[Base, list[int]]:
+def _start(source: str, sids: SidTable, stream: Stream, config: BaseConfig, data: str) -> tuple[Base, list[int]]:
     """The model to begin with, and the ids of the tokens that it did not have."""
     if not (Path(source) / PROVENANCE).is_file():
         model, tokenizer, new = extend_model(source, sids, config.seed)
         return Base(model, tokenizer, sids, {}), new
-    base = reuse_base(Path(source), sids)
-    if base.fitted_block and stream.home_of(base.provenance.get("stream")) is None:
-        raise DataError(
-            f"{source} has learned up to block {base.fitted_block} of the stream {base.provenance.get('stream')}, "
-            f"this is the stream {stream.fingerprint}",
-            "use the stream that it has learned, so that no test event is in its training data",
-        )
+    base = load_base(Path(source))
+    check_home(base, stream, source, data)
+    base.with_sids(sids)  # the same tokens must stand for the same items
     return replace(base, provenance={**base.provenance, "parent_base": base.fingerprint}), []
 
 

@@ -13,6 +13,7 @@ from cladapt.config import resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.expect import check_expected, read_expected
+from cladapt.lock import locked
 from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
@@ -21,7 +22,7 @@ from cladapt.pipeline.evaluated import Evaluated
 from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.pipeline.measured import earlier_of, measured_of, refuse_mixture
 from cladapt.pipeline.report import METRICS, REPORT, run_report
-from cladapt.run import Run, latest_run, locked, open_run
+from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import FittedBase
 

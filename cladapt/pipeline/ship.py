@@ -1,6 +1,7 @@
 """What leaves the tool: merged checkpoints, serving adapters, recommendations."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +13,25 @@ from torch import nn
 from cladapt import ranks
 from cladapt.artifacts import atomic_path, check_writable, read_record
 from cladapt.config import EvalConfig
+from cladapt.data.schema import MANIFEST, Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
 from cladapt.export.card import Facts, facts_of
+from cladapt.export.catalogue import CATALOGUE, SIDS, Offered
 from cladapt.export.compress import compressed
 from cladapt.export.preflight import RULES as SERVERS
 from cladapt.export.preflight import refuse
 from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
 from cladapt.model.adapter import adapted_lm
-from cladapt.model.load import PROVENANCE, load_base
+from cladapt.model.load import PROVENANCE, Base, load_base
 from cladapt.model.saved import CONFIG_FILE, adapter_provenance, load_adapter
 from cladapt.ops import compute_device
+from cladapt.pipeline.promote import current_block
 from cladapt.pipeline.report import METRICS
 from cladapt.run import Run
+from cladapt.tokens.build import load_sids
 from cladapt.train.stream import make_form
 from cladapt.workloads._base import MetricsRecord
 
@@ -41,7 +46,10 @@ class Source:
 
 
 def find_source(path: Path | None, base: Path | None, block: int | None) -> Source:
-    """The adapter that a run (its last block, or `block`), an adapter directory or the latest run stands for."""
+    """The adapter that a run, an adapter directory or the latest run stands for.
+
+    Of a run that of `block`, else the current one, else that of the last block.
+    """
     if path is not None and (path / CONFIG_FILE).is_file():
         if block is not None:
             raise ConfigError(f"--block {block} with an adapter directory", "name its run directory instead")
@@ -55,7 +63,7 @@ def find_source(path: Path | None, base: Path | None, block: int | None) -> Sour
         raise DataError(
             f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
         )
-    chosen = max(adapters) if block is None else block
+    chosen = (current_block(run) or max(adapters)) if block is None else block
     if chosen not in adapters:
         raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
     return Source(adapters[chosen], base or Path(run.config.base), run)
@@ -66,6 +74,27 @@ def _run_of(adapter: Path) -> Run | None:
     return Run.open(folder) if (folder / "config.json").is_file() and (folder / "adapters").is_dir() else None
 
 
+def offered_of(source: Source, data: Path | None = None) -> Offered | None:
+    """The IDs and the catalogue as of the newest block of the stream that an adapter has learned.
+
+    That is the run's stream, or `data` where it is given. An export outside a run brings them along; None for one of
+    before it did.
+    """
+    if data is None and source.run is None:
+        return Offered.load(source.adapter)
+    folder = data or Path(source.run.config.data)  # type: ignore[union-attr]
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} is not a stream directory", "say where the stream is now: --data DIR")
+    stream = Stream.load(folder)
+    learned = adapter_provenance(source.adapter).get("stream")
+    if stream.home_of(learned) is None:
+        raise DataError(
+            f"{source.adapter} has learned the stream {learned}, {folder} is the stream {stream.fingerprint}",
+            "name the stream that it has learned: --data DIR",
+        )
+    return Offered.of(stream, load_sids(folder, stream))
+
+
 def export(
     path: Path | None,
     target: str,
@@ -74,9 +103,11 @@ def export(
     block: int | None,
     all_blocks: bool = False,
     rank: int | None = None,
+    data: Path | None = None,
 ) -> dict[str, Any]:
     """Export an adapter; by default the latest run's last one into `<run>/export/<target>`.
 
+    The IDs of the whole stream and the items that may be recommended now go with it; `data`: where the stream is.
     `all_blocks`: the adapter of every block of the run, for a target that holds several. `rank`: each cut to it, see
     `compressed`; the result states what was lost.
     """
@@ -91,16 +122,20 @@ def export(
     if all_blocks:  # no block is written unless all can be
         for source in sources:
             refuse(str(source.adapter), [f for f in check_vllm(source.adapter, source.base) if f.server == "vllm"])
-    facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"))
-    results = [_export_one(target, source, out, facts, rank) for source in sources]
+    facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"), data)
+    offered = offered_of(last, data)
+    results = [_export_one(target, source, out, facts, offered, rank) for source in sources]
     return results[0] if not all_blocks else {**results[-1], "block": [result["block"] for result in results]}
 
 
-def _export_one(target: str, source: Source, out: Path, facts: Facts, rank: int | None) -> dict[str, Any]:
+def _export_one(
+    target: str, source: Source, out: Path, facts: Facts, offered: Offered | None, rank: int | None
+) -> dict[str, Any]:
+    found = {} if offered is None else {"offered_items": len(offered.items)}
     if rank is None:
-        return export_to(target, source.adapter, source.base, out, facts)
+        return {**export_to(target, source.adapter, source.base, out, facts, offered), **found}
     with compressed(source.adapter, source.base, rank) as (adapter, lost):
-        return {**export_to(target, adapter, source.base, out, facts), "compressed": lost}
+        return {**export_to(target, adapter, source.base, out, facts, offered), **found, "compressed": lost}
 
 
 def check(path: Path | None, base: Path | None, block: int | None, all_blocks: bool = False) -> dict[str, Any]:
@@ -137,11 +172,13 @@ def recommend(
     user: str = "user",
     item: str = "item",
     timestamp: str = "timestamp",
+    data: Path | None = None,
 ) -> dict[str, Any]:
     """Write the best items for each history to `out`; returns the counts.
 
-    `beams` None: those of the evaluation, or `top_k` where that is more. `user`, `item` and `timestamp` name the
-    columns of the histories.
+    The items are those that may be recommended now (see `offered_of`), of the file `catalogue` where it is given;
+    withdrawn ones never. `beams` None: those of the evaluation, or `top_k` where that is more. `user`, `item` and
+    `timestamp` name the columns of the histories.
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
@@ -149,7 +186,7 @@ def recommend(
         raise ConfigError(f"--out {out} is the file of the histories", "name another file")
     ranks.once(lambda: _check_out(out, overwrite))
     wanted = read_histories(histories, user, item, timestamp)
-    allowed = None if catalogue is None else read_catalogue(catalogue)
+    listed = None if catalogue is None else read_catalogue(catalogue)
     source = find_source(path, base_folder, block)
     record = adapter_provenance(source.adapter)
     width = _width(source, record, top_k, beams)
@@ -159,14 +196,34 @@ def recommend(
     if lacking:
         raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
     model = load_adapter(base, source.adapter)
+    base, allowed, withdrawn = _catalogue(source, data, base, listed, catalogue)
     form = make_form(record["form"], base, record["window"], row_tokens=1 << 16)
     frame, counts = recommend_items(
         adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, width, exclude_seen
     )
+    counts["withdrawn_catalogue_items"] = withdrawn
     if out.suffix == ".csv":
         frame, counts["escaped_cells"] = escaped(frame)
     ranks.once(lambda: _write_table(out, frame))
     return {"out": str(out), "adapter": str(source.adapter), "beams": width, **counts}
+
+
+def _catalogue(
+    source: Source, data: Path | None, base: Base, listed: list[str] | None, file: Path | None
+) -> tuple[Base, list[str] | None, int]:
+    """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
+    offered = offered_of(source, data)
+    if offered is None:
+        warnings.warn(
+            f"{source.adapter} has no {SIDS} and no {CATALOGUE}: items and IDs are those of its base, withdrawn and "
+            "new items are not known; export the adapter again, or name the stream with --data DIR",
+            stacklevel=3,
+        )
+        return base, listed, 0
+    allowed, withdrawn = offered.chosen(listed)
+    if not allowed:
+        raise DataError(f"all {withdrawn} items of {file} are withdrawn", "list items that are offered")
+    return base.with_sids(offered.sids), allowed, withdrawn
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

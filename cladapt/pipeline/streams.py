@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import polars as pl
 
 from cladapt.artifacts import atomic_dir, atomic_path, check_writable
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
+from cladapt.data.append import waiting_rows
 from cladapt.data.blocks import build_stream, check_stream
 from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, reader_for
 from cladapt.data.schema import MANIFEST, PARTS, Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
-from cladapt.tokens.build import SIDS, load_sids, save_sids, shared_texts
+from cladapt.tokens.build import SIDS, index_sids, load_sids, save_index, save_sids, shared_texts
+from cladapt.tokens.encoder import encoder_settings
+from cladapt.tokens.extend import extend_sids, extend_with_index
 from cladapt.tokens.sids import SidTable, read_index
 
 
@@ -24,6 +28,8 @@ def import_data(source: str, out: Path, format: str, options: ReadOptions, confi
     refuse_stream(out)
     log = read(source, format, options)
     stream, table = _cut(log, config)
+    if options.items is not None and os.path.exists(source) and options.items.samefile(source):
+        stream = replace(stream, manifest={**stream.manifest, "items_in_log": True})
     with atomic_dir(out) as folder:
         stream.save(folder)
         if table is not None:
@@ -42,7 +48,7 @@ def _cut(log: RawLog, config: BlocksConfig) -> tuple[Stream, SidTable | None]:
         stream = build_stream(log, config)
     except DataError as error:
         raise DataError(error.message, "; ".join([*log.warnings, error.hint])) from error
-    table = None if log.index is None else SidTable.from_index(log.index).align(stream.items["item"].to_list())
+    table = None if log.index is None else index_sids(stream, SidTable.from_index(log.index), TokensConfig())
     return stream, table
 
 
@@ -87,12 +93,14 @@ def simulate_data(out: Path, config: SimulateConfig) -> dict[str, Any]:
 
 
 def check_data(folder: Path) -> dict[str, Any]:
-    """Verify a stream directory; the per-block report."""
+    """Verify a stream directory; the per-block report, and how many rows wait to become a block."""
     stream = Stream.load(folder)
     report = check_stream(stream)
     if os.path.lexists(folder / SIDS):
         report["semantic_ids"] = load_sids(folder, stream).collisions()["distinct"]
-    return {"stream": str(folder), "fingerprint": stream.fingerprint, **report}
+    pending = waiting_rows(folder, stream.n_blocks).height
+    waiting = {"pending": pending} if pending else {}
+    return {"stream": str(folder), "fingerprint": stream.fingerprint, **waiting, **report}
 
 
 def is_source(path: Path, format: str) -> bool:
@@ -111,17 +119,14 @@ def check_source(
     `rejects` names a csv file to make of the rejected rows. Where an import would fail this fails alike, and shows some
     of the rejected rows.
     """
-    if rejects is not None:
-        if os.path.lexists(rejects):
-            raise ConfigError(f"{rejects} exists", "choose another --rejects, or remove it")
-        check_writable(rejects)
+    check_rejects(rejects)
     reader = reader_for(source, format)
     try:
         log = read(source, reader.name, options)
     except NoRows as error:
-        _write_rejects(error.rejects, rejects)
+        write_rejects(error.rejects, rejects)
         raise NoRows(error.message + _first_of(error.rejects), error.hint, error.rejects) from error
-    _write_rejects(log.rejects, rejects)
+    write_rejects(log.rejects, rejects)
     try:
         outcome = _report(_cut(log, config)[0])
     except DataError as error:
@@ -145,17 +150,27 @@ def check_source(
 
 
 def _first_of(rejects: pl.DataFrame) -> str:
-    shown = [f"{_where(row)}: {row['reason']} {row['value']!r}" for row in rejects.head(3).to_dicts()]
+    shown = [f"{where_of(row)}: {row['reason']} {row['value']!r}" for row in rejects.head(3).to_dicts()]
     return f"; rejected rows: {rejects.height}, the first: {', '.join(shown)}" if shown else ""
 
 
-def _write_rejects(frame: pl.DataFrame, path: Path | None) -> None:
+def check_rejects(path: Path | None) -> None:
+    """`ConfigError` where the file for rejected rows exists, `EnvironmentProblem` where it cannot be written."""
+    if path is not None:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} exists", "choose another --rejects, or remove it")
+        check_writable(path)
+
+
+def write_rejects(frame: pl.DataFrame, path: Path | None) -> None:
+    """Write rejected rows to a csv file, where one is named."""
     if path is not None:
         with atomic_path(path) as temporary:
             frame.write_csv(temporary)
 
 
-def _where(row: Mapping[str, Any]) -> str:
+def where_of(row: Mapping[str, Any]) -> str:
+    """File and line of a rejected row, as compilers write them."""
     return row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
 
 
@@ -185,16 +200,36 @@ def _repeats(events: pl.DataFrame) -> int:
 
 
 def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
-    """Write `sids.parquet` (and the codebooks) into a stream directory."""
+    """Write `sids.parquet`, and what extending it needs, into a stream directory."""
     stream = Stream.load(folder)
     if (folder / SIDS).exists():
-        raise ConfigError(f"{folder / SIDS} exists: bases were made for it", "remove it to give the items new IDs")
+        raise ConfigError(
+            f"{folder / SIDS} exists: bases were made for it",
+            f"give new items IDs with `cladapt tokens extend {folder}`, or remove it to give all items new IDs",
+        )
     if index is not None:
-        table = read_index(index).align(stream.items["item"].to_list())
-        table.save(folder / SIDS)
+        table = save_index(folder, stream, read_index(index), config)
     else:
         table = save_sids(folder, stream, config)
     return _about_tokens(folder, stream, table)
+
+
+def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
+    """Give IDs to the items of a stream that have none, from the frozen codebooks or from the rows of `index`."""
+    stream = Stream.load(folder)
+    done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
+    drift = done.drift or {}
+    return {
+        "sids": str(folder / SIDS),
+        "fingerprint": done.table.fingerprint,
+        "items": len(done.table.items),
+        "new_items": done.new,
+        "result": "extended" if done.new else "nothing to do: every item has a semantic ID",
+        "items_sharing_an_id": done.sharing,
+        **({} if done.without_text is None else {"items_without_text": done.without_text}),
+        **_room(folder, done.table),
+        "drift": [{"items": items, **fit.model_dump()} for items, fit in drift.items()],
+    }
 
 
 def inspect_tokens(folder: Path) -> dict[str, Any]:
@@ -205,7 +240,17 @@ def inspect_tokens(folder: Path) -> dict[str, Any]:
 
 def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:
     texts = shared_texts(stream.items["text"].to_list())
-    return {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **collision_report(table)}
+    report = {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **_room(folder, table)}
+    return {**report, **collision_report(table)}
+
+
+def _room(folder: Path, table: SidTable) -> dict[str, int]:
+    """Codes of the last level, and items in the fullest group of equal codes before it; none without such a level."""
+    settings = encoder_settings(folder)
+    if settings is not None and not settings.deduplicate:
+        return {}
+    groups = np.unique(table.codes[:, :-1], axis=0, return_counts=True)[1] if table.levels > 1 else [len(table.items)]
+    return {"capacity": table.sizes[-1], "fullest_group": int(max(groups))}
 
 
 def collision_report(table: SidTable) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Semantic IDs of a stream's items: text, embedding, residual k-means, and a level that tells equal codes apart.
 
-Embedding and codebooks are fitted on the items known at block 1 and then frozen; later items are encoded with them.
+Embedding, codebooks and the sizes of all levels are fixed by the items known at block 1; later items are encoded with
+them, in order of first appearance, so that IDs are the same however the stream has grown.
 """
 
 import warnings
@@ -13,50 +14,74 @@ import numpy as np
 from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
-from cladapt.tokens.embed import embed
-from cladapt.tokens.quantize import ResidualKMeans
+from cladapt.tokens.encoder import ENCODER, Encoder, warn_of_empty
 from cladapt.tokens.sids import SidTable
 
 SIDS = "sids.parquet"
-CODEBOOKS = "codebooks.safetensors"
 _MANY = 10
 """More items of one text than this are worth a warning."""
 _CURE = "give them texts of their own, or take the IDs of an index with `cladapt tokens build --index FILE`"
 
 
-def load_sids(folder: Path, stream: Stream) -> SidTable:
-    """The IDs of a stream directory in the order of its items."""
+def read_sids(folder: Path) -> SidTable:
+    """The IDs of a stream directory, in the order of the file."""
     if not (folder / SIDS).is_file():
         raise DataError(f"{folder} has no {SIDS}", f"give its items semantic IDs: cladapt tokens build {folder}")
-    return SidTable.load(folder / SIDS).align(stream.items["item"].to_list())
+    return SidTable.load(folder / SIDS)
+
+
+def load_sids(folder: Path, stream: Stream) -> SidTable:
+    """The IDs of a stream directory in the order of the stream's items."""
+    return read_sids(folder).align(
+        stream.items["item"].to_list(), f"give the new items semantic IDs: cladapt tokens extend {folder}"
+    )
 
 
 def save_sids(folder: Path, stream: Stream, config: TokensConfig) -> SidTable:
-    """Give the items of a stream directory IDs, and write these with their codebooks."""
-    table, codebooks = build_sids(stream, config)
-    codebooks.save(folder / CODEBOOKS)
+    """Give the items of a stream directory IDs, and write these with all that `tokens extend` needs."""
+    table, encoder = build_sids(stream, config)
+    encoder.save(folder)
     table.save(folder / SIDS)
     return table
 
 
-def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, ResidualKMeans]:
-    """The ID table in the order of the stream's items, and the frozen codebooks behind it.
+def save_index(folder: Path, stream: Stream, index: SidTable, config: TokensConfig) -> SidTable:
+    """Give the items of a stream directory the IDs of an index."""
+    table = index_sids(stream, index, config)
+    (folder / ENCODER).unlink(missing_ok=True)  # of IDs that were removed
+    table.save(folder / SIDS)
+    return table
 
-    An item's ID depends on block 1 and on the items before it in (first_block, row) order alone. The size of the
-    de-duplication level, the last one, is the largest group of equal codes over all blocks.
+
+def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, Encoder]:
+    """The ID table in the order of the stream's items, and the frozen encoder behind it."""
+    _check_texts(stream)
+    encoder = Encoder.fit(stream, config)
+    vectors = encoder.vectors(stream.items)
+    warn_of_empty(vectors)
+    codes = encoder.quantizer.encode(vectors)
+    ids = encoder.ids(codes, np.empty((0, len(encoder.sizes)), dtype=np.int32))
+    return SidTable(tuple(stream.items["item"]), ids, encoder.sizes), encoder
+
+
+def index_sids(stream: Stream, index: SidTable, config: TokensConfig) -> SidTable:
+    """The rows of an index in the order of the stream's items, with room for later ones.
+
+    A level has the next power of two of the largest code among the items known at block 1, plus one, and at least
+    `codes` codes; the last level at least `capacity`.
     """
-    first_block = stream.items["first_block"].to_numpy()
-    known = first_block == 1
-    _check_texts(stream.items["text"].to_list())
-    vectors = embed(stream.items["text"].to_list(), known, config.embedding, config.dimensions, config.seed)
-    quantizer = ResidualKMeans.fit(vectors[known], config.levels, config.codes, config.seed)
-    codes = quantizer.encode(vectors)
-    sizes = [len(centres) for centres in quantizer.codebooks]
-    if config.deduplicate:
-        number = number_in_group(codes, first_block)
-        codes = np.column_stack([codes, number])
-        sizes.append(int(number.max()) + 1)
-    return SidTable(tuple(stream.items["item"]), codes, tuple(sizes)), quantizer
+    table = index.align(stream.items["item"].to_list())
+    largest = table.codes[stream.known(1)].max(axis=0).tolist()
+    least = [config.codes] * (table.levels - 1) + [config.capacity]
+    sizes = tuple(max(1 << code.bit_length(), size) for code, size in zip(largest, least, strict=True))
+    try:
+        return SidTable(table.items, table.codes, sizes)
+    except DataError as error:
+        cure = (
+            "the items of block 1 fix the capacities; import without the index and give more room: cladapt tokens "
+            "build STREAM --index FILE -o codes=N -o capacity=N (codes: the levels before the last)"
+        )
+        raise DataError(error.message, cure) from error
 
 
 def shared_texts(texts: Sequence[str]) -> dict[str, int]:
@@ -68,25 +93,19 @@ def shared_texts(texts: Sequence[str]) -> dict[str, int]:
     }
 
 
-def _check_texts(texts: Sequence[str]) -> None:
-    """Refuse items of one text, warn of large groups: their IDs differ by a number alone, which says nothing."""
+def _check_texts(stream: Stream) -> None:
+    """Refuse items of one text at block 1, warn of large groups: their IDs differ by a number, which says nothing."""
+    texts = stream.items["text"].to_list()
+    first = [texts[item] for item in stream.known(1)]
+    if shared_texts(first)["largest_group_of_a_text"] == len(first) > 1:
+        raise DataError(
+            f"IDs cannot be built from text: all {len(first)} items known at block 1 have the same text", _CURE
+        )
     found = shared_texts(texts)
     sharing, largest = found["items_sharing_a_text"], found["largest_group_of_a_text"]
-    if largest == len(texts) > 1:
-        raise DataError(f"IDs cannot be built from text: all {len(texts)} items have the same text", _CURE)
     if largest > _MANY:
         warnings.warn(
             f"{sharing} of {len(texts)} items share their text with others, {largest} of them one text: nothing but a "
             f"number tells their IDs apart; {_CURE}",
             stacklevel=3,
         )
-
-
-def number_in_group(codes: np.ndarray, first_block: np.ndarray) -> np.ndarray:
-    """0, 1, 2, … within each group of equal rows of `codes`, in order of (first_block, row): int32 [n]."""
-    group = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.lexsort((first_block, group))  # stable: equal keys keep the row order
-    size = np.bincount(group)
-    number = np.empty(len(codes), dtype=np.int32)
-    number[order] = np.arange(len(codes)) - np.repeat(np.cumsum(size) - size, size)
-    return number

@@ -1,74 +1,192 @@
 """Item texts to vectors: TF-IDF reduced by a truncated SVD, or a sentence-transformers model.
 
-Only the items known at block 1 shape the TF-IDF space, so that an item's vector never depends on later arrivals.
+Fitted on the items known at block 1 alone and then frozen: an item's vector never depends on later arrivals, and what
+was saved gives the bits that were given when the IDs were built.
 """
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import polars as pl
 
+from cladapt.artifacts import read_parquet, read_tensors, write_parquet, write_tensors
 from cladapt.errors import DataError, EnvironmentProblem
 
+TERMS = "terms.parquet"
+EMBEDDING = "embedding.safetensors"
+PROBE = "a text by which a model is recognised"
 # shorter vectors are rounding noise of the projection of a unit vector, and normalising would blow them up
 _NOTHING = 1e-6
-_REMEDY = (
+_RESTORE = "restore this file: it belongs to the IDs of the stream"
+NO_TEXT = (
     "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or take the IDs of an index with "
     '`cladapt tokens build --index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'
 )
 
 
-def embed(texts: Sequence[str], fit: np.ndarray, method: str, dimensions: int, seed: int) -> np.ndarray:
-    """Unit vectors of `texts`, float32 [n, d]; rows without a usable text are zero and counted in a warning.
+class Embedding(Protocol):
+    """A frozen map from texts to vectors, kept in a folder."""
 
-    `fit` (bool mask or indices) marks the items known at block 1. `method` is `tfidf` (1-2 grams, sublinear,
-    `dimensions` of a truncated SVD) or the path or name of a sentence-transformers model, whose dimensions are kept.
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of any length, float64 [n, d]; a text without a known word gives zeros."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what the map needs."""
+        ...
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Names of the files that `save` writes."""
+        ...
+
+
+def fit_embedding(texts: Sequence[str], method: str, dimensions: int, seed: int) -> Embedding:
+    """The map for the items known at block 1, whose texts these are.
+
+    `method` is `tfidf` (1-2 grams, sublinear, `dimensions` of a truncated SVD) or the path or name of a
+    sentence-transformers model, whose dimensions are kept.
     """
-    if not any(text.strip() for text in texts):
-        raise DataError(f"IDs cannot be built from text: all {len(texts)} items have an empty text", _REMEDY)
-    vectors = _tfidf(texts, fit, dimensions, seed) if method == "tfidf" else _sentence_transformer(texts, method)
+    return Tfidf.fit(texts, dimensions, seed) if method == "tfidf" else SentenceModel.fit(method)
+
+
+def load_embedding(folder: Path, method: str) -> Embedding:
+    """The map that was saved in `folder` for the same `method`."""
+    return Tfidf.load(folder) if method == "tfidf" else SentenceModel.load(folder, method)
+
+
+def embed(embedding: Embedding, texts: Sequence[str]) -> np.ndarray:
+    """Unit vectors of `texts`, float32 [n, d]; zero where a text has nothing that the embedding knows."""
+    vectors = embedding.vectors(texts)
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    empty = norm[:, 0] <= _NOTHING
-    if empty.any():
-        warnings.warn(
-            f"{int(empty.sum())} of {len(texts)} items have no text, or none that shares a word with block 1: "
-            "they get a zero vector",
-            stacklevel=2,
-        )
-    return np.where(empty[:, None], 0.0, vectors / np.where(empty[:, None], 1.0, norm)).astype(np.float32)
+    empty = norm <= _NOTHING
+    return np.where(empty, 0.0, vectors / np.where(empty, 1.0, norm)).astype(np.float32)
 
 
-def _tfidf(texts: Sequence[str], fit: np.ndarray, dimensions: int, seed: int) -> np.ndarray:
-    from sklearn.decomposition import TruncatedSVD
+@dataclass(frozen=True, eq=False)
+class Tfidf:
+    """TF-IDF of the terms of block 1, projected on the leading right singular vectors of its items.
+
+    `idf` float64 [terms]; `components` float64 [d, terms], None where every term is a dimension of its own.
+    """
+
+    terms: tuple[str, ...]
+    idf: np.ndarray
+    components: np.ndarray | None
+    files: ClassVar[Sequence[str]] = (TERMS, EMBEDDING)
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], dimensions: int, seed: int) -> "Tfidf":
+        from sklearn.decomposition import TruncatedSVD
+        from threadpoolctl import threadpool_limits
+
+        vectorizer = _vectorizer()
+        try:
+            weights = vectorizer.fit_transform(texts)
+        except ValueError as error:
+            raise DataError(
+                f"IDs cannot be built from text: none of the {len(texts)} items known at block 1 has a word", NO_TEXT
+            ) from error
+        weights = weights[weights.getnnz(axis=1) > 0]
+        kept = min(dimensions, *weights.shape)
+        if kept < dimensions:
+            warnings.warn(
+                f"the embedding has {kept} dimensions instead of {dimensions}: block 1 has {weights.shape[0]} items "
+                f"with text and {weights.shape[1]} distinct terms",
+                stacklevel=3,
+            )
+        terms, idf = tuple(vectorizer.get_feature_names_out().tolist()), vectorizer.idf_
+        if kept == weights.shape[1]:
+            return cls(terms, idf, None)
+        with threadpool_limits(1):
+            svd = TruncatedSVD(kept, random_state=seed).fit(weights)
+        return cls(terms, idf, np.ascontiguousarray(svd.components_))
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        vectorizer = _vectorizer({term: column for column, term in enumerate(self.terms)})
+        vectorizer.idf_ = self.idf
+        weights = vectorizer.transform(texts)
+        return weights.toarray() if self.components is None else weights @ self.components.T
+
+    def save(self, folder: Path) -> None:
+        import torch
+
+        kept = {"idf": self.idf} | ({} if self.components is None else {"components": self.components})
+        write_parquet(folder / TERMS, pl.DataFrame({"term": self.terms}, schema={"term": pl.String()}))
+        write_tensors(folder / EMBEDDING, {name: torch.from_numpy(values) for name, values in kept.items()})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tfidf":
+        terms = tuple(read_parquet(folder / TERMS, {"term": pl.String()})["term"])
+        tensors = {name: t.numpy() for name, t in read_tensors(folder / EMBEDDING).items()}
+        idf, components = tensors.get("idf"), tensors.get("components")
+        fits = idf is not None and idf.shape == (len(terms),)
+        if not fits or idf is None or (components is not None and components.shape[1:] != idf.shape):
+            shapes = {name: list(values.shape) for name, values in tensors.items()}
+            raise DataError(
+                f"{folder / EMBEDDING}: tensors {shapes} do not fit the {len(terms)} terms of {TERMS}", _RESTORE
+            )
+        return cls(terms, idf, components)
+
+
+def _vectorizer(vocabulary: dict[str, int] | None = None) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from threadpoolctl import threadpool_limits
 
-    known = [texts[i] for i in np.arange(len(texts))[fit]]
     # the default pattern drops one-character words, and with them the 2 of "Part 2"
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1, token_pattern=r"(?u)\b\w+\b")
-    try:
-        weights = vectorizer.fit_transform(known)
-    except ValueError as error:
-        raise DataError(
-            f"IDs cannot be built from text: none of the {len(known)} items known at block 1 has a word", _REMEDY
-        ) from error
-    weights = weights[weights.getnnz(axis=1) > 0]
-    kept = min(dimensions, *weights.shape)
-    if kept < dimensions:
-        warnings.warn(
-            f"the embedding has {kept} dimensions instead of {dimensions}: block 1 has {weights.shape[0]} items with "
-            f"text and {weights.shape[1]} distinct terms",
-            stacklevel=3,
-        )
-    everything = vectorizer.transform(texts)
-    if kept == weights.shape[1]:
-        return everything.toarray()
-    with threadpool_limits(1):
-        svd = TruncatedSVD(kept, random_state=seed).fit(weights)
-    return svd.transform(everything)
+    pattern = r"(?u)\b\w+\b"
+    return TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, min_df=1, token_pattern=pattern, vocabulary=vocabulary
+    )
 
 
-def _sentence_transformer(texts: Sequence[str], name: str) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class SentenceModel:
+    """A sentence-transformers model by its name, and the vector of `PROBE` that shows whether it still is the same."""
+
+    name: str
+    probe: np.ndarray
+    files: ClassVar[Sequence[str]] = (EMBEDDING,)
+
+    @classmethod
+    def fit(cls, name: str) -> "SentenceModel":
+        return cls(name, _encoded(_sentence_transformer(name), [PROBE])[0])
+
+    @cached_property
+    def model(self) -> Any:
+        """The model itself; `DataError` where it gives another vector for the probe than it gave at first."""
+        model = _sentence_transformer(self.name)
+        found = _encoded(model, [PROBE])[0]
+        if found.shape != self.probe.shape or not np.allclose(found, self.probe, rtol=1e-3, atol=1e-4):
+            raise DataError(
+                f"the sentence-transformers model {self.name!r} gives other vectors than when the IDs were built",
+                "put back the model that the IDs were built with",
+            )
+        return model
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = _encoded(self.model, texts)
+        vectors[[not text.strip() for text in texts]] = 0.0
+        return vectors
+
+    def save(self, folder: Path) -> None:
+        import torch
+
+        write_tensors(folder / EMBEDDING, {"probe": torch.from_numpy(self.probe)})
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "SentenceModel":
+        tensors = read_tensors(folder / EMBEDDING)
+        if set(tensors) != {"probe"}:
+            raise DataError(f"{folder / EMBEDDING}: tensors {', '.join(sorted(tensors))}, expected probe", _RESTORE)
+        return cls(name, tensors["probe"].numpy())
+
+
+def _sentence_transformer(name: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -77,13 +195,14 @@ def _sentence_transformer(texts: Sequence[str], name: str) -> np.ndarray:
             "pip install cladapt[embed], or use tokens.embedding=tfidf",
         ) from error
     try:
-        model = SentenceTransformer(name)
+        return SentenceTransformer(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"cannot load the sentence-transformers model {name!r}: {reason}",
             "give a local model directory, or a hub name that this machine can reach",
         ) from error
-    vectors = model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False).astype(np.float64)
-    vectors[[not text.strip() for text in texts]] = 0.0
-    return vectors
+
+
+def _encoded(model: Any, texts: Sequence[str]) -> np.ndarray:
+    return model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False).astype(np.float64)

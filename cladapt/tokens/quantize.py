@@ -59,6 +59,14 @@ class ResidualKMeans:
             np.float32
         )
 
+    def error(self, x: np.ndarray, codes: np.ndarray) -> float | None:
+        """Mean squared residual / mean squared norm of the rows of x [n, d] that are not zero; None without any."""
+        rows = x.any(axis=1)
+        if not rows.any():
+            return None
+        residual = x[rows].astype(np.float64) - self.reconstruct(codes[rows])
+        return float((residual**2).sum() / (x[rows].astype(np.float64) ** 2).sum())
+
     def save(self, path: Path) -> None:
         """Write the codebooks as safetensors."""
         import torch

@@ -55,7 +55,8 @@ class SidTable:
         if len(outside):
             row, level = outside[0]
             raise DataError(
-                f"item {self.items[row]!r} has the code {codes[row, level]} at level {level + 1}",
+                f"item {self.items[row]!r} has the code {codes[row, level]} at level {level + 1}, whose capacity is "
+                f"{self.sizes[level]}",
                 f"codes of this level are 0 to {self.sizes[level] - 1}",
             )
         if len(set(self.items)) != len(self.items):
@@ -93,17 +94,35 @@ class SidTable:
         """Identity of the content: hash of items, codes and sizes."""
         return hash_value([self.items, self.codes.tolist(), self.sizes])
 
-    def align(self, items: Sequence[str]) -> "SidTable":
-        """The rows of `items`, in that order; sizes stay, so tokens do not change."""
+    def align(self, items: Sequence[str], cure: str = "complete the index: a row for every item") -> "SidTable":
+        """The rows of `items`, in that order; sizes stay, so tokens do not change. `cure`: where a row is missing."""
         row_of = {item: row for row, item in enumerate(self.items)}
         missing = [item for item in items if item not in row_of]
         if missing:
             shown = ", ".join(repr(item) for item in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
-            raise DataError(
-                f"{len(missing)} of {len(items)} items have no semantic ID: {shown}",
-                "build the IDs over all items of the stream, or complete the index",
-            )
+            raise DataError(f"{len(missing)} of {len(items)} items have no semantic ID: {shown}", cure)
         return SidTable(tuple(items), self.codes[[row_of[item] for item in items]], self.sizes)
+
+    def with_rows(self, items: Sequence[str], codes: np.ndarray, cure: str) -> "SidTable":
+        """The table with rows for new `items` at its end; `DataError` with `cure` where a code exceeds its level."""
+        try:
+            return SidTable((*self.items, *items), np.concatenate([self.codes, codes]), self.sizes)
+        except DataError as error:
+            raise DataError(error.message, cure) from error
+
+    def first_other(self, other: "SidTable") -> str | None:
+        """The first item that both tables have with different IDs; None where they agree."""
+        row_of = {item: row for row, item in enumerate(other.items)}
+        both = [(row, row_of[item]) for row, item in enumerate(self.items) if item in row_of]
+        if self.levels != other.levels:
+            return self.items[both[0][0]] if both else None
+        mine, theirs = np.array(both, dtype=np.int64).reshape(-1, 2).T
+        differs = np.flatnonzero((self.codes[mine] != other.codes[theirs]).any(axis=1))
+        return self.items[mine[differs[0]]] if len(differs) else None
+
+    def spelt(self, item: str) -> str:
+        """An item's ID as its tokens."""
+        return "".join(self.tokens[t] for t in self.token_index[self.items.index(item)])
 
     def collisions(self) -> dict[str, Any]:
         """How many items share an ID, and how evenly each level's codes are used (entropy in bits over items)."""

@@ -20,13 +20,18 @@ from cladapt.train.stream import catalogue_softmax, make_form, training_document
 
 
 def make_base(out: Path, stream: Stream, sids: SidTable, config: BaseConfig, sink: Sink) -> tuple[Base, FitResult]:
-    """Train a small model from scratch on block 1 and write it as base+tokens."""
+    """Train a small model from scratch on block 1 and write it as base+tokens, with the IDs of the items known then.
+
+    It is the same whatever blocks follow.
+    """
+    stream = stream.prefix(1)
+    sids = sids.align(stream.items["item"].to_list())
     model, tokenizer = new_model(config.preset, sids, config.seed, config.tie_embeddings)
     cast(nn.Module, model).to(compute_device())  # before the softmax, which lies beside the head
     base = Base(model, tokenizer, sids, {})
     softmax = catalogue_softmax(base, stream, 1, config.softmax)
     result = pretrain(model, softmax, *first_block(stream, base, "packed", config), config, sink)
-    record = {**base_record(stream, config, fitted_block=1), **fitted_form("packed", config)}
+    record = {**base_record(stream.fingerprint, config, fitted_block=1), **fitted_form("packed", config)}
     ranks.once(lambda: save_base(out, model, tokenizer, sids, record))
     return base, result
 
@@ -38,10 +43,9 @@ def first_block(stream: Stream, base: Base, form: str, config: BaseConfig) -> tu
     return training_documents(split, made), validation_documents(split, made)
 
 
-def base_record(stream: Stream, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
-    """What the `cladapt.json` of a base says of how it was made; `stream`: of as much of the stream as it has seen."""
-    seen = stream.fingerprints[max(fitted_block, 1) - 1]
-    return {"stream": seen, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
+def base_record(stream: str, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
+    """What the `cladapt.json` of a base says of how it was made; `stream`: fingerprint of the blocks it has learned."""
+    return {"stream": stream, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
 
 
 def fitted_form(form: str, config: BaseConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What workloads differ in. A workload is one file with one subclass of `Workload`; see `cladapt.workloads`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -10,8 +10,10 @@ import polars as pl
 from pydantic import BaseModel, NonNegativeInt
 from torch import nn
 
-from cladapt.config import RunSettings
+from cladapt.config import PromoteConfig, RunSettings
+from cladapt.errors import ConfigError
 from cladapt.eval.cells import Candidate, Earlier
+from cladapt.eval.promotion import Effects
 from cladapt.eval.report import Section
 from cladapt.eval.significance import Effect, describe
 from cladapt.model.adapter import AdaptedBase
@@ -23,6 +25,7 @@ from cladapt.train.sinks import Sink
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class Blocks(Protocol):
@@ -115,6 +118,10 @@ class Comparison(ABC, Generic[M]):
     @abstractmethod
     def effects(self, name: str, reference: str) -> Mapping[str, Effect]:
         """Paired differences of two lines by metric; nothing where they have not the same seeds."""
+
+    def effects_by_block(self, name: str, reference: str) -> Mapping[tuple[str, str], Effect]:
+        """Paired differences of two lines by (block, metric), with "slope" for their growth; nothing where unknown."""
+        return {}
 
     def differences(self, reference: str, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Each other line (or `names`) minus the reference: one row per metric that both have."""
@@ -276,6 +283,21 @@ class Workload(ABC, Generic[C, S, B, M]):
     def on_block(self, measures: M, block: int) -> M:
         """What was measured on one block, for a workload with `one_block`."""
         return measures
+
+    def judge(
+        self,
+        config: C,
+        settings: PromoteConfig,
+        stream: S,
+        base: B,
+        models: "Iterator[tuple[str, PreTrainedModel]]",
+        block: int,
+    ) -> Effects:
+        """The last of the named models minus each other one, and minus counting, on the validation targets of `block`.
+
+        A model is gone when the next one is asked for. `ConfigError` where the task's streams do not grow.
+        """
+        raise ConfigError(f"runs of --task {config.task} promote nothing", "their streams do not grow")
 
     @abstractmethod
     def frames(self, measures: M) -> Mapping[str, pl.DataFrame]:

@@ -20,6 +20,7 @@ from cladapt.eval.protocol import (
     block_mean_interval,
     ceiling_row,
     effects,
+    effects_by_block,
     matrix,
     metric_columns,
     model_row,
@@ -122,6 +123,12 @@ class Lines(Comparison[Measures]):
             transfers = backward_effects(one, two, self.config, self._transferred)
             found |= {f"backward {metric}": effect for metric, effect in transfers.items()}
         return {metric: effect for metric, effect in found.items() if effect is not None}
+
+    def effects_by_block(self, name: str, reference: str) -> dict[tuple[str, str], Effect]:
+        if self.rows[name].keys() != self.rows[reference].keys():
+            return {}
+        one, two = (pool(self.rows[line]) for line in (name, reference))
+        return effects_by_block(one, two, self.config, self._transferred)
 
     def charts(self) -> list[Section]:
         return [*block_curves({name: pool(rows) for name, rows in self.rows.items()}, self.config, self.ceiling)]

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,13 +12,14 @@ from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import atomic_dir
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import BaseConfig, EvalConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
 from cladapt.errors import DataError
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
+from cladapt.eval.promotion import LOG_LIKELIHOOD
 from cladapt.eval.protocol import (
     CEILING,
     COUNTS,
@@ -28,6 +28,7 @@ from cladapt.eval.protocol import (
     cells,
     continual_summary,
     differences,
+    effects,
     matrix,
     measure_counts,
     measure_run,
@@ -38,9 +39,10 @@ from cladapt.eval.protocol import (
     table_columns,
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
+from cladapt.eval.significance import Effect
 from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
-from cladapt.model.load import Base, base_provenance, check_form, load_base
+from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import LEARNED, adapter_provenance
 from cladapt.tokens.build import load_sids, save_sids
@@ -56,6 +58,7 @@ from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_m
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class Recommend(Workload[RunConfig, Stream, Base, Measures]):
@@ -80,16 +83,11 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         stream = choose(Stream.load(Path(config.data)))
         base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         cast(nn.Module, base.model).to(ops.compute_device())
-        aligned = base.sids.align(stream.items["item"].to_list())
-        fitted = f"trained on block {base.fitted_block}" if base.fitted_block else "fitted on block 1"
-        if base.fitted_block or "form" in base.provenance:
-            check_home(stream, base.provenance.get("stream"), f"{config.base} was {fitted}", config.data)
+        check_home(base, stream, config.base, config.data)
         if start := self.starts_from(config):
-            record = adapter_provenance(start)
-            what = f"{start} was trained on block {record.get('block')}"
-            check_home(stream, record.get("stream") or stream.fingerprint, what, config.data)
+            check_start(start, stream, config.data)
         check_form(base, config.train.form)
-        return stream, replace(base, sids=aligned)
+        return stream, base.with_sids(load_sids(Path(config.data), stream))
 
     def prefix(self, stream: Stream, fingerprint: str) -> Stream | None:
         home = stream.home_of(fingerprint)
@@ -194,6 +192,26 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     def on_block(self, measures: Measures, block: int) -> Measures:
         return on_block(measures, block)
 
+    def judge(
+        self,
+        config: RunConfig,
+        settings: PromoteConfig,
+        stream: Stream,
+        base: Base,
+        models: Iterator[tuple[str, "PreTrainedModel"]],
+        block: int,
+    ) -> dict[str, dict[str, Effect]]:
+        changes = {"targets": "valid", "next_block": False, "bootstrap": settings.bootstrap}
+        asked = config.eval.model_copy(update=changes)
+        evaluator = Evaluator(stream, base, form_of(config, base), asked, config.train.softmax, config.seed)
+        rows = {name: evaluator.rows(lm, block, block) for name, lm in models}
+        *others, challenger = rows
+        popularity = COUNTS[0]
+        rows[popularity] = measure_counts(evaluator, [block])[popularity]
+        metrics = (f"HR@{max(asked.top_k)}", LOG_LIKELIHOOD)
+        found = {name: effects(rows[challenger], rows[name], asked, metrics) for name in (*others, popularity)}
+        return {name: {m: e for m, e in by_metric.items() if e is not None} for name, by_metric in found.items()}
+
     def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
         return frames_of(measures)
 
@@ -251,12 +269,15 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return found | {name: mean.value if mean.used and not mean.missing else None for name, mean in means}
 
 
-def check_home(stream: Stream, made_of: str | None, what: str, data: str) -> None:
-    """`DataError` unless what was made of the stream `made_of` is at home on this one."""
-    if stream.home_of(made_of) is None:
+def check_start(adapter: Path, stream: Stream, data: str) -> None:
+    """`DataError` where an adapter has learned another stream than the one that it is to go on with."""
+    record = adapter_provenance(adapter)
+    made_of = record.get("stream")
+    if made_of and stream.home_of(made_of) is None:
         raise DataError(
-            f"{what} of the stream {made_of}, {data} is the stream {stream.fingerprint}, which does not begin with it",
-            "use the stream that it was made from, so that no test event is in its training data",
+            f"{adapter} has learned up to block {record.get('block')} of the stream {made_of}, {data} is the stream "
+            f"{stream.fingerprint}, which does not begin with it",
+            "use the stream that it has learned, so that no test event is in its training data",
         )
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from cladapt import ranks
-from cladapt.errors import CladaptError, ConfigError
+from cladapt.errors import CheckFailed, CladaptError, ConfigError
 from cladapt.train.interrupt import Terminated
 from cladapt_cli._help import documented, plain
 
@@ -28,6 +28,7 @@ KEPT = {
     "init": "no base is written",
     "vision": "no base is written",
     "pretrain": "no base is written",
+    "update": "what was finished is kept; give the same command again",
 }
 """What is left when these are stopped; `train` names the run to resume."""
 Command = Callable[..., dict[str, Any] | None]
@@ -94,6 +95,10 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[Command], Comma
                 if command in SEVERAL_PROCESSES:
                     ranks.start()
                 result = function(**arguments)
+            except CheckFailed as error:
+                if error.result is not None and ranks.is_main():
+                    show(error.result)
+                raise
             except KeyboardInterrupt as error:  # typer would make one exit code of all that stops
                 raise Stopped(command, error) from error
             finally:

@@ -9,6 +9,10 @@ from cladapt_cli._verb import verb
 
 Source = Annotated[Path | None, typer.Argument(help="Run or adapter directory; default: the latest run.")]
 BaseDir = Annotated[Path | None, typer.Option("--base", help="Base+tokens directory; default: the run's own.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data", help="Stream directory, with the IDs and the items of now; default: the run's own."),
+]
 Block = Annotated[int | None, typer.Option("--block", help="Block whose adapter to take; default: the last.")]
 
 
@@ -23,11 +27,12 @@ def merge(
     source: Source = None,
     base: BaseDir = None,
     block: Block = None,
+    data: DataDir = None,
 ) -> dict[str, Any]:
     """Fold an adapter into its base; what was written is read back and its logits compared with those of both."""
     from cladapt.pipeline import ship
 
-    return ship.export(source, "merged", out, base, block)
+    return ship.export(source, "merged", out, base, block, data=data)
 
 
 def export(
@@ -43,8 +48,9 @@ def export(
     check: Annotated[
         bool, typer.Option("--check", help="With vllm: print what servers would refuse, write nothing.")
     ] = False,
+    data: DataDir = None,
 ) -> dict[str, Any]:
-    """Write an adapter for serving."""
+    """Write an adapter for serving, with the IDs of the stream and the items that may be recommended now."""
     from cladapt.errors import ConfigError
     from cladapt.pipeline import ship
 
@@ -54,7 +60,7 @@ def export(
         if rank is not None:
             raise ConfigError(f"--check with --rank {rank}", "export first: it is the result that servers see")
         return ship.check(source, base, block, all_blocks)
-    return ship.export(source, target, out, base, block, all_blocks, rank)
+    return ship.export(source, target, out, base, block, all_blocks, rank, data)
 
 
 def recommend(
@@ -83,7 +89,12 @@ def recommend(
         typer.Option("--beams", help="Beam width; default: the evaluation's, or top-k where that is more. Never less."),
     ] = None,
     catalogue: Annotated[
-        Path | None, typer.Option("--catalogue", help="Recommend only the items of this list.")
+        Path | None,
+        typer.Option(
+            "--catalogue",
+            help="Recommend only the items of this list, an id per line; default: all items of the stream that are not "
+            "withdrawn, which are never recommended.",
+        ),
     ] = None,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Allow items of the user's history.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it exists.")] = False,
@@ -92,6 +103,7 @@ def recommend(
     timestamp: Annotated[
         str, typer.Option("--timestamp", help="Column that orders the rows; without it the order of the file holds.")
     ] = "timestamp",
+    data: DataDir = None,
 ) -> dict[str, Any]:
     """Recommend items for histories and write them to a file."""
     from cladapt.pipeline import ship
@@ -110,4 +122,5 @@ def recommend(
         user=user,
         item=item,
         timestamp=timestamp,
+        data=data,
     )

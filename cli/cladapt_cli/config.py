@@ -19,6 +19,7 @@ COMMANDS = {
     "import": "BlocksConfig",
     "images": "ImagesConfig",
     "simulate": "SimulateConfig",
+    "promote": "PromoteConfig",
 }
 """Commands by the class of their settings in `cladapt.config`; those of `train` depend on the task."""
 SECTIONS = {"pretrain": "base", "init": "base", "vision": "base"}

@@ -6,27 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cladapt_cli._verb import output, verb
-from cladapt_cli.log_options import (
-    Block,
-    Dates,
-    Format,
-    Fractions,
-    Item,
-    Items,
-    KCore,
-    MinEvents,
-    MinRating,
-    Rating,
-    Text,
-    TimeFormat,
-    Timestamp,
-    TimeUnit,
-    User,
-    Weight,
-    Where,
-    blocks_config,
-    read_options,
-)
+from cladapt_cli.log_options import LogChoice, log_options
 from cladapt_cli.options import Overrides, StreamDir, overrides_of
 
 app = typer.Typer(no_args_is_help=True, help="Import, check and simulate interaction streams.")
@@ -45,36 +25,84 @@ def _warn(report: dict[str, Any]) -> dict[str, Any]:
 
 
 @verb(app, "import")
+@log_options("data import")
 def import_(
     source: Annotated[str, typer.Argument(help="File, folder or glob of the log.")],
     out: Annotated[Path, typer.Option("--out", help="Stream directory to write; required.")],
-    format: Format = "auto",
-    user: User = "user",
-    item: Item = "item",
-    timestamp: Timestamp = "timestamp",
-    time_unit: TimeUnit = "s",
-    time_format: TimeFormat = None,
-    block: Block = None,
-    weight: Weight = None,
-    items: Items = None,
-    text: Text = None,
-    where: Where = None,
-    rating: Rating = None,
-    min_rating: MinRating = None,
-    fractions: Fractions = None,
-    dates: Dates = None,
-    min_events: MinEvents = None,
-    k_core: KCore = None,
+    log: LogChoice,
 ) -> dict[str, Any]:
     """Read a log, cut it into time blocks and write a stream directory; print what was dropped and what is lost."""
     from cladapt.pipeline import streams
 
-    config = blocks_config("data import", fractions, dates, min_events=min_events, k_core=k_core)
-    options = read_options(
-        user=user, item=item, timestamp=timestamp, time_unit=time_unit, time_format=time_format, block=block,
-        weight=weight, items=items, text=text, where=where, rating=rating, min_rating=min_rating,
-    )  # fmt: skip
-    return _warn(streams.import_data(source, out, format, options, config))
+    return _warn(streams.import_data(source, out, log.format, log.options, log.config))
+
+
+@verb(app)
+def append(
+    stream: StreamDir,
+    log: Annotated[str, typer.Argument(help="File, folder or glob of the log: the whole one, or what came since.")],
+    dates: Annotated[
+        str | None,
+        typer.Option("--dates", help="First days of new blocks: 2024-05-01,…; default: none, one block."),
+    ] = None,
+    late: Annotated[
+        str,
+        typer.Option(
+            "--late",
+            help="Rows that are not after the end of the stream and not in it: reject, or keep them in the new block.",
+        ),
+    ] = "reject",
+    min_tested: Annotated[
+        int,
+        typer.Option(
+            "--min-tested", min=0, help="A new block tests at least this many users; fewer rows wait for the next log."
+        ),
+    ] = 0,
+    items: Annotated[
+        Path | None,
+        typer.Option("--items", help="Item table with the texts of new items; default: that of the import, if any."),
+    ] = None,
+    rejects: Annotated[
+        Path | None, typer.Option("--rejects", help="Write all rejected rows to this csv file; default: none.")
+    ] = None,
+) -> dict[str, Any]:
+    """Append what is new in a log to a stream as its next block; the log is read as the stream's import was."""
+    from cladapt.pipeline import growth
+
+    starts = () if dates is None else dates.split(",")
+    return _warn(
+        growth.append_data(stream, log, dates=starts, late=late, rejects=rejects, least=min_tested, items=items)
+    )
+
+
+@verb(app)
+def retire(
+    stream: StreamDir,
+    items: Annotated[Path, typer.Argument(help="Text file with one item id a line.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Offer the items again, from the next block on.")] = False,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Leave out ids that the stream does not have.")
+    ] = False,
+) -> dict[str, Any]:
+    """Withdraw items: they stay in histories, leave the catalogues of later blocks and are not recommended."""
+    from cladapt.pipeline import growth
+
+    return growth.retire_items(stream, items, undo=undo, ignore_unknown=ignore_unknown)
+
+
+@verb(app)
+def forget(
+    stream: StreamDir,
+    users: Annotated[Path, typer.Argument(help="Text file with one user id a line.")],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--runs", help="Look here too for what has learned from them; repeatable; default: runs/ alone."),
+    ] = None,
+) -> dict[str, Any]:
+    """Remove all events of users from a stream, and name the runs and bases that have learned from them."""
+    from cladapt.pipeline import forget
+
+    return _warn(forget.forget_users(stream, users, runs or []))
 
 
 @verb(app)
@@ -105,25 +133,10 @@ def images(
 
 
 @verb(app)
+@log_options("data check")
 def check(
     stream: Annotated[Path, typer.Argument(help="Stream directory, or a raw log: file, folder or glob.")],
-    format: Format = "auto",
-    user: User = "user",
-    item: Item = "item",
-    timestamp: Timestamp = "timestamp",
-    time_unit: TimeUnit = "s",
-    time_format: TimeFormat = None,
-    block: Block = None,
-    weight: Weight = None,
-    items: Items = None,
-    text: Text = None,
-    where: Where = None,
-    rating: Rating = None,
-    min_rating: MinRating = None,
-    fractions: Fractions = None,
-    dates: Dates = None,
-    min_events: MinEvents = None,
-    k_core: KCore = None,
+    log: LogChoice,
     rejects: Annotated[
         Path | None, typer.Option("--rejects", help="Write all rejected rows to this csv file; default: none.")
     ] = None,
@@ -132,20 +145,14 @@ def check(
     from cladapt.errors import ConfigError
     from cladapt.pipeline import streams
 
-    config = blocks_config("data check", fractions, dates, min_events=min_events, k_core=k_core)
-    options = read_options(
-        user=user, item=item, timestamp=timestamp, time_unit=time_unit, time_format=time_format, block=block,
-        weight=weight, items=items, text=text, where=where, rating=rating, min_rating=min_rating,
-    )  # fmt: skip
-    if not streams.is_source(stream, format):
-        given = [options != read_options(), format != "auto", rejects is not None]
-        if any(given) or any(value is not None for value in (fractions, dates, min_events, k_core)):
+    if not streams.is_source(stream, log.format):
+        if log.given or rejects is not None:
             raise ConfigError(
                 f"{stream} is no raw log, so --format, --rejects, column and block options cannot apply",
                 "leave these options out, or name the source of the stream",
             )
         return streams.check_data(stream)
-    report = streams.check_source(str(stream), format, options, config, rejects)
+    report = streams.check_source(str(stream), log.format, log.options, log.config, rejects)
     if not output.json:
         if report["rejected"] > SHOWN:
             report["shown"] = f"the first {SHOWN} rejects of {report['rejected']}; all: --json, or --rejects FILE"
@@ -158,7 +165,8 @@ def blocks(stream: StreamDir) -> dict[str, Any]:
     """Print what each block holds: users, items, interactions, new and returning ones, time range."""
     from cladapt.pipeline import streams
 
-    return {"blocks": streams.check_data(stream)["blocks"]}
+    report = streams.check_data(stream)
+    return {name: report[name] for name in ("pending", "blocks") if name in report}
 
 
 @verb(app)

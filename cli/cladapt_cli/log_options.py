@@ -1,7 +1,10 @@
-"""Options of `data import` and `data check`: how a log is read, which of its rows, and how it is cut into blocks."""
+"""Options of commands that read a log: how it is read, which of its rows, and how it is cut into blocks."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -69,7 +72,7 @@ Text = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="Text column of the item table, or without --items of the log: an item's most frequent text by its first "
+        help="Text column of the item table, or without --items of the log: an item's most frequent text in its first "
         "block. Repeatable; default: all columns of the item table but the id.",
         rich_help_panel=_COLUMNS,
     ),
@@ -128,7 +131,62 @@ KCore = Annotated[
 ]
 
 
-def read_options(**given: Any) -> Any:
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "format": (Format, "auto"),
+    "user": (User, "user"),
+    "item": (Item, "item"),
+    "timestamp": (Timestamp, "timestamp"),
+    "time_unit": (TimeUnit, "s"),
+    "time_format": (TimeFormat, None),
+    "block": (Block, None),
+    "weight": (Weight, None),
+    "items": (Items, None),
+    "text": (Text, None),
+    "where": (Where, None),
+    "rating": (Rating, None),
+    "min_rating": (MinRating, None),
+    "fractions": (Fractions, None),
+    "dates": (Dates, None),
+    "min_events": (MinEvents, None),
+    "k_core": (KCore, None),
+}
+"""Name -> annotation and default of each option that `log_options` adds."""
+_CUT = ("fractions", "dates", "min_events", "k_core")
+
+
+class LogChoice(NamedTuple):
+    """What a command line says about a log."""
+
+    format: str
+    options: Any  # ReadOptions
+    config: Any  # BlocksConfig
+    given: bool  # any of it is said at all
+
+
+def log_options(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of a log to a command, which gets them as `log`, a `LogChoice`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(**arguments: Any) -> Any:
+            values = {name: arguments.pop(name) for name in OPTIONS}
+            given = any(value != OPTIONS[name][1] for name, value in values.items())
+            config = _blocks_config(command, **{name: values.pop(name) for name in _CUT})
+            return function(**arguments, log=LogChoice(values.pop("format"), _read_options(**values), config, given))
+
+        signature = inspect.signature(function)
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in OPTIONS.items()
+        ]
+        own = [parameter for name, parameter in signature.parameters.items() if name != "log"]
+        wrapped.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
+
+
+def _read_options(**given: Any) -> Any:
     """The options of the log, defaults where nothing is given."""
     from cladapt.data.readers import ReadOptions
 
@@ -136,7 +194,7 @@ def read_options(**given: Any) -> Any:
     return ReadOptions(**given, **lists)
 
 
-def blocks_config(where: str, fractions: str | None, dates: str | None, **given: int | None) -> Any:
+def _blocks_config(where: str, fractions: str | None, dates: str | None, **given: int | None) -> Any:
     """How the log is cut, defaults where nothing is given."""
     from cladapt.config import BlocksConfig, resolve
 

@@ -11,6 +11,13 @@ StreamDir = Annotated[Path, typer.Argument(help="Stream directory.")]
 OVERRIDE = "Override a setting, repeatable; `cladapt config show --for COMMAND` prints all with their defaults."
 Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help=OVERRIDE)]
 
+DataNow = Annotated[
+    Path | None, typer.Option("--data", help="Where the run's stream is now; default: where the run says.")
+]
+BaseNow = Annotated[
+    Path | None, typer.Option("--base", help="Where the run's base is now; default: where the run says.")
+]
+
 Task = Annotated[
     str | None,
     typer.Option("--task", help=f"What is learned: {', '.join(workloads.names())}.", show_default=workloads.DEFAULT),

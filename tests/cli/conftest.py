@@ -19,7 +19,7 @@ from cladapt_cli.app import run
 MAKE = (
     "data simulate --out stream -o users=40 -o items=40 -o topics=4 -o blocks=3",
     "data simulate --out bare -o users=40 -o items=40 -o topics=4 -o blocks=3",
-    "tokens build stream -o dimensions=8 -o levels=2 -o codes=4",
+    "tokens build stream -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
     "base pretrain --data stream --out base -o epochs=1",
     "base pretrain --data stream --out stranger -o epochs=0 -o seed=1",
     "train --data stream --base base --method finetune --epochs 1 --rank 2 --out twin",
@@ -148,7 +148,7 @@ def hostile(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
             assert all(path.startswith(allowed) for path in changed), changed
             return err
-        resumed = {*LOGGED} if "--resume" in arguments else set()
+        resumed = {*LOGGED} if {"--resume", "--continue"} & {*arguments} else set()
         assert {p: h for p, h in after.items() if p not in resumed} == {
             p: h for p, h in before.items() if p not in resumed
         }

@@ -24,7 +24,7 @@ from cladapt_cli.app import run
 from cladapt_cli.progress import Progress
 
 SIZE = "-o users=60 -o items=40 -o topics=4 -o blocks=3"
-CODES = "-o dimensions=8 -o levels=2 -o codes=4"
+CODES = "-o dimensions=8 -o levels=2 -o codes=4 -o capacity=16"
 INPUTS = "--data stream --base base"
 FLAGS = "--epochs 3 --lr 0.01 --seed 1 --rank 4"
 
@@ -174,7 +174,7 @@ def test_the_bare_commands_work_in_an_empty_folder(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     small = SimulateConfig(users=60, items=40, topics=4, blocks=3)
     monkeypatch.setattr(recommend, "SimulateConfig", lambda: small)
-    monkeypatch.setattr(recommend, "TokensConfig", partial(TokensConfig, dimensions=8, levels=2, codes=4))
+    monkeypatch.setattr(recommend, "TokensConfig", partial(TokensConfig, dimensions=8, levels=2, codes=4, capacity=16))
     monkeypatch.setattr(recommend, "BaseConfig", partial(BaseConfig, epochs=1))
     trained, evaluated, exported = (cladapt(f"{line} --json") for line in ("train --method peso", "eval", "export"))
     assert (trained.code, evaluated.code, exported.code) == (0, 0, 0), trained.err + evaluated.err + exported.err

@@ -42,7 +42,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "merge": "run --out new",
     "methods": "",
     "recommend": "histories.jsonl --adapter run --out new.csv",
-    "tokens build": "bare -o dimensions=8 -o levels=2 -o codes=4",
+    "tokens build": "bare -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
     "tokens inspect": "stream",
     "train": "--data stream --base base --epochs 1 --out new",
 }

@@ -25,7 +25,13 @@ PICKLE = b"\x80\x04\x95\x19\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x06weight\x94]\
 TRAIN = "train --data stream --base base --out new --epochs 1"
 RECOMMEND = "recommend histories.jsonl --adapter run --out new.csv"
 BLOCKS = "*/adapters/block_002"
-STREAM = ("data check stream", "tokens inspect stream", f"{TRAIN} --dry-run", "base pretrain --data stream --out new")
+STREAM = (
+    "data check stream",
+    "tokens inspect stream",
+    f"{TRAIN} --dry-run",
+    "base pretrain --data stream --out new",
+    "train --continue run",
+)
 SIDS = (
     "data check stream",
     "tokens inspect stream",
@@ -42,12 +48,14 @@ ADAPTER = (
     "eval run -o bootstrap=100",
     FROM,
     "train --resume half",
+    "train --continue half",
 )
 SERVED = "export run --block 2 --target vllm --out served"
 LATEST = ("eval -o bootstrap=100", "export --out new", "merge --out new", "recommend histories.jsonl --out new.csv")
 RUN = (
     "eval run -o bootstrap=100",
     "train --resume run",
+    "train --continue run",
     "export run --out new",
     "merge run --out new",
     "compare run twin",
@@ -57,8 +65,8 @@ VISION = "base vision --data classes --out new -o epochs=1 -o hidden=16 -o layer
 LOOK = "eval sight -o bootstrap=100"
 READERS = {  # file, or the pattern of alike ones that are damaged together -> the calls that read it
     "stream/manifest.json": (*STREAM, "export run --out new"),
-    "stream/interactions.parquet": (*STREAM, "data stats stream", "data blocks stream"),
-    "stream/items.parquet": STREAM,
+    "stream/interactions/block_00002.parquet": (*STREAM, "data stats stream", "data blocks stream"),
+    "stream/items/block_00001.parquet": STREAM,
     "stream/sids.parquet": SIDS,
     "stream/truth.parquet": ("eval run -o bootstrap=100",),
     "base/cladapt.json": (*BASE, "compare run twin"),
@@ -74,8 +82,8 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "run/config.json": RUN,
     "*/environment.json": ("eval run -o bootstrap=100", "export run --out new", "train --resume half"),
     "run/metrics.json": ("compare run twin", "export run --out new", "export run --target merged --out new"),
-    "run/users/block_002.parquet": ("compare run twin",),
-    "half/method/block_002.safetensors": ("train --resume half",),
+    "run/users/block_002.parquet": ("compare run twin", "eval run -o bootstrap=100"),
+    "half/method/block_002.safetensors": ("train --resume half", "train --continue half"),
     "runs/latest.json": LATEST,
     "log.csv": ("data import log.csv --out new --fractions 0.5,0.5 --min-events 3", "data check log.csv"),
     "items.csv": ("data import log.csv --out new --items items.csv --fractions 0.5,0.5 --min-events 3",),
@@ -160,7 +168,7 @@ JSON_KEYS = {  # what each file is asked for
     "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "stream"),
     f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream"),
     f"{BLOCKS}/adapter_config.json": ("r", "lora_alpha", "target_modules", "peft_type"),
-    "run/config.json": ("schema_version", "config", "inputs"),
+    "run/config.json": ("schema_version", "config", "inputs", "paths", "held_out"),
     "*/environment.json": ("packages",),
     "run/metrics.json": ("base_block", "config", "ceiling", "table", "matrix"),
     "runs/latest.json": ("run",),
@@ -196,6 +204,12 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
     f"{BLOCKS}/cladapt.json: history_rank missing": "an adapter without a history has none",
     f"{BLOCKS}/cladapt.json: stream missing": "told in the model card alone",
     f"{BLOCKS}/cladapt.json: stream text": "told in the model card alone",
+    **{
+        f"run/users/block_002.parquet: {damage}: eval": "measured anew, which a note says"
+        for damage in bytes_damages(random.Random(0))
+    },
+    "run/config.json: paths missing": "older runs do not have them: the places as they were given hold",
+    "run/config.json: held_out missing": "it never changed",
     "run/config.json: inputs missing": "older runs do not have them; --resume says that they are not compared",
     "*/environment.json: missing: export run": "a model card tells what is known of the machine",
     "*/environment.json: missing: train --resume": "killed before it: recorded when the run goes on",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cladapt.run import locked
+from cladapt.lock import locked
 
 
 @pytest.mark.parametrize("line", ["eval run", "eval sight", "train --resume run", "train --resume half"])

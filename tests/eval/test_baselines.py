@@ -14,7 +14,15 @@ from cladapt.data.histories import TrainingLog
 from cladapt.data.readers import read
 from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
 from cladapt.errors import ConfigError, DataError
-from cladapt.eval.baselines import MODELS, BlockPopularity, Markov, Popularity, evaluate_counts, rank_targets
+from cladapt.eval.baselines import (
+    MODELS,
+    BlockPopularity,
+    Markov,
+    OwnHistory,
+    Popularity,
+    evaluate_counts,
+    rank_targets,
+)
 from cladapt.eval.cases import held_out_cases
 from cladapt.eval.metrics import ROWS, summarise
 
@@ -69,6 +77,22 @@ histories = st.lists(st.lists(st.integers(0, 5), max_size=5), min_size=1, max_si
 
 
 @settings(max_examples=40, deadline=None)
+def own_history_by_sort(history: list[int], popularity: np.ndarray) -> list[int]:
+    def key(item: int) -> tuple[int, int, float, int]:
+        latest = max((place for place, seen in enumerate(history) if seen == item), default=-1)
+        return -history.count(item), -latest, -popularity[item], item
+
+    return sorted(range(len(popularity)), key=key)
+
+
+@given(st.lists(st.integers(0, 7), max_size=30))
+def test_own_history_orders_by_count_then_by_the_latest_then_by_block_popularity(history: list[int]):
+    log = log_of([(6, 1), (3, 1), (3, 1), (1, 2), (4, 2)], [(4, 2), (2, 2), (2, 2), (2, 2), (7, 2)])
+    popularity = BlockPopularity().fit(log, 8).item_scores
+    scores = OwnHistory().fit(log, 8).scores([np.array(history, dtype=np.int64)])[0]
+    assert sorted(range(8), key=lambda i: (-scores[i], i)) == own_history_by_sort(history, popularity)
+
+
 @given(sequences, histories)
 def test_markov_agrees_with_a_loop(sequences: list[list[int]], histories: list[list[int]]):
     log = log_of(*[[(item, 1) for item in sequence] for sequence in sequences])
@@ -189,7 +213,7 @@ def test_an_earlier_model_knows_earlier_blocks_only(stream: Stream):
 
 
 def test_items_outside_the_catalogue_take_no_place():
-    stream = make_stream({"x": {1: ["b", "b", "b", "b", "c"]}}, {"a": 2, "b": 1, "c": 1})
+    stream = make_stream({"x": {1: ["b", "b", "b", "b", "c"]}}, {"b": 1, "c": 1, "a": 2})
     assert counted(stream, "popularity", 1, 1, exclude_seen=False)["rank"].to_list() == [1]
 
 

@@ -10,6 +10,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -23,6 +24,7 @@ from cladapt.eval.metrics import ROWS
 from cladapt.eval.protocol import (
     COUNTS,
     NOT_ALLOWED,
+    OWN_HISTORY,
     Measures,
     backward_effects,
     backward_rows,
@@ -31,6 +33,7 @@ from cladapt.eval.protocol import (
     cells,
     continual_summary,
     differences,
+    effects_by_block,
     matrix,
     measure_counts,
     measure_run,
@@ -328,8 +331,8 @@ def test_counts_are_made_up_to_the_tested_block_or_to_the_one_before() -> None:
     evaluator: Any = SimpleNamespace(stream=stream, config=CONFIG, cases=cases)
     for lag, blocks in ((0, [2, 3]), (1, [3])):
         found = measure_counts(evaluator, blocks, lag)
-        assert list(found) == list(COUNTS)
-        for name in COUNTS:
+        assert tuple(found) == COUNTS[:2]  # seen items may not be recommended
+        for name in found:
             expected = [evaluate_counts(stream, name, b - lag, evaluator.cases(b, lag > 0), True, 6) for b in blocks]
             assert found[name].equals(pl.concat(expected))
         known = Measures("m", found[COUNTS[0]].clear(), found, BASE, CONFIG)
@@ -337,7 +340,7 @@ def test_counts_are_made_up_to_the_tested_block_or_to_the_one_before() -> None:
         again = measure_counts(evaluator, blocks[:-1], lag, earlier)
         del evaluator.cases
         kept = measure_counts(evaluator, [3], lag, earlier)
-        assert all(kept[name].equals(found[name].filter(pl.col("block") == 3)) for name in COUNTS)
+        assert all(kept[name].equals(found[name].filter(pl.col("block") == 3)) for name in found)
         assert all(again[name].equals(found[name].filter(pl.col("block") < 3)) for name in again)
         evaluator.cases = cases
     assert measure_counts(evaluator, []) == {}
@@ -411,3 +414,39 @@ def test_there_is_no_backward_transfer_without_the_earlier_blocks() -> None:
     whole = make_measures("a", 0)
     rows = whole.rows.filter(pl.col("model_block") == pl.col("block"))
     assert backward_rows(replace(whole, rows=rows), ["HR@2"]) is None
+
+
+def test_differences_by_block_and_their_slope_against_plain_arithmetic() -> None:
+    one, two = (make_measures("x", seed).current for seed in (0, 3))
+    found = effects_by_block(one, two, CONFIG, ("log_likelihood",))
+    gaps = {}
+    for block in (2, 3):
+        means = [fmean(rows.filter(pl.col("block") == block)["log_likelihood"].to_list()) for rows in (one, two)]
+        gaps[block] = means[0] - means[1]
+        assert found[str(block), "log_likelihood"].mean == pytest.approx(gaps[block])
+    slope = found["slope", "log_likelihood"]
+    assert slope.mean == pytest.approx(gaps[3] - gaps[2])  # least squares through two points
+    assert slope.low <= slope.mean <= slope.high
+    assert found.keys() == {(block, "log_likelihood") for block in ("2", "3", "slope")}
+
+
+def test_the_slope_is_that_of_least_squares() -> None:
+    blocks = [2, 3, 4, 6]
+    rows = make_rows(0, [2]).filter(pl.col("block") == 2)
+    gaps = dict(zip(blocks, [0.5, 0.1, 0.9, 1.7], strict=True))
+    copies = [rows.with_columns(block=pl.lit(b, pl.Int32)) for b in blocks]
+    one = pl.concat([r.with_columns(pl.col("log_likelihood") + gaps[b]) for r, b in zip(copies, blocks, strict=True)])
+    slope = effects_by_block(one, pl.concat(copies), CONFIG, ("log_likelihood",))["slope", "log_likelihood"]
+    expected = np.polyfit(blocks, list(gaps.values()), 1)[0]
+    assert (slope.mean, slope.low, slope.high) == pytest.approx((expected,) * 3)  # all users have the same gap
+
+
+def test_own_history_is_counted_only_where_seen_items_may_be_recommended() -> None:
+    stream = simulate(SimulateConfig(users=30, items=30, topics=3, blocks=3)).stream
+    for seen, expected in ((True, COUNTS[:2]), (False, COUNTS)):
+        config = CONFIG.model_copy(update={"exclude_seen": seen})
+        evaluator: Any = SimpleNamespace(
+            config=config, stream=stream, cases=lambda b, first=False: held_out_cases(stream, b, "test", False)
+        )
+        assert tuple(measure_counts(evaluator, [2])) == expected
+    assert expected[-1] == OWN_HISTORY

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from cladapt.artifacts import hash_value, read_json, write_json
+from cladapt.artifacts import read_json, write_json
 from cladapt.config import AdapterConfig, RunConfig
+from cladapt.data.schema import fingerprints_of
 from cladapt.export.card import UNKNOWN, Facts, facts_of
 from cladapt.export.targets import TARGETS, export
 from cladapt.model.adapter import create_adapter
@@ -99,11 +100,13 @@ def test_what_is_not_known_is_said(world: Path, tmp_path: Path) -> None:
 
 
 def test_facts_of_a_run_hold_for_its_own_stream_alone(tmp_path: Path) -> None:
-    hashes = {"items.parquet": "a"}
-    write_json(tmp_path / "data" / "manifest.json", {"license": "MIT", "source": "csv", "hashes": hashes})
+    files = [{"interactions": "a", "items": "b"}, {"interactions": "c", "items": "d"}]
+    manifest = {"license": "MIT", "source": "csv", "hashes": files, "earlier": [["before"]]}
+    write_json(tmp_path / "data" / "manifest.json", manifest)
     run = Run(tmp_path / "run", RunConfig(data=str(tmp_path / "data")))
     write_json(run.path / "environment.json", {"packages": {"torch": "2.0", "numpy": "2.1"}})
-    assert facts_of(run, hash_value(hashes)) == Facts("MIT", "csv", {}, {"torch": "2.0"})
+    for home in (*fingerprints_of(manifest), "before"):
+        assert facts_of(run, home) == Facts("MIT", "csv", {}, {"torch": "2.0"})
     assert facts_of(run, "another").license == UNKNOWN
     write_json(run.path / "metrics.json", METRICS)
     assert facts_of(run, "another").metrics == METRICS

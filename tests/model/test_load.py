@@ -236,6 +236,28 @@ def test_ids_other_than_the_bases_are_refused(tmp_path: Path) -> None:
         load_base(folder)
 
 
+def test_the_ids_of_a_longer_stream_replace_the_bases(tmp_path: Path) -> None:
+    base = load_base(saved(tmp_path / "base")[0])
+    longer = SidTable((*SIDS.items, "new"), np.concatenate([SIDS.codes, [[0, 1]]]), SIDS.sizes)
+    found = base.with_sids(longer)
+    assert found.item_tokens().tolist() == [*base.item_tokens().tolist(), [4, 8]]
+    assert (found.fingerprint, found.identity) == (base.fingerprint, base.identity)
+    assert base.with_sids(longer.align(["new"])).sids.items == ("new",)
+
+
+def test_ids_that_mean_other_items_are_refused(tmp_path: Path) -> None:
+    base = load_base(saved(tmp_path / "base")[0])
+    larger = SidTable(SIDS.items, SIDS.codes, (4, 2))
+    with pytest.raises(
+        DataError, match=r"levels of \[3, 2\] codes, the stream's IDs have levels of \[4, 2\]: the same"
+    ):
+        base.with_sids(larger)
+    other = SidTable(("x", SIDS.items[1]), np.array([[0, 1], [1, 1]]), SIDS.sizes)
+    expected = f"the base has the ID <a_2><b_0> for item '{SIDS.items[1]}', the stream has <a_1><b_1>: the same tokens"
+    with pytest.raises(DataError, match=expected):
+        base.with_sids(other)
+
+
 def test_a_folder_that_is_no_base_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not a base\+tokens directory: it has no cladapt\.json") as caught:
         load_base(tmp_path)

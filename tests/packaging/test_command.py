@@ -56,7 +56,7 @@ def test_quick_demo_adapts_measures_and_writes_open_formats(tmp_path: Path) -> N
     written = [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]
     names = {path.name for path in written}
     expected = {
-        "interactions.parquet",
+        "manifest.json",
         "adapter_config.json",
         "adapter_model.safetensors",
         "metrics.json",

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,13 +24,14 @@ from cladapt.train.sinks import MemorySink
 from cladapt.workloads.recommend import Recommend
 
 QUICK = BaseConfig(epochs=3)
+TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "stream"
     streams.simulate_data(folder, SimulateConfig(users=60, items=40, topics=4, blocks=3))
-    streams.build_tokens(folder, TokensConfig(dimensions=8, levels=2, codes=4), None)
+    streams.build_tokens(folder, TOKENS, None)
     return folder
 
 
@@ -48,9 +50,9 @@ def test_pretraining_learns_block_1_and_says_so(stream: Path, tmp_path: Path) ->
     report = bases.pretrain_base(stream, tmp_path / "base", QUICK, sink)
     base = load_base(tmp_path / "base")
     assert base.fitted_block == 1
-    assert base.provenance["stream"] == Stream.load(stream).fingerprint
+    assert base.provenance["stream"] == Stream.load(stream).fingerprints[0]
     assert BaseConfig(**base.provenance["config"]) == QUICK
-    assert base.sids.fingerprint == streams.load_sids(stream, Stream.load(stream)).fingerprint
+    assert base.sids.fingerprint == streams.load_sids(stream, Stream.load(stream).prefix(1)).fingerprint
     assert report["parameters"] == sum(p.numel() for p in base.model.parameters())
     assert report["vocabulary"] == len(base.tokenizer) == 4 + len(base.sids.tokens)
     epochs = [e["valid_log_likelihood"] for e in sink.events if e["kind"] == "epoch"]
@@ -96,7 +98,7 @@ def test_no_epochs_leave_the_rows_as_they_were_drawn(stream: Path, source: Path,
 def test_a_base_without_pretraining_is_a_random_model(stream: Path, tmp_path: Path) -> None:
     report = bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
     assert report["kept_epoch"] == 0
-    sids = streams.load_sids(stream, Stream.load(stream))
+    sids = streams.load_sids(stream, Stream.load(stream).prefix(1))
     fresh, _ = new_model("tiny", sids, 0)
     loaded = dict(load_base(tmp_path / "base").model.named_parameters())
     assert all(torch.equal(p, loaded[name]) for name, p in fresh.named_parameters())
@@ -177,13 +179,16 @@ def test_a_base_of_other_ids_or_of_another_stream_is_refused(stream: Path, tmp_p
     bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
     other = tmp_path / "other"
     streams.simulate_data(other, SimulateConfig(users=60, items=40, topics=4, blocks=3))
-    streams.build_tokens(other, TokensConfig(dimensions=8, levels=2, codes=5), None)
-    with pytest.raises(DataError, match=r"has the tokens of the ID table \w+, the stream has \w+: the same"):
-        bases.init_base(str(tmp_path / "base"), other, tmp_path / "out", "packed", QUICK, MemorySink())
+    streams.build_tokens(other, TokensConfig(dimensions=8, levels=2, codes=5, capacity=16), None)
+    bases.pretrain_base(stream, tmp_path / "untaught", BaseConfig(epochs=0), MemorySink())
+    record = read_json(tmp_path / "untaught" / "cladapt.json")
+    write_json(tmp_path / "untaught" / "cladapt.json", {**record, "fitted_block": 0})
+    with pytest.raises(DataError, match=r"levels of \[4, 4, 16\] codes, the stream's IDs have levels of \[5, 5, 16\]"):
+        bases.init_base(str(tmp_path / "untaught"), other, tmp_path / "out", "packed", QUICK, MemorySink())
     shorter = tmp_path / "shorter"
     streams.simulate_data(shorter, SimulateConfig(users=50, items=40, topics=4, blocks=3))
     shutil.copy(stream / "sids.parquet", shorter)
-    with pytest.raises(DataError, match="base has learned up to block 1 of the stream"):
+    with pytest.raises(DataError, match="base was trained on block 1 of the stream"):
         bases.init_base(str(tmp_path / "base"), shorter, tmp_path / "out", "packed", QUICK, MemorySink())
     assert not (tmp_path / "out").exists()
 
@@ -195,3 +200,40 @@ def test_generation_settings_of_the_source_are_left_out_and_told(stream: Path, s
     assert report["generation_left_out"] == {"do_sample": True, "temperature": 0.6}
     written = read_json(tmp_path / "base" / "generation_config.json")
     assert (written["do_sample"], written["max_new_tokens"], "temperature" in written) == (False, 3, False)
+
+
+def test_a_base_is_the_same_bytes_however_long_the_stream_was(stream: Path, source: Path, tmp_path: Path) -> None:
+    whole, first = Stream.load(stream), tmp_path / "first"
+    whole.prefix(1).save(first)
+    streams.build_tokens(first, TOKENS, None)
+    one = BaseConfig(epochs=1)
+    for name, data in (("short", first), ("long", stream)):
+        bases.pretrain_base(data, tmp_path / name / "pretrained", one, MemorySink())
+        bases.init_base(str(source), data, tmp_path / name / "init", "packed", one, MemorySink())
+    for path in sorted(p for p in (tmp_path / "short").rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "long" / path.relative_to(tmp_path / "short")).read_bytes(), path
+    base = load_base(tmp_path / "long" / "pretrained")
+    assert base.sids.items == tuple(whole.items.filter(whole.items["first_block"] == 1)["item"])
+
+
+def test_rows_fitted_on_another_cut_of_the_log_are_refused(stream: Path, source: Path, tmp_path: Path) -> None:
+    bases.init_base(str(source), stream, tmp_path / "base", "packed", BaseConfig(epochs=1), MemorySink())
+    bases.init_base(str(source), stream, tmp_path / "drawn", "packed", BaseConfig(epochs=0), MemorySink())
+    whole, other = Stream.load(stream), tmp_path / "other"
+    moved = whole.interactions.with_columns(block=(pl.col("block") - 1).clip(1).cast(pl.Int32))
+    first_block = (pl.col("first_block") - 1).clip(1).cast(whole.items.schema["first_block"])
+    Stream(moved, whole.items.with_columns(first_block=first_block), {"config": {}}).save(other)
+    shutil.copy(stream / "sids.parquet", other)
+    config = RunConfig(data=str(other), base=str(tmp_path / "base"))
+    with pytest.raises(DataError, match=r"base has ID rows fitted on block 1 of the stream \w+, .*other is the stream"):
+        Recommend().open_inputs(config)
+    with pytest.raises(DataError, match=r"base has ID rows fitted on block 1 of the stream"):
+        bases.init_base(str(tmp_path / "base"), other, tmp_path / "out", "packed", QUICK, MemorySink())
+    Recommend().open_inputs(config.model_copy(update={"base": str(tmp_path / "drawn")}))
+
+
+def test_a_base_made_at_block_1_is_at_home_on_the_longer_stream(stream: Path, tmp_path: Path) -> None:
+    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
+    found, base = Recommend().open_inputs(RunConfig(data=str(stream), base=str(tmp_path / "base")))
+    assert base.sids.items == tuple(found.items["item"])
+    assert len(base.item_tokens()) == found.n_items > len(load_base(tmp_path / "base").sids.items)

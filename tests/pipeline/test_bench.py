@@ -25,7 +25,8 @@ from cladapt_kernels.timing import COLUMNS, WHERE
 @pytest.fixture(scope="module")
 def case() -> Case:
     return bench.make_case(
-        SimulateConfig(users=40, items=60, topics=4, blocks=3), TokensConfig(dimensions=8, levels=2, codes=8)
+        SimulateConfig(users=40, items=60, topics=4, blocks=3),
+        TokensConfig(dimensions=8, levels=2, codes=8, capacity=16),
     )
 
 

@@ -34,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
-        streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4), None)
+        streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
         bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=2), MemorySink())
         for name, method in METHODS.items():
             for seed in (0, 1):

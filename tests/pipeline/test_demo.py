@@ -21,7 +21,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "SimulateConfig", simulate)
     monkeypatch.setattr(demo, "BaseConfig", lambda seed, epochs: BaseConfig(seed=seed, epochs=1))
-    monkeypatch.setattr(recommend, "TokensConfig", lambda: TokensConfig(dimensions=8, levels=2, codes=4))
+    monkeypatch.setattr(recommend, "TokensConfig", lambda: TokensConfig(dimensions=8, levels=2, codes=4, capacity=16))
 
 
 def test_the_demo_compares_methods_and_ships_the_first(tmp_path: Path) -> None:

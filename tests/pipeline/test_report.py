@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
-        streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4), None)
+        streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
         bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=2), MemorySink())
         config = RunConfig(data=str(folder / "stream"), base=str(folder / "base"), train=TrainConfig(epochs=2))
         runs.train(config, folder / "run", MemorySink())

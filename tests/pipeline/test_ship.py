@@ -24,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
-        streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4), None)
+        streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
         bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=2), MemorySink())
         for name, method in (("frozen", "frozen"), ("run", "finetune")):
             config = RunConfig(
@@ -130,7 +130,8 @@ def test_all_blocks_of_a_run_are_served_over_one_base(world: Path, tmp_path: Pat
     base = read_json(world / "base" / "cladapt.json")
     assert read_json(out / "base" / "cladapt.json") == base
     card = (out / "adapters" / "block_3" / "README.md").read_text()
-    assert f"- stream fingerprint: {base['stream']}" in card.splitlines()
+    learned = read_json(world / "run" / "adapters" / "block_003" / "cladapt.json")["stream"]
+    assert f"- stream fingerprint: {learned}" in card.splitlines()
     assert "- source: simulate" in card.splitlines()
     again = ship.export(Path("run"), "vllm", out, None, 3)
     assert (again["base"], again["block"]) == ("kept", 3)
@@ -179,6 +180,7 @@ def test_every_format_holds_the_same_recommendations(histories: Path, tmp_path: 
         "users_without_known_items": 1,
         "unknown_history_items": 1,
         "unknown_catalogue_items": 0,
+        "withdrawn_catalogue_items": 0,
     }
 
 

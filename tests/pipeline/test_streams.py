@@ -17,7 +17,7 @@ from cladapt.errors import ConfigError, DataError, EnvironmentProblem
 from cladapt.pipeline import streams
 
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
-TOKENS = TokensConfig(dimensions=8, levels=2, codes=4)
+TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 HALVES = BlocksConfig(fractions=(0.5, 0.5), min_events=3)
 
 
@@ -49,7 +49,7 @@ def test_an_imported_log_is_counted_cut_and_written(log: Path, tmp_path: Path) -
     assert [(b["block"], b["interactions"], b["new_items"]) for b in report["blocks"]] == [(1, 12, 5), (2, 12, 1)]
     assert report["stream"] == str(tmp_path / "out")
     assert report["semantic_ids"].startswith("none, and no item of block 1 has a text")
-    assert names(tmp_path / "out") == {"interactions.parquet", "items.parquet", "manifest.json"}
+    assert names(tmp_path / "out") == {"interactions", "items", "manifest.json"}
     stream = Stream.load(tmp_path / "out")
     assert stream.items.filter(pl.col("first_block") == 2)["item"].to_list() == ["late"]
 
@@ -139,15 +139,17 @@ def test_simulating_reports_what_checking_finds(tmp_path: Path) -> None:
 
 
 def test_ids_are_built_once_and_inspected(simulated: Path) -> None:
+    before = names(simulated)
     report = streams.build_tokens(simulated, TOKENS, None)
-    assert {"sids.parquet", "codebooks.safetensors"} <= names(simulated)
+    kept = {"sids.parquet", "tokens.json", "codebooks.safetensors", "embedding.safetensors", "terms.parquet"}
+    assert names(simulated) == before | kept
     assert (report["items"], report["distinct"]) == (40, 40)
     assert streams.inspect_tokens(simulated) == report
     assert streams.check_data(simulated)["semantic_ids"] == 40
     table = streams.load_sids(simulated, Stream.load(simulated))
     assert table.fingerprint == report["fingerprint"]
     assert report["example"]["i00"] == table.codes[0].tolist()
-    with pytest.raises(ConfigError, match=r"sids\.parquet exists: bases were made for it \(remove it"):
+    with pytest.raises(ConfigError, match=r"sids\.parquet exists: bases were made for it"):
         streams.build_tokens(simulated, TOKENS, None)
 
 
@@ -196,9 +198,9 @@ def test_a_log_that_cannot_be_cut_leaves_no_folder(log: Path, tmp_path: Path) ->
 
 
 def test_a_changed_file_is_noticed(simulated: Path) -> None:
-    frame = pl.read_parquet(simulated / "items.parquet")
-    frame.with_columns(text=pl.lit("other")).write_parquet(simulated / "items.parquet")
-    with pytest.raises(DataError, match=r"items\.parquet is not the file its manifest was written for"):
+    file = simulated / "items" / "block_00002.parquet"
+    pl.read_parquet(file).with_columns(text=pl.lit("other")).write_parquet(file)
+    with pytest.raises(DataError, match=r"block_00002\.parquet is not the file its manifest was written for"):
         streams.check_data(simulated)
 
 
@@ -233,7 +235,7 @@ def test_the_next_step_is_one_that_can_work(log: Path, tmp_path: Path) -> None:
     assert plain["items_with_text"] == 0
     for cure in ("--text COL", "--items TABLE", f"cladapt tokens build {tmp_path / 'plain'} --index FILE"):
         assert cure in plain["semantic_ids"]
-    with pytest.raises(DataError, match="all 6 items have an empty text") as error:
+    with pytest.raises(DataError, match="all 5 items known at block 1 have an empty text") as error:
         streams.build_tokens(tmp_path / "plain", TOKENS, None)
     for cure in ("--text COL", "--items TABLE", '--index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'):
         assert cure in error.value.hint
@@ -353,7 +355,7 @@ def test_online_retail_imports_with_its_titles_and_the_losses_of_an_independent_
             inside["CustomerID"].n_unique(),
             active,
         )
-    # a title counts until the end of the block that has the item's first event
+    # a title counts in the block that has the item's first event
     titles: dict[str, Counter[str]] = defaultdict(Counter)
     until: dict[str, int] = {}
     events = bought.unique(["CustomerID", "StockCode", "InvoiceDate"], keep="first", maintain_order=True)

@@ -20,7 +20,7 @@ FORMS = [("scaled", "factor", 0.1), ("scaled", "module", 0.1), ("literal", "fact
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
-    streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4), None)
+    streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
     bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=1), MemorySink())
     return folder
 

@@ -19,7 +19,7 @@ from cladapt.workloads import recommend
 from cladapt.workloads.recommend import Recommend, make_world, truth_of
 
 SIMULATE = SimulateConfig(users=40, items=40, topics=4, blocks=3)
-TOKENS = TokensConfig(dimensions=8, levels=2, codes=4)
+TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 BASE = BaseConfig(epochs=1)
 
 
@@ -105,5 +105,5 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 def test_every_name_of_its_table_may_be_expected() -> None:
     lines, columns = Recommend().table_names("peso", RunConfig().eval)
-    assert {"peso", "frozen", "markov", "block popularity", "ceiling"} == {*lines}
+    assert {"peso", "frozen", "markov", "block popularity", "own history", "ceiling"} == {*lines}
     assert {"users", "HR@5", "NDCG@10", "MRR", "log_likelihood", "HR@10 (ID)"} <= {*columns}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cladapt.data.readers._base import DEFAULTS, REJECTS, NoRows, RawLog, Reader, ReadOptions, files_of
-from cladapt.data.readers._clean import frequent_texts
+from cladapt.data.readers._clean import frequent_texts, rejects_of
 from cladapt.data.readers._parse import UNITS, to_seconds
 from cladapt.data.readers.amazon import AMAZON2018, AMAZON2023
 from cladapt.data.readers.lcrec import LcRecReader
@@ -29,6 +29,7 @@ __all__ = [
     "frequent_texts",
     "read",
     "reader_for",
+    "rejects_of",
     "to_seconds",
 ]
 

@@ -21,6 +21,7 @@ REJECTS = {
     "value": pl.String(),  # what cannot be used, "" where it is missing
 }
 NO_REJECTS = pl.DataFrame(schema=REJECTS)
+NO_PLACES = pl.DataFrame(schema={name: REJECTS[name] for name in ("file", "line")})
 ROLES = {
     "user": "user id: text or whole number",
     "item": "item id: text or whole number",
@@ -61,6 +62,8 @@ class RawLog:
     """Sentences about what is probably not meant, each with its cure."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Format and options it was read with, as JSON: `ReadOptions.from_settings` reads a later log alike."""
+    places: pl.DataFrame = field(default_factory=lambda: NO_PLACES)
+    """File and line of each row of `events`, as in `REJECTS`; lines of csv files are not exact yet."""
 
     @cached_property
     def out_of_order(self) -> int:

@@ -185,6 +185,14 @@ def assemble(
         filtered,
         _losses(rows, left_out),
         _warnings(rows.height, rejects, zero) + _mixed_times(usable["exact"], zero),
+        places=usable.select("file", "line"),
+    )
+
+
+def rejects_of(rows: pl.DataFrame, reason: str, value: pl.Expr) -> pl.DataFrame:
+    """Rows with their file and line as rejects for one reason."""
+    return exact_rejects(
+        rows.select("file", "line", pl.lit(reason).alias("reason"), value.str.head(LONGEST_VALUE).alias("value"))
     )
 
 
