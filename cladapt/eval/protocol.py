@@ -108,8 +108,9 @@ def measure_run(
         raise ConfigError(
             f"no model is tested on {sorted(asked)} with scope=current", "use scope=matrix, or a later block"
         )
-    whole = pl.concat(found[False])
-    return whole, pl.concat(found[True]) if found[True] else whole.clear()
+    # one piece, so that sums are the same to the last bit whether rows were measured or kept
+    whole = pl.concat(found[False], rechunk=True)
+    return whole, pl.concat(found[True], rechunk=True) if found[True] else whole.clear()
 
 
 def _cells(config: EvalConfig, model: int, blocks: Sequence[int], base: bool) -> Iterator[tuple[int, bool]]:
@@ -144,7 +145,7 @@ def measure_counts(
                 rows = evaluate_counts(stream, name, block - lag, cases, config.exclude_seen, config.beams)
             frames.append(rows)
         if frames:
-            found[name] = pl.concat(frames)
+            found[name] = pl.concat(frames, rechunk=True)
     return found
 
 
@@ -197,9 +198,9 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
     main = f"HR@{max(config.top_k)}"
     columns = [*metric_columns(config), f"{main} (ID)"]
     of_blocks = measured.group_by("block").agg(pl.col(columns).mean()).sort("block")
-    means = of_blocks.select(pl.col(columns).mean()).row(0, named=True)
+    means_of_blocks = of_blocks.select(pl.col(columns).mean()).row(0, named=True)
     row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), TESTS: rows.height}
-    row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means}
+    row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means_of_blocks}
     for column in (main, "log_likelihood"):
         effect = block_mean_interval(measured, column, config.bootstrap)
         row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"

@@ -106,18 +106,22 @@ def _home(run: Run[Any], stream: Any) -> int:
     known = work.prefix(stream, run.inputs["data"])
     if known is not None:
         return int(known.n_blocks)
-    there = f"{run.config.data} is the stream {stream.fingerprint} of {stream.n_blocks} blocks"
+    size = "1 block" if stream.n_blocks == 1 else f"{stream.n_blocks} blocks"
+    there = f"{run.config.data} is the stream {stream.fingerprint} of {size}"
+    give = "give the stream that the run has learned, or a longer one: --data DIR"
+    if stream.n_blocks < (last := max(run.adapters, default=0)):
+        raise DataError(f"{there}, {run.path} has learned block {last}", give)
     made = {block: adapter_provenance(folder).get("stream", "") for block, folder in run.adapters.items()}
     common = [block for block, recorded in made.items() if work.prefix(stream, recorded) is not None]
     if common:
         raise DataError(
             f"{there}: it has block {max(common)} as {run.path} has learned it, but not what the run learned or was to "
             f"learn after it, up to the stream {run.inputs['data']}",
-            "give the stream that the run has learned, or a longer one: --data DIR",
+            give,
         )
     raise DataError(
         f"{there}, which does not begin with the stream {run.inputs['data']} that {run.path} has learned",
-        "give the stream that the run has learned after it has grown: --data DIR; or start a new run",
+        f"{give}; or start a new run",
     )
 
 

@@ -84,7 +84,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         cast(nn.Module, base.model).to(ops.compute_device())
         check_home(base, stream, config.base, config.data)
         if start := self.starts_from(config):
-            _check_start(start, stream, config.data)
+            check_start(start, stream, config.data)
         check_form(base, config.train.form)
         return stream, base.with_sids(load_sids(Path(config.data), stream))
 
@@ -271,15 +271,15 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return found | {name: mean.value if mean.used and not mean.missing else None for name, mean in means}
 
 
-def _check_start(adapter: Path, stream: Stream, data: str) -> None:
-    """`DataError` where the adapter that a run starts from has learned another stream than this one's beginning."""
+def check_start(adapter: Path, stream: Stream, data: str) -> None:
+    """`DataError` where an adapter has learned another stream than the one that it is to go on with."""
     record = adapter_provenance(adapter)
     made_of = record.get("stream")
     if made_of and stream.home_of(made_of) is None:
         raise DataError(
-            f"{adapter} was trained on block {record.get('block')} of the stream {made_of}, {data} is the stream "
+            f"{adapter} has learned up to block {record.get('block')} of the stream {made_of}, {data} is the stream "
             f"{stream.fingerprint}, which does not begin with it",
-            "use the stream that it was made from, so that no test event is in its training data",
+            "use the stream that it has learned, so that no test event is in its training data",
         )
 
 

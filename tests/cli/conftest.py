@@ -162,7 +162,7 @@ def hostile(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
             assert all(path.startswith(allowed) for path in changed), changed
             return err
-        resumed = {*LOGGED} if "--resume" in arguments else set()
+        resumed = {*LOGGED} if {"--resume", "--continue"} & {*arguments} else set()
         assert {p: h for p, h in after.items() if p not in resumed} == {
             p: h for p, h in before.items() if p not in resumed
         }

@@ -28,7 +28,13 @@ BLOCKS = "*/adapters/block_002"
 APPEND = "data append bare next.csv"
 FORGET = "data forget bare users.txt"
 RETIRE = "data retire bare catalogue.txt"
-STREAM = ("data check stream", "tokens inspect stream", f"{TRAIN} --dry-run", "base pretrain --data stream --out new")
+STREAM = (
+    "data check stream",
+    "tokens inspect stream",
+    f"{TRAIN} --dry-run",
+    "base pretrain --data stream --out new",
+    "train --continue run",
+)
 SIDS = (
     "data check stream",
     "tokens inspect stream",
@@ -48,6 +54,7 @@ ADAPTER = (
     "eval run -o bootstrap=100",
     FROM,
     "train --resume half",
+    "train --continue half",
 )
 EXTEND = "tokens extend grown"
 RECOMMEND_SERVED = "recommend histories.jsonl --adapter served/adapters/block_3 --base served/base --out new.csv"
@@ -56,6 +63,7 @@ LATEST = ("eval -o bootstrap=100", "export --out new", "merge --out new", "recom
 RUN = (
     "eval run -o bootstrap=100",
     "train --resume run",
+    "train --continue run",
     "export run --out new",
     "merge run --out new",
     "compare run twin",
@@ -97,8 +105,8 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "run/config.json": RUN,
     "*/environment.json": ("eval run -o bootstrap=100", "export run --out new", "train --resume half"),
     "run/metrics.json": ("compare run twin", "export run --out new", "export run --target merged --out new"),
-    "run/users/block_002.parquet": ("compare run twin",),
-    "half/method/block_002.safetensors": ("train --resume half",),
+    "run/users/block_002.parquet": ("compare run twin", "eval run -o bootstrap=100"),
+    "half/method/block_002.safetensors": ("train --resume half", "train --continue half"),
     "runs/latest.json": LATEST,
     "log.csv": ("data import log.csv --out new --fractions 0.5,0.5 --min-events 3", "data check log.csv"),
     "items.csv": ("data import log.csv --out new --items items.csv --fractions 0.5,0.5 --min-events 3",),
@@ -187,7 +195,7 @@ JSON_KEYS = {  # what each file is asked for
     "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "stream"),
     f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream"),
     f"{BLOCKS}/adapter_config.json": ("r", "lora_alpha", "target_modules", "peft_type"),
-    "run/config.json": ("schema_version", "config", "inputs"),
+    "run/config.json": ("schema_version", "config", "inputs", "paths", "held_out"),
     "*/environment.json": ("packages",),
     "run/metrics.json": ("base_block", "config", "ceiling", "table", "matrix"),
     "runs/latest.json": ("run",),
@@ -232,6 +240,12 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
     f"{BLOCKS}/cladapt.json: history_rank missing": "an adapter without a history has none",
     f"{BLOCKS}/cladapt.json: stream missing": "compared where a stream is given",
     f"{BLOCKS}/cladapt.json: stream text": "compared where a stream is given",
+    **{
+        f"run/users/block_002.parquet: {damage}: eval": "measured anew, which a note says"
+        for damage in bytes_damages(random.Random(0))
+    },
+    "run/config.json: paths missing": "older runs do not have them: the places as they were given hold",
+    "run/config.json: held_out missing": "it never changed",
     "run/config.json: inputs missing": "older runs do not have them; --resume says that they are not compared",
     "*/environment.json: missing: export run": "a model card tells what is known of the machine",
     "*/environment.json: missing: train --resume": "killed before it: recorded when the run goes on",

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.data.schema import Stream, write_manifest
 from cladapt.pipeline import bases, streams
 from cladapt.train.sinks import MemorySink
 from cladapt_cli.app import run as cladapt
@@ -170,6 +172,32 @@ def test_a_signal_to_stop_ends_after_a_checkpoint_and_changes_nothing(
     assert {p.name[:9] for p in (run / "checkpoints").iterdir()} == {"block_003"}
     assert ended(start(run, ["--resume", str(run)])) == 0, said(run)
     assert adapters(run) == adapters(whole)
+
+
+def test_a_continuation_killed_at_any_moment_ends_in_the_same_adapters(whole: Path) -> None:
+    run, stream = whole.with_name(f"{whole.name}-continued"), whole.with_name("growing")
+    shutil.copytree(whole.with_name("stream"), stream)
+    grown = Stream.load(stream)
+    write_manifest(stream, grown.prefix(2).manifest)
+    assert ended(start(run, [word.replace("stream", "growing") for word in fresh(run)])) == 0, said(run)
+    assert len(adapters(run)) == 1
+    write_manifest(stream, grown.manifest)
+    asked, before, moments = (run / "config.json").read_bytes(), steps(run), random.Random(1)
+    for kill in range(5):
+        process = start(run, ["--continue", str(run)])
+        if kill == 0:  # when it has just been told of the new block
+            until(process.is_alive, lambda: (run / "config.json").read_bytes() != asked)
+        else:
+            goal = before + int((kill - 1 + moments.random()) * (steps(whole) - before) / 4)
+            until(process.is_alive, partial(passed, run, goal))
+        if kill == 3:
+            until(process.is_alive, lambda: torn(run))
+        process.kill()
+        ended(process)
+    assert ended(start(run, ["--continue", str(run)])) == 0, said(run)
+    assert adapters(run) == adapters(whole)
+    assert [p for p in run.rglob("*") if p.name.endswith((".tmp", ".old"))] == []
+    assert list((run / "checkpoints").iterdir()) == []
 
 
 def test_a_run_in_use_is_refused_by_a_second_resume_and_by_eval_until_its_holder_is_killed(whole: Path) -> None:

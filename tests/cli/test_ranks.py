@@ -22,6 +22,7 @@ import torch
 from polars.testing import assert_frame_equal
 from safetensors.torch import load_file
 
+from cladapt.data.schema import Stream, write_manifest
 from cladapt.pipeline import runs
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
@@ -99,7 +100,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for line in (*MAKE, *(f"{TRAIN} --method {m} --out one-{m}" for m in METHODS)):
             assert run([*line.split(), "--quiet"]) == 0
         shutil.rmtree("runs")
-    lines = [f"{DROPOUT} --out whole", *(f"{TRAIN} --method {m} --out two-{m}" for m in METHODS[1:])]
+    shutil.copytree(folder / "stream", folder / "short")
+    # files that the manifest does not name do not count
+    write_manifest(folder / "short", Stream.load(folder / "short").prefix(2).manifest)
+    lines = [f"{TRAIN} --method peso --out grown".replace("--data stream", "--data short")]
+    lines += ["train --continue grown --data stream"]
+    lines += [f"{DROPOUT} --out whole", *(f"{TRAIN} --method {m} --out two-{m}" for m in METHODS[1:])]
     lines += [f"{TRAIN} --method peso --json", f"eval {EVAL}", "recommend histories.jsonl --top-k 3 --out two.parquet"]
     *_, (trained, _), (measured, _), _ = succeed_in_two(folder, "lines", lines)
     (folder / "trained").write_text(trained)
@@ -125,6 +131,12 @@ def test_two_processes_learn_the_adapters_of_one(method: str, world: Path) -> No
         assert (apart > 1e-6).double().mean() < 1e-3
         assert apart.mean() < 1e-7
         assert max(t.abs().max() for key, t in together.items() if "lora_B" in key) > 1e-4
+
+
+def test_two_processes_continue_to_the_bits_of_a_whole_run_of_two(world: Path) -> None:
+    assert adapters(world / "grown") == adapters(world / "two-peso")
+    assert len(adapters(world / "grown")) == 2
+    assert json.loads((world / "grown" / "config.json").read_text())["paths"]["data"] == "../stream"
 
 
 def test_one_process_writes_and_speaks(world: Path) -> None:
