@@ -100,6 +100,11 @@ def _evaluate(run: Run[Any], config: Any, block: int | None, sink: Sink, everyth
     verify_inputs(run, base)
     run.environment()  # the report tells of it: what is damaged shows now
     learned = run.workload.learned_block(run.config, base)
+    if learned >= stream.n_blocks:
+        raise ConfigError(
+            f"there is nothing to test {run.path} on: its stream has {stream.n_blocks} blocks, learned by its base",
+            f"append the next block: cladapt update LOG --run {run.path}",
+        )
     adapters = _checked_adapters(run, stream, base, learned)
     earlier: Earlier[Any] = Earlier()
     if block is not None or not everything:

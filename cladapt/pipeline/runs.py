@@ -27,20 +27,27 @@ from cladapt.workloads._base import FittedBase
 
 
 def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
-    """Start a run: adapt the base to every block that it has not learned."""
+    """Start a run: adapt the base to every block that it has not learned.
+
+    Where there is none yet, the run waits for the blocks that the stream will have.
+    """
     if out is not None:
         ranks.once(lambda: Run.refuse_existing(out))
     config = with_embedded(config, sink)
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
     _prepare(config, stream, base)
-    work.blocks(config, stream, base)
     require(config.track)
+    notes = []
+    if not work.blocks(config, stream, base):
+        notes.append(
+            f"the base has learned all blocks of the stream, 1 to {stream.n_blocks}: the run waits for the next"
+        )
     inputs = fingerprints(config, stream, base)
     path = ranks.once(lambda: out or new_run_path(config.method.name, config.seed))
     with locked(path):
         run = ranks.once(lambda: Run.create(path, config, inputs))
-        return _learn(run, stream, base, sink)
+        return _learn(run, stream, base, sink, notes)
 
 
 def resume(
@@ -306,6 +313,6 @@ def _summary(run: Run[Any], results: Mapping[int, FitResult]) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "method": run.config.method.name,
-        "next": f"cladapt eval {run.path}",
+        "next": f"cladapt eval {run.path}" if run.adapters else f"cladapt update LOG --run {run.path}",
         "blocks": blocks,
     }

@@ -16,7 +16,6 @@ from torch import nn
 from cladapt import ops, ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
 from cladapt.config import FitConfig, RunSettings
-from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
 from cladapt.model.saved import (
@@ -64,17 +63,6 @@ def fit_settings(config: FitConfig, seed: int, block: int, kernels: ops.Choice =
         precision=config.precision,
         fold_terms=ops.uses_kernel("prox_adamw", kernels),
     )
-
-
-def blocks_after(learned: int, n_blocks: int) -> Sequence[int]:
-    """The blocks after the last one that was learned."""
-    blocks = range(learned + 1, n_blocks + 1)
-    if not blocks:
-        raise ConfigError(
-            f"block {learned} is learned already, the stream ends at block {n_blocks}",
-            "give a longer stream, or start from a base or adapter that has learned fewer blocks",
-        )
-    return blocks
 
 
 def learn_blocks(

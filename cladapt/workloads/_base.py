@@ -18,7 +18,7 @@ from cladapt.eval.report import Section
 from cladapt.eval.significance import Effect, describe
 from cladapt.model.adapter import AdaptedBase
 from cladapt.model.saved import adapter_provenance
-from cladapt.train.blocks import Examples, Provenance, blocks_after, learn_blocks
+from cladapt.train.blocks import Examples, Provenance, learn_blocks
 from cladapt.train.feeds import Feed
 from cladapt.train.loop import FitResult
 from cladapt.train.sinks import Sink
@@ -228,8 +228,8 @@ class Workload(ABC, Generic[C, S, B, M]):
         return max(base.fitted_block, 0 if start is None else int(adapter_provenance(start).get("block", 0)))
 
     def blocks(self, config: C, stream: S, base: B) -> Sequence[int]:
-        """The blocks to learn; `ConfigError` where there are none."""
-        return blocks_after(self.learned_block(config, base), stream.n_blocks)
+        """The blocks to learn; none where the stream has to grow first."""
+        return range(self.learned_block(config, base) + 1, stream.n_blocks + 1)
 
     def learn(
         self,

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -293,15 +294,21 @@ def truth_of(folder: Path) -> pl.DataFrame | None:
     return load_truth(folder) if os.path.lexists(folder / "truth.parquet") else None
 
 
-def make_world(stream: Path, base: Path, simulated: SimulateConfig, pretrain: BaseConfig, sink: Sink) -> None:
-    """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept."""
+def make_world(
+    stream: Path, base: Path, simulated: SimulateConfig, pretrain: BaseConfig, sink: Sink, blocks: int | None = None
+) -> None:
+    """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept.
+
+    `blocks`: how many of the simulated blocks the stream has so far; None for all.
+    """
 
     def make_stream() -> None:
         sink.emit({"kind": "note", "text": f"simulating the embedded stream in {stream}"})
         with atomic_dir(stream) as folder:
             simulation = simulate(simulated)
-            simulation.save(folder)
-            save_sids(folder, simulation.stream, TokensConfig())
+            known = simulation.stream.prefix(blocks or simulation.stream.n_blocks)
+            replace(simulation, stream=known).save(folder)
+            save_sids(folder, known, TokensConfig())
 
     if not ranks.once(stream.is_dir):
         ranks.once(make_stream)

@@ -398,14 +398,19 @@ def test_a_stream_that_the_base_was_not_made_from_is_refused(world: Path, tmp_pa
         recommend.Recommend().open_inputs(config)
 
 
-def test_a_base_that_has_seen_everything_leaves_nothing_to_learn(world: Path, tmp_path: Path) -> None:
+def test_a_run_waits_for_blocks_where_its_base_has_seen_all(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "base", tmp_path / "base")
     record = read_json(tmp_path / "base" / "cladapt.json")
     write_json(tmp_path / "base" / "cladapt.json", {**record, "fitted_block": 3})
     config = config_of(world).model_copy(update={"base": str(tmp_path / "base")})
-    with pytest.raises(ConfigError, match="block 3 is learned already, the stream ends at block 3"):
-        runs.train(config, tmp_path / "run", MemorySink())
-    assert not (tmp_path / "run").exists()
+    sink = MemorySink()
+    report = runs.train(config, tmp_path / "run", sink)
+    assert (report["blocks"], report["next"]) == ([], f"cladapt update LOG --run {tmp_path / 'run'}")
+    said = "the base has learned all blocks of the stream, 1 to 3: the run waits for the next"
+    assert {"kind": "note", "text": said}.items() <= next(e for e in sink.events if e["kind"] == "note").items()
+    with pytest.raises(ConfigError, match=r"there is nothing to test .* on: its stream has 3 blocks") as caught:
+        evaluation.evaluate(tmp_path / "run", {}, None, sink)
+    assert caught.value.hint.startswith("append the next block")
 
 
 def test_a_run_with_missing_blocks_is_not_measured(world: Path, tmp_path: Path) -> None:
