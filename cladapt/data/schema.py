@@ -59,9 +59,9 @@ class CutRecord(BaseModel):
 
     until: int | None
     """Last time (unix seconds) of its rows before any filter; None without times."""
-    number: int | None = None
+    number: int | None
     """Its number in the source, where the source has ready-made blocks."""
-    late: int = 0
+    late: int
     """Its rows that are not after `until` of the block before: they came late, and were kept."""
 
 
@@ -314,6 +314,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{file}: schema_version {found!r}", f"this version reads {SCHEMA_VERSION}: import the source again"
         )
     read_record(file, ManifestRecord, "restore this file, or import the source again")
+    cuts, blocks = len(manifest.get("cuts", [])), len(manifest["hashes"])
+    if "cuts" in manifest and cuts != blocks:
+        raise DataError(f"{file} has {cuts} cuts and {blocks} blocks", "restore this file, or import the source again")
     return manifest
 
 

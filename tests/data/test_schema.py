@@ -254,6 +254,8 @@ def test_blocks_are_added_without_touching_those_before_and_count_when_the_manif
         ("earlier", ["x"], "earlier.0='x'"),
         ("config", {"min_events": "five"}, "config.min_events='five'"),
         ("cuts", [{"until": "soon"}], "cuts.0.until='soon'"),
+        ("cuts", [{"until": 5, "number": None}], "lacks cuts.0.late"),
+        ("cuts", [], "has 0 cuts and 2 blocks"),
     ],
 )
 def test_a_wrong_entry_of_the_manifest_is_named(saved: Path, key: str, value: object, said: str) -> None:

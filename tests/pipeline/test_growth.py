@@ -361,3 +361,23 @@ def test_new_items_of_a_stream_with_ids_say_how_to_get_theirs(grown: Path, tmp_p
     log.write_text(f"who,what,when,stars,title\nu1,new,{1000 * ENDS[2] + 1000},5,t\n")
     result = append_data(grown, str(log))
     assert result["semantic_ids"] == f"1 new items have none yet: cladapt tokens extend {grown}"
+
+
+@pytest.mark.slow
+def test_online_retail_appended_month_by_month_is_the_whole_import(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "online-retail" / "online_retail.parquet"
+    if not source.is_file():
+        pytest.skip(f"no file {source}")
+    valid = "Quantity > 0 AND UnitPrice > 0 AND CustomerID IS NOT NULL"
+    options = ReadOptions("CustomerID", "StockCode", "InvoiceDate", text=("Description",), where=(valid,))
+    dates = tuple(f"2011-{month:02d}-01" for month in range(5, 13))
+    streams.import_data(str(source), tmp_path / "whole", "auto", options, BlocksConfig(dates=dates))
+    frame, log, stream = pl.read_parquet(source), tmp_path / "log.parquet", tmp_path / "stream"
+    days = pl.col("InvoiceDate").dt.strftime("%Y-%m-%d")
+    frame.filter(days < dates[0]).write_parquet(log)
+    streams.import_data(str(log), stream, "auto", options, BlocksConfig(fractions=(1.0,)))
+    for month, (start, end) in enumerate(zip(dates, (*dates[1:], "2012"), strict=True)):
+        # in turn the whole log so far and what came since
+        frame.filter(days < end, days >= ("" if month % 2 else start)).write_parquet(log)
+        assert append_data(stream, str(log))["appended_blocks"] == [month + 2]
+    assert parts(stream) == parts(tmp_path / "whole")
