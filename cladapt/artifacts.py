@@ -135,9 +135,10 @@ def recover(folder: Path) -> list[str]:
 
 
 def put_back(target: Path) -> None:
-    """Restore a folder that a killed process had moved aside to replace it."""
+    """Restore a folder that a killed process had moved aside to replace it, and remove what else is left of that."""
     for path in _leftovers(target.parent, target.name) if target.parent.is_dir() else ():
-        _restore(path)
+        if not _restore(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:

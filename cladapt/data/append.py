@@ -5,6 +5,7 @@ All others, with those that waited from earlier logs, are cut into new blocks an
 block that would test too few users waits, and is joined with the rows that come after it.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ class Growth:
 def waiting_rows(folder: Path, blocks: int) -> pl.DataFrame:
     """The rows that wait to become a block after the stream's `blocks`."""
     file = folder / block_file(WAITING, blocks + 1)
-    if not file.exists():
+    if not os.path.lexists(file):
         return NO_ROWS
     frame = read_parquet(file, PENDING)
     expected = {**PENDING, **{name: kind for name, kind in OPTIONAL.items() if name in frame.columns}}
@@ -277,9 +278,9 @@ def _grow(
     interactions = pl.concat([stream.interactions, place(kept, stream.interactions)]).sort("user", "position")
     ends = raw.group_by("block").agg(pl.col("timestamp").max(), pl.col("number").max()).sort("block")
     for block, until, number in ends.iter_rows():
-        end = cuts[-1]["until"]
-        is_late = (pl.col("block") == block) & (pl.col("timestamp") <= end)
-        late = 0 if end is None or number is not None else kept.filter(is_late).height
+        end, late = cuts[-1]["until"], 0
+        if number is None:
+            late = kept.filter(pl.col("block") == block, pl.col("timestamp") <= end).height
         cuts = [*cuts, {"until": end if until is None else max(until, end), "number": number, "late": late}]
     longer = Stream(interactions, pl.concat([stream.items, items]), {**stream.manifest, "cuts": cuts})
     report = check_stream(longer)

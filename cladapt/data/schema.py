@@ -83,8 +83,10 @@ class ManifestRecord(BaseModel):
     hashes: Annotated[list[FilesRecord], Field(min_length=1)]
     config: SettingsRecord = SettingsRecord()
     withdrawn: list[Annotated[tuple[str, int, int | None], BeforeValidator(_as_tuple)]] = []
-    earlier: list[list[str]] = []
+    earlier: list[Annotated[list[str], Field(min_length=1)]] = []
     cuts: list[CutRecord] = []
+    appended: list[dict[str, Any]] = []
+    notes: dict[str, Any] = {}
 
 
 class Withdrawal(NamedTuple):

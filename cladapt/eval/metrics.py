@@ -48,6 +48,7 @@ def user_metrics(rows: pl.DataFrame, top_k: Sequence[int], beams: int | None = N
     """
     check_top_k(top_k, beams)
     check_rows(rows)
+    rows = rows.rechunk()  # sums in pieces round by the pieces, and rows that were kept come in others than new ones
     end = int((rows["rank"] + rows["ties"]).max() or 1)  # type: ignore[arg-type]
     gains = _gains(top_k, end if beams is None else beams)
     item = {name: _mean_gain(rows["rank"], rows["ties"], gain) for name, gain in gains.items()}

@@ -197,9 +197,8 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
     measured = user_metrics(rows, config.top_k, config.beams)
     main = f"HR@{max(config.top_k)}"
     columns = [*metric_columns(config), f"{main} (ID)"]
-    # in order: a sum's last bit depends on it
-    means = measured.group_by("block", maintain_order=True).agg(pl.col(columns).mean())
-    means_of_blocks = means.select(pl.col(columns).mean()).row(0, named=True)
+    of_blocks = measured.group_by("block").agg(pl.col(columns).mean()).sort("block")
+    means_of_blocks = of_blocks.select(pl.col(columns).mean()).row(0, named=True)
     row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), TESTS: rows.height}
     row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means_of_blocks}
     for column in (main, "log_likelihood"):

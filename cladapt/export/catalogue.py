@@ -56,6 +56,10 @@ class Offered:
             raise DataError(f"{folder / CATALOGUE} offers no item", _AGAIN)
         return cls(sids, items)
 
+    def same(self, other: "Offered") -> bool:
+        """Whether both offer the same items under the same IDs."""
+        return self.items == other.items and self.sids.fingerprint == other.sids.fingerprint
+
     def chosen(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The offered items among those `wanted` (None: all), and how many wanted ones are withdrawn."""
         if wanted is None:

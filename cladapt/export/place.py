@@ -4,10 +4,15 @@ from pathlib import Path
 
 from cladapt.artifacts import check_writable
 from cladapt.errors import ConfigError
+from cladapt.model.load import PROVENANCE
 
 
-def refuse_existing(out: Path) -> None:
-    """An export never replaces a folder that holds something; what cannot be written is told now, not at the end."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def refuse_existing(out: Path, replace: bool = False) -> None:
+    """An export replaces no folder that holds something, but with `replace` one that an earlier export has written.
+
+    What cannot be written is an error now, not at the end.
+    """
+    earlier = replace and (out / PROVENANCE).is_file()
+    if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty", "choose another --out, or remove it")
     check_writable(out)

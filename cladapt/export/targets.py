@@ -19,9 +19,11 @@ from cladapt.model.load import LEFT_OUT, base_provenance, load_base
 from cladapt.model.saved import CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 
 
-def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None) -> dict[str, Any]:
+def export_peft(
+    adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None, replace: bool
+) -> dict[str, Any]:
     """Copy the adapter in stock PEFT form, pointing to its base, after checking that the two belong together."""
-    refuse_existing(out)
+    refuse_existing(out, replace)
     base = load_base(base_folder)
     parameters = adapter_parameters(load_adapter(base, adapter))
     if offered is not None:
@@ -47,9 +49,11 @@ def export_peft(adapter: Path, base_folder: Path, out: Path, facts: Facts, offer
     }
 
 
-def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None) -> dict[str, Any]:
+def export_merged(
+    adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None, replace: bool
+) -> dict[str, Any]:
     """Write base and adapter as one checkpoint; see `merge`."""
-    refuse_existing(out)
+    refuse_existing(out, replace)
     report = merge(adapter, base_folder, out, offered=offered)
     provenance = adapter_provenance(adapter)
     base, merged = base_provenance(base_folder), base_provenance(out)
@@ -66,7 +70,7 @@ def export_merged(adapter: Path, base_folder: Path, out: Path, facts: Facts, off
     }
 
 
-TARGETS: dict[str, Callable[[Path, Path, Path, Facts, Offered | None], dict[str, Any]]] = {
+TARGETS: dict[str, Callable[[Path, Path, Path, Facts, Offered | None, bool], dict[str, Any]]] = {
     "peft": export_peft,
     "merged": export_merged,
     "vllm": export_vllm,
@@ -80,11 +84,13 @@ def export(
     out: Path,
     facts: Facts | None = None,
     offered: Offered | None = None,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Export an adapter to `target`; returns what was written.
 
-    `facts` fill its model card; `offered`, the IDs of the stream and its catalogue, are written with it.
+    `facts` fill its model card; `offered`, the IDs of the stream and its catalogue, are written with it. `replace`: an
+    earlier export may be in the place.
     """
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not known", f"use one of {', '.join(TARGETS)}")
-    return TARGETS[target](adapter, base_folder, out, facts or Facts(), offered)
+    return TARGETS[target](adapter, base_folder, out, facts or Facts(), offered, replace)

@@ -35,9 +35,9 @@ GUIDE = "SERVING.md"
 
 
 def export_vllm(
-    adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None = None
+    adapter: Path, base_folder: Path, out: Path, facts: Facts, offered: Offered | None = None, replace: bool = False
 ) -> dict[str, Any]:
-    """Add an adapter, and at first its base, to the serving folder `out`.
+    """Add an adapter, and at first its base, to the serving folder `out`, which is never replaced as a whole.
 
     `CheckFailed` when vLLM would refuse it, `DataError` when `out` serves another base; what is there already and the
     same is kept, but for IDs and catalogue (`offered`), which are those of the stream now.

@@ -129,7 +129,7 @@ def measure(
     if run.workload.starts_from(run.config) is None:
         models.append(Candidate(learned, lambda: nullcontext(base.model)))
     for after, folder in _adapters(run, learned).items():
-        models.append(Candidate(after, partial(_adapted, base, folder), adapter_provenance(folder).get(LEARNED, ())))
+        models.append(Candidate(after, partial(adapted, base, folder), adapter_provenance(folder).get(LEARNED, ())))
     return run.workload.measure(run.config, config, stream, base, models, block, earlier or Earlier(), sink)
 
 
@@ -145,7 +145,7 @@ def _checked_adapters(run: Run[Any], stream: Any, base: FittedBase, learned: int
         )
     adapters = _adapters(run, learned)
     for folder in adapters.values():  # a damaged adapter shows now, not when those before it are measured
-        with _adapted(base, folder):
+        with adapted(base, folder):
             pass
     return adapters
 
@@ -157,8 +157,8 @@ def _adapters(run: Run[Any], learned: int) -> dict[int, Path]:
 
 
 @contextmanager
-def _adapted(base: FittedBase, folder: Path) -> "Iterator[PreTrainedModel]":
-    """The base with an adapter, each loaded anew: their ranks may differ; the base is bare again at the end."""
+def adapted(base: FittedBase, folder: Path) -> "Iterator[PreTrainedModel]":
+    """The base with an adapter, each loaded anew: their ranks may differ; at the end it is as it was."""
     model = load_adapter(base, folder)
     try:
         yield adapted_lm(model)

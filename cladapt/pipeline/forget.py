@@ -1,5 +1,6 @@
 """Users are forgotten: their events leave every block of a stream, and what has learned them is named."""
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,15 +9,16 @@ from typing import Any
 
 import polars as pl
 
-from cladapt.artifacts import atomic_dir, hash_file, is_leftover, read_json, read_parquet, write_parquet
+from cladapt.artifacts import atomic_dir, hash_file, is_leftover, read_json, write_parquet
 from cladapt.data.append import WAITING, waiting_rows
 from cladapt.data.blocks import check_stream, count_late, late_blocks
 from cladapt.data.ids import read_ids
 from cladapt.data.schema import MANIFEST, PARTS, Stream, block_file, home_of
-from cladapt.data.simulate import TRUTH
-from cladapt.errors import DataError
+from cladapt.data.simulate import load_truth
+from cladapt.errors import ConfigError, DataError
 from cladapt.lock import LOCK
-from cladapt.pipeline.growth import named, writing
+from cladapt.pipeline.growth import named
+from cladapt.pipeline.streams import writing
 from cladapt.run import RUNS
 
 RECORD = "cladapt.json"
@@ -28,8 +30,11 @@ def forget_users(folder: Path, file: Path, runs: Sequence[Path] = ()) -> dict[st
 
     What was made on the stream before stays at home on it: its manifest keeps the fingerprints of that time. Returns
     the runs and bases below `runs/` and `runs` that have learned from these users. Users whom the stream does not have
-    are counted. `DataError` where a block would come out empty.
+    are counted. `DataError` where a block would come out empty, `ConfigError` where there is no such folder of runs.
     """
+    for root in runs:
+        if not os.path.isdir(root):
+            raise ConfigError(f"--runs {root} is no folder", "name a folder that holds runs, bases or exports")
     users = list(dict.fromkeys(read_ids(file, "user")))
     with writing(folder):
         stream = Stream.load(folder)
@@ -103,8 +108,8 @@ def _replace(folder: Path, stream: Stream, pending: pl.DataFrame, users: pl.Expr
                 shutil.copytree(path, fresh / path.name, symlinks=True)
             else:
                 shutil.copy2(path, fresh / path.name, follow_symlinks=False)
-        if "truth" in stream.manifest:
-            write_parquet(fresh / TRUTH_FILE, read_parquet(folder / TRUTH_FILE, TRUTH).filter(~users))
+        if "truth" in stream.manifest or os.path.lexists(folder / TRUTH_FILE):
+            write_parquet(fresh / TRUTH_FILE, load_truth(folder).filter(~users))
             stream = replace(stream, manifest={**stream.manifest, "truth": hash_file(fresh / TRUTH_FILE)})
         if pending.height:
             write_parquet(fresh / block_file(WAITING, stream.n_blocks + 1), pending)

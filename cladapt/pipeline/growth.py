@@ -4,36 +4,27 @@ One command at a time changes a stream. The manifest is written last and names t
 that is killed leaves the stream that it found, or the one that it was to make.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cladapt.artifacts import put_back, recover, write_parquet
+from cladapt.artifacts import write_parquet
 from cladapt.data.append import WAITING, Growth, append, waiting_rows
 from cladapt.data.ids import read_ids
 from cladapt.data.readers import NoRows, RawLog, ReadOptions, read
-from cladapt.data.schema import PARTS, Stream, Withdrawal, block_file, read_manifest, write_manifest
+from cladapt.data.schema import PARTS, Stream, Withdrawal, block_file, write_manifest
 from cladapt.errors import DataError
-from cladapt.lock import locked
-from cladapt.pipeline.streams import check_rejects, where_of, write_rejects
+from cladapt.pipeline.streams import check_rejects, where_of, write_rejects, writing
 from cladapt.tokens.build import SIDS
+from cladapt.tokens.encoder import encoder_settings
+from cladapt.tokens.extend import extend_with_index
+from cladapt.tokens.sids import SidTable
 
 SHOWN = 5
 """Ids or rows that a message names."""
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Hold a stream directory against other commands, with what killed ones have left mended."""
-    put_back(folder)
-    read_manifest(folder)  # no lock where there is no stream
-    with locked(folder):
-        recover(folder)
-        yield
 
 
 def append_data(
@@ -67,7 +58,8 @@ def append_data(
         growth = append(stream, log, pending, dates, late, least)
         write_rejects(pl.concat([log.rejects, growth.late]), rejects)
         _commit(folder, stream, pending, growth)
-        return _report(folder, stream, growth, log)
+        report = _report(folder, stream, growth, log)
+        return {**report, **_ids_of_log(folder, growth.stream, log, report["warnings"])}
 
 
 def _reading(manifest: Mapping[str, Any], source: str, items: Path | None) -> tuple[str, ReadOptions]:
@@ -144,6 +136,18 @@ def _report(folder: Path, before: Stream, growth: Growth, log: RawLog | None) ->
         **({"semantic_ids": _next_step(folder, new_items)} if new_items and (folder / SIDS).exists() else {}),
         "blocks": [row for row in manifest.get("blocks", []) if row["block"] in entry["blocks"]],
     }
+
+
+def _ids_of_log(folder: Path, stream: Stream, log: RawLog, warnings: list[str]) -> dict[str, Any]:
+    """Give new items the IDs that came with the log, where those of the stream came from an index; the report of it."""
+    if not log.index or not (folder / SIDS).exists() or encoder_settings(folder) is not None:
+        return {}
+    try:
+        taken = extend_with_index(folder, stream, SidTable.from_index(log.index))
+    except DataError as error:
+        text = f"the IDs that came with the log are not taken: {error.message}; {error.hint}"
+        return {"warnings": [*warnings, text]}
+    return {"semantic_ids": f"from the log, of {taken.new} new items"} if taken.new else {}
 
 
 def _outcome(blocks: Sequence[int], growth: Growth, counts: Mapping[str, int]) -> str:

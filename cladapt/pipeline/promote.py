@@ -3,32 +3,32 @@
 The file is replaced as a whole, so at any moment it names one adapter or none; its history keeps every decision.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, PositiveInt
 
 from cladapt.artifacts import hash_file, read_record, write_json
 from cladapt.config import PromoteConfig, resolve
 from cladapt.errors import CheckFailed, ConfigError, DataError
+from cladapt.eval.cells import Candidate
 from cladapt.eval.promotion import CURRENT, Decision, decide
 from cladapt.lock import locked
-from cladapt.model.adapter import adapted_lm
-from cladapt.model.history import unload
-from cladapt.model.saved import ADAPTER_FILE, load_adapter
-from cladapt.pipeline.inputs import open_inputs
+from cladapt.model.saved import ADAPTER_FILE
+from cladapt.pipeline.evaluation import adapted
+from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.blocks import adapter_folder
 from cladapt.train.sinks import Sink
-from cladapt.workloads._base import FittedBase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FILE = "current.json"
 CHALLENGER, FROZEN = "challenger", "frozen"
+PROMOTED: Literal["promoted"] = "promoted"
+REFUSED: Literal["refused"] = "refused"
 
 
 class Event(BaseModel):
@@ -100,56 +100,70 @@ def current_block(run: Run[Any]) -> int | None:
 
 
 def promote(
-    path: Path | None, settings: Mapping[str, Any], block: int | None, sink: Sink, again: bool = True
+    path: Path | None,
+    settings: Mapping[str, Any],
+    block: int | None,
+    sink: Sink,
+    data: Path | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
-    """Judge an adapter of a run (by default the newest) and make it the current one, or refuse it.
+    """Judge an adapter of a run (by default the newest of the latest run) and make it the current one, or refuse it.
 
-    `again`: also where it was judged before. `CheckFailed` when it is refused; `current.json` keeps the decision.
+    `CheckFailed` when it is refused; `current.json` keeps the decision. `data`, `base`: where these are now.
     """
     config = resolve(PromoteConfig, settings, "promote", PromoteConfig.shown_by)
-    run = open_run(latest_run() if path is None else path)
-    with locked(run.path):
-        report = judge(run, config, block, sink, again)
-    if report["decision"] == "refused":
-        raise CheckFailed(
-            f"block {report['block']} of {run.path} is not promoted: {'; '.join(report['reasons'])}",
-            f"the current adapter stays ({_name(report['current'])}); --promote always takes the new one all the same",
-            report,
-        )
+    report = judge(latest_run() if path is None else path, config, block, sink, data=data, base=base)
+    if report["decision"] == REFUSED:
+        raise refusal(report, report)
     return report
 
 
-def judge(run: Run[Any], config: PromoteConfig, block: int | None, sink: Sink, again: bool) -> dict[str, Any]:
-    """Decide about an adapter and write `current.json`; what was decided, why, and what is current now."""
-    adapters = run.adapters
-    if not adapters:
-        raise DataError(
-            f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
-        )
-    chosen = max(adapters) if block is None else block
-    if chosen not in adapters:
-        raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
-    current, weights = read_current(run), hash_file(adapters[chosen] / ADAPTER_FILE)
-    before = current_block(run)
-    event = None if again else current.judged(chosen, weights)
-    if event is None and (before, current.weights) == (chosen, weights):
-        event = current.judged(chosen, weights)
-    if event is None:
-        decision = compare(run, config, chosen, before, sink)
-        event = Event(
-            at=datetime.now(UTC).isoformat(timespec="seconds"),
-            action="promoted" if decision.promoted else "refused",
-            block=chosen,
-            weights=weights,
-            rule=config.rule,
-            reasons=list(decision.reasons),
-            differences=[dict(line) for line in decision.differences],
-        )
-        _write(run, current, event)
+def refusal(decided: Mapping[str, Any], result: dict[str, Any]) -> CheckFailed:
+    """The error that says of a decision that the adapter is refused."""
+    current = "none is current" if decided["current"] is None else f"that of block {decided['current']} stays current"
+    return CheckFailed(
+        f"the adapter of block {decided['block']} is not promoted: {'; '.join(decided['reasons'])}",
+        f"{current}; to take it all the same: cladapt promote --block {decided['block']} --promote always",
+        result,
+    )
+
+
+def judge(
+    path: Path,
+    config: PromoteConfig,
+    block: int | None,
+    sink: Sink,
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    again: bool = True,
+) -> dict[str, Any]:
+    """Decide about an adapter and write `current.json`; what was decided, why, and what is current now.
+
+    `again`: also where it was decided before. An adapter that is current already is not compared with itself.
+    """
+    run = open_run(path, data, base)
+    with locked(run.path):
+        adapters = run.adapters
+        if not adapters:
+            raise DataError(
+                f"{path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
+            )
+        chosen = max(adapters) if block is None else block
+        if chosen not in adapters:
+            raise ConfigError(f"--block {chosen}: {path} has {sorted(adapters)}", "choose one of these blocks")
+        current, weights = read_current(run), hash_file(adapters[chosen] / ADAPTER_FILE)
+        before = current_block(run)
+        is_current = (before, current.weights) == (chosen, weights)
+        known = current.judged(chosen, weights) if is_current or not again else None
+        event = known or _event(config, chosen, weights, compare(run, config, chosen, before, sink))
+        if known is None:
+            _write(run, current, event)
     return {
-        "run": str(run.path),
+        "run": str(path),
         "block": chosen,
         "decision": event.action,
+        "new": known is None,
         "rule": event.rule,
         "reasons": event.reasons,
         "current": read_current(run).block,
@@ -157,13 +171,32 @@ def judge(run: Run[Any], config: PromoteConfig, block: int | None, sink: Sink, a
     }
 
 
+def _event(config: PromoteConfig, block: int, weights: str, decision: Decision) -> Event:
+    return Event(
+        at=_now(),
+        action=PROMOTED if decision.promoted else REFUSED,
+        block=block,
+        weights=weights,
+        rule=config.rule,
+        reasons=list(decision.reasons),
+        differences=[dict(line) for line in decision.differences],
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def compare(run: Run[Any], config: PromoteConfig, block: int, current: int | None, sink: Sink) -> Decision:
     """Judge the adapter of `block` against the current one, the base alone and counting, on its validation targets."""
     stream, base = open_inputs(run)
+    verify_inputs(run, base)
     sink.emit({"kind": "note", "text": f"judging the adapter of block {block} on the validation targets of its block"})
-    folders = {} if current in (None, block) else {CURRENT: adapter_folder(run.path, int(current))}
-    folders[CHALLENGER] = adapter_folder(run.path, block)
-    models = _models(folders, base)
+    learned = run.workload.learned_block(run.config, base)
+    models = {FROZEN: Candidate(learned, lambda: nullcontext(base.model))}
+    for name, chosen in ((CURRENT, current), (CHALLENGER, block)):
+        if chosen is not None and (name, chosen) != (CURRENT, block):
+            models[name] = Candidate(chosen, partial(adapted, base, adapter_folder(run.path, chosen)))
     return decide(run.workload.judge(run.config, config, stream, base, models, block), config)
 
 
@@ -186,12 +219,11 @@ def rollback(path: Path | None, to: int | None) -> dict[str, Any]:
         folder = adapter_folder(run.path, target.block) / ADAPTER_FILE
         if not folder.is_file() or hash_file(folder) != target.weights:
             raise DataError(f"{folder} is not what was promoted then", "restore it, or go back further with --to")
-        at = datetime.now(UTC).isoformat(timespec="seconds")
         reasons = [f"back from block {current.block}"]
         _write(
             run,
             current,
-            Event(at=at, action="rolled back", block=target.block, weights=target.weights, reasons=reasons),
+            Event(at=_now(), action="rolled back", block=target.block, weights=target.weights, reasons=reasons),
         )
     return {"run": str(run.path), "current": target.block, "before": current.block}
 
@@ -205,16 +237,3 @@ def _write(run: Run[Any], current: Current, event: Event) -> None:
             update={"block": event.block, "adapter": folder.as_posix(), "weights": event.weights}
         )
     write_json(run.path / FILE, changed.model_dump(mode="json"))
-
-
-def _models(folders: Mapping[str, Path], base: FittedBase) -> Iterator[tuple[str, "PreTrainedModel"]]:
-    """The base alone, then it with each adapter; a model is gone when the next one is asked for."""
-    yield FROZEN, base.model
-    for name, folder in folders.items():
-        model = load_adapter(base, folder)
-        yield name, adapted_lm(model)
-        unload(model)
-
-
-def _name(block: int | None) -> str:
-    return "none yet" if block is None else f"block {block}"

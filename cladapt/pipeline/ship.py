@@ -11,13 +11,13 @@ import polars as pl
 from torch import nn
 
 from cladapt import ranks
-from cladapt.artifacts import atomic_path, check_writable, read_record
+from cladapt.artifacts import atomic_path, check_writable, hash_file, read_json, read_record
 from cladapt.config import EvalConfig
 from cladapt.data.schema import MANIFEST, Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
-from cladapt.export.card import Facts, facts_of
+from cladapt.export.card import CARD, Facts, facts_of
 from cladapt.export.catalogue import CATALOGUE, SIDS, Offered
 from cladapt.export.compress import compressed
 from cladapt.export.preflight import RULES as SERVERS
@@ -26,7 +26,7 @@ from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, Base, load_base
-from cladapt.model.saved import CONFIG_FILE, adapter_provenance, load_adapter
+from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, load_adapter
 from cladapt.ops import compute_device
 from cladapt.pipeline.promote import current_block
 from cladapt.pipeline.report import METRICS
@@ -104,12 +104,13 @@ def export(
     all_blocks: bool = False,
     rank: int | None = None,
     data: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Export an adapter; by default the latest run's last one into `<run>/export/<target>`.
+    """Export an adapter; by default the latest run's current one, or its last, into `<run>/export/<target>`.
 
     The IDs of the whole stream and the items that may be recommended now go with it; `data`: where the stream is.
     `all_blocks`: the adapter of every block of the run, for a target that holds several. `rank`: each cut to it, see
-    `compressed`; the result states what was lost.
+    `compressed`; the result states what was lost. `overwrite`: an earlier export may be replaced.
     """
     if all_blocks and target != "vllm":
         raise ConfigError(f"--all-blocks with --target {target}", "only --target vllm holds several adapters")
@@ -124,18 +125,29 @@ def export(
             refuse(str(source.adapter), [f for f in check_vllm(source.adapter, source.base) if f.server == "vllm"])
     facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"), data)
     offered = offered_of(last, data)
-    results = [_export_one(target, source, out, facts, offered, rank) for source in sources]
+    results = [_export_one(target, source, out, facts, offered, rank, overwrite) for source in sources]
     return results[0] if not all_blocks else {**results[-1], "block": [result["block"] for result in results]}
 
 
 def _export_one(
-    target: str, source: Source, out: Path, facts: Facts, offered: Offered | None, rank: int | None
+    target: str, source: Source, out: Path, facts: Facts, offered: Offered | None, rank: int | None, replace: bool
 ) -> dict[str, Any]:
     found = {} if offered is None else {"offered_items": len(offered.items)}
     if rank is None:
-        return {**export_to(target, source.adapter, source.base, out, facts, offered), **found}
+        return {**export_to(target, source.adapter, source.base, out, facts, offered, replace), **found}
     with compressed(source.adapter, source.base, rank) as (adapter, lost):
-        return {**export_to(target, adapter, source.base, out, facts, offered), **found, "compressed": lost}
+        return {**export_to(target, adapter, source.base, out, facts, offered, replace), **found, "compressed": lost}
+
+
+def is_exported(source: Source, target: str, out: Path, offered: Offered | None) -> bool:
+    """Whether `out` holds this export as it would be written now; of a serving folder that is not known."""
+    if target not in ("peft", "merged") or not all((out / name).is_file() for name in (PROVENANCE, CARD)):
+        return False
+    record, there = read_json(out / PROVENANCE), Offered.load(out)
+    made_of = record.get("merged", {}) if target == "merged" else record
+    if made_of.get("weights") != hash_file(source.adapter / ADAPTER_FILE) or (there is None) != (offered is None):
+        return False
+    return there is None or offered is None or there.same(offered)
 
 
 def check(path: Path | None, base: Path | None, block: int | None, all_blocks: bool = False) -> dict[str, Any]:

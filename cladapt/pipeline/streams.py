@@ -1,7 +1,8 @@
 """Logs to stream directories, and semantic IDs for their items."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cladapt.artifacts import atomic_dir, atomic_path, check_writable
+from cladapt.artifacts import atomic_dir, atomic_path, check_writable, put_back, recover
 from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
 from cladapt.data.append import waiting_rows
 from cladapt.data.blocks import build_stream, check_stream
 from cladapt.data.readers import READERS, NoRows, RawLog, ReadOptions, read, reader_for
-from cladapt.data.schema import MANIFEST, PARTS, Stream
+from cladapt.data.schema import MANIFEST, PARTS, Stream, read_manifest
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
+from cladapt.lock import locked
 from cladapt.tokens.build import SIDS, index_sids, load_sids, save_index, save_sids, shared_texts
 from cladapt.tokens.encoder import encoder_settings
 from cladapt.tokens.extend import extend_sids, extend_with_index
@@ -199,25 +201,37 @@ def _repeats(events: pl.DataFrame) -> int:
     return int(events.select("user", "item").is_duplicated().sum())
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a stream directory against other commands, with what killed ones have left mended."""
+    put_back(folder)
+    read_manifest(folder)  # no lock where there is no stream
+    with locked(folder):
+        recover(folder)
+        yield
+
+
 def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict[str, Any]:
     """Write `sids.parquet`, and what extending it needs, into a stream directory."""
-    stream = Stream.load(folder)
-    if (folder / SIDS).exists():
-        raise ConfigError(
-            f"{folder / SIDS} exists: bases were made for it",
-            f"give new items IDs with `cladapt tokens extend {folder}`, or remove it to give all items new IDs",
-        )
-    if index is not None:
-        table = save_index(folder, stream, read_index(index), config)
-    else:
-        table = save_sids(folder, stream, config)
+    with writing(folder):
+        stream = Stream.load(folder)
+        if (folder / SIDS).exists():
+            raise ConfigError(
+                f"{folder / SIDS} exists: bases were made for it",
+                f"give new items IDs with `cladapt tokens extend {folder}`, or remove it to give all items new IDs",
+            )
+        if index is not None:
+            table = save_index(folder, stream, read_index(index), config)
+        else:
+            table = save_sids(folder, stream, config)
     return _about_tokens(folder, stream, table)
 
 
 def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
     """Give IDs to the items of a stream that have none, from the frozen codebooks or from the rows of `index`."""
-    stream = Stream.load(folder)
-    done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
+    with writing(folder):
+        stream = Stream.load(folder)
+        done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
     drift = done.drift or {}
     return {
         "sids": str(folder / SIDS),

@@ -1,5 +1,6 @@
 """IDs for the items that a stream has got since its IDs were built: earlier ones and the tokens stay as they are."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def extend_sids(folder: Path, stream: Stream) -> Extension:
     items = _new_items(stream, table)
     if items.is_empty():
         return Extension(table, 0)
-    if not (folder / ENCODER).is_file():
+    if not os.path.lexists(folder / ENCODER):
         raise ConfigError(
             f"{items.height} items of {folder} have no semantic ID, and the IDs of the others came from an index "
             f"(there is no {ENCODER})",

@@ -1,7 +1,7 @@
 """What workloads differ in. A workload is one file with one subclass of `Workload`; see `cladapt.workloads`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -25,7 +25,6 @@ from cladapt.train.sinks import Sink
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class Blocks(Protocol):
@@ -280,24 +279,24 @@ class Workload(ABC, Generic[C, S, B, M]):
         """Test what the run starts from, then each adapted model, on every block (or one), without the cells that an
         earlier evaluation has measured: the result has them as they are."""
 
-    def on_block(self, measures: M, block: int) -> M:
-        """What was measured on one block, for a workload with `one_block`."""
-        return measures
-
     def judge(
         self,
         config: C,
         settings: PromoteConfig,
         stream: S,
         base: B,
-        models: "Iterator[tuple[str, PreTrainedModel]]",
+        models: Mapping[str, Candidate],
         block: int,
     ) -> Effects:
         """The last of the named models minus each other one, and minus counting, on the validation targets of `block`.
 
-        A model is gone when the next one is asked for. `ConfigError` where the task's streams do not grow.
+        `ConfigError` where the task's streams do not grow.
         """
         raise ConfigError(f"runs of --task {config.task} promote nothing", "their streams do not grow")
+
+    def on_block(self, measures: M, block: int) -> M:
+        """What was measured on one block, for a workload with `one_block`."""
+        return measures
 
     @abstractmethod
     def frames(self, measures: M) -> Mapping[str, pl.DataFrame]:

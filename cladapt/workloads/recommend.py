@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,7 +58,6 @@ from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_m
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class Recommend(Workload[RunConfig, Stream, Base, Measures]):
@@ -189,28 +188,31 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         counts = measure_counts(evaluator, later, earlier=earlier)
         return Measures(name, rows, counts, learned, settings, best, next=after, learned=leaks)
 
-    def on_block(self, measures: Measures, block: int) -> Measures:
-        return on_block(measures, block)
-
     def judge(
         self,
         config: RunConfig,
         settings: PromoteConfig,
         stream: Stream,
         base: Base,
-        models: Iterator[tuple[str, "PreTrainedModel"]],
+        models: Mapping[str, Candidate],
         block: int,
     ) -> dict[str, dict[str, Effect]]:
         changes = {"targets": "valid", "next_block": False, "bootstrap": settings.bootstrap}
         asked = config.eval.model_copy(update=changes)
         evaluator = Evaluator(stream, base, form_of(config, base), asked, config.train.softmax, config.seed)
-        rows = {name: evaluator.rows(lm, block, block) for name, lm in models}
+        rows = {}
+        for name, model in models.items():
+            with model.open() as lm:
+                rows[name] = evaluator.rows(lm, block, block)
         *others, challenger = rows
         popularity = COUNTS[0]
         rows[popularity] = measure_counts(evaluator, [block])[popularity]
         metrics = (f"HR@{max(asked.top_k)}", LOG_LIKELIHOOD)
         found = {name: effects(rows[challenger], rows[name], asked, metrics) for name in (*others, popularity)}
         return {name: {m: e for m, e in by_metric.items() if e is not None} for name, by_metric in found.items()}
+
+    def on_block(self, measures: Measures, block: int) -> Measures:
+        return on_block(measures, block)
 
     def frames(self, measures: Measures) -> dict[str, pl.DataFrame]:
         return frames_of(measures)

@@ -16,7 +16,7 @@ import cladapt
 from cladapt import __version__, ranks
 from cladapt.errors import CladaptError, ConfigError, EnvironmentProblem
 from cladapt.train.interrupt import terminate
-from cladapt_cli import adapters, base, bench, compare, config, data, demo, doctor, tokens, train
+from cladapt_cli import adapters, base, bench, compare, config, data, demo, doctor, tokens, train, update
 from cladapt_cli._verb import INTERRUPTED, Stopped, fail, output, say
 
 # typer carries its own copy of click or uses the installed one, by version: its public names lead to either
@@ -35,7 +35,7 @@ app = typer.Typer(
     epilog="Start with `cladapt demo`, or `cladapt train`, `cladapt eval` and `cladapt export`, all without arguments. "
     f"Exit codes: {EXIT_CODES}.",
 )
-for command in (demo, train, compare, adapters, doctor):
+for command in (demo, train, compare, update, adapters, doctor):
     command.register(app)
 for name, group in (
     ("data", data.app),

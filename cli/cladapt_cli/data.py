@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cladapt_cli._verb import output, verb
-from cladapt_cli.log_options import LogChoice, log_options
+from cladapt_cli.log_options import Late, LogChoice, NewDates, NewItems, Rejects, log_options
 from cladapt_cli.options import Overrides, StreamDir, overrides_of
 
 app = typer.Typer(no_args_is_help=True, help="Import, check and simulate interaction streams.")
@@ -41,30 +41,16 @@ def import_(
 def append(
     stream: StreamDir,
     log: Annotated[str, typer.Argument(help="File, folder or glob of the log: the whole one, or what came since.")],
-    dates: Annotated[
-        str | None,
-        typer.Option("--dates", help="First days of new blocks: 2024-05-01,…; default: none, one block."),
-    ] = None,
-    late: Annotated[
-        str,
-        typer.Option(
-            "--late",
-            help="Rows that are not after the end of the stream and not in it: reject, or keep them in the new block.",
-        ),
-    ] = "reject",
+    dates: NewDates = None,
+    late: Late = "reject",
     min_tested: Annotated[
         int,
         typer.Option(
             "--min-tested", min=0, help="A new block tests at least this many users; fewer rows wait for the next log."
         ),
     ] = 0,
-    items: Annotated[
-        Path | None,
-        typer.Option("--items", help="Item table with the texts of new items; default: that of the import, if any."),
-    ] = None,
-    rejects: Annotated[
-        Path | None, typer.Option("--rejects", help="Write all rejected rows to this csv file; default: none.")
-    ] = None,
+    items: NewItems = None,
+    rejects: Rejects = None,
 ) -> dict[str, Any]:
     """Append what is new in a log to a stream as its next block; the log is read as the stream's import was."""
     from cladapt.pipeline import growth
@@ -137,9 +123,7 @@ def images(
 def check(
     stream: Annotated[Path, typer.Argument(help="Stream directory, or a raw log: file, folder or glob.")],
     log: LogChoice,
-    rejects: Annotated[
-        Path | None, typer.Option("--rejects", help="Write all rejected rows to this csv file; default: none.")
-    ] = None,
+    rejects: Rejects = None,
 ) -> dict[str, Any]:
     """Verify a stream directory, or say of a raw log what its import would keep, drop and reject; writes no stream."""
     from cladapt.errors import ConfigError

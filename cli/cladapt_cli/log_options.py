@@ -113,6 +113,24 @@ Dates = Annotated[
     str | None,
     typer.Option("--dates", help="First day of block 2, 3, …: 2024-01-01,…; default: none.", rich_help_panel=_BLOCKS),
 ]
+NewDates = Annotated[
+    str | None,
+    typer.Option("--dates", help="First days of new blocks: 2024-05-01,…; default: none, one block."),
+]
+Late = Annotated[
+    str,
+    typer.Option(
+        "--late",
+        help="Rows that are not after the end of the stream and not in it: reject, or keep them in the new block.",
+    ),
+]
+NewItems = Annotated[
+    Path | None,
+    typer.Option("--items", help="Item table with the texts of new items; default: that of the import, if any."),
+]
+Rejects = Annotated[
+    Path | None, typer.Option("--rejects", help="Write all rejected rows to this csv file; default: none.")
+]
 MinEvents = Annotated[
     int | None,
     typer.Option(

@@ -19,28 +19,39 @@ def build(
         typer.Option(
             "--index",
             help='Take the IDs of a JSON file instead, {"item": ["<a_1>", "<b_7>"], …}: a token per level, lettered '
-            "a, b, …, for every item of the stream; default: none.",
+            "a, b, …, for every item of the stream. A level gets the next power of two above the largest code of block "
+            "1, at least 64 (-o codes), the last at least --capacity; default: none.",
+        ),
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            "--capacity",
+            show_default="512",
+            help="Codes of the last level, which tells items with equal codes apart; fixed for the life of the stream: "
+            "where more items have equal codes, they share IDs. Costs that many rows of the model's embedding and of "
+            "its head, width x capacity parameters each, and nothing in the trie softmax.",
         ),
     ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1.
-
-    Block 1 fixes the capacity of every level for good, so that items of later blocks get IDs (`tokens extend`) while
-    the base and its adapters stay: the k-means levels have `codes` codes, the last one, which tells items with equal
-    codes apart, `capacity` (512). That costs `capacity` rows of the model's embedding and as many of its head, width x
-    capacity parameters each, and nothing in the trie softmax. An index's levels have the next power of two above the
-    largest code of block 1, at least `codes`, the last at least `capacity`.
-    """
+    """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1."""
     from cladapt.config import TokensConfig, resolve
     from cladapt.pipeline import streams
 
-    return streams.build_tokens(stream, resolve(TokensConfig, overrides_of(override, "tokens"), "tokens build"), index)
+    values = overrides_of(override, "tokens") | ({} if capacity is None else {"capacity": capacity})
+    return streams.build_tokens(stream, resolve(TokensConfig, values, "tokens build"), index)
 
 
 @verb(app)
 def extend(
-    stream: StreamDir,
+    stream: Annotated[
+        Path,
+        typer.Argument(
+            help="Stream directory. A warning says when the codebooks fit the new items badly: a quantisation error "
+            "above 1.5 times block 1's, or a share of items with the codes of another one above block 1's + 20 %."
+        ),
+    ],
     index: Annotated[
         Path | None,
         typer.Option(
@@ -50,13 +61,7 @@ def extend(
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Give semantic IDs to the items that a stream has got since `tokens build`; earlier IDs and all tokens stay.
-
-    Codes come from the frozen codebooks, numbers of equal codes in order of first appearance. Where more items have
-    equal codes than the last level has capacity, they share IDs, which is counted. A warning says when the codebooks
-    fit the new items badly: a quantisation error above 1.5 times block 1's, or a share of items with the codes of
-    another one above block 1's + 20 %.
-    """
+    """Give a stream's new items semantic IDs by the frozen codebooks; earlier IDs and all tokens stay as they are."""
     from cladapt.pipeline import streams
 
     return streams.extend_tokens(stream, index)

@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cladapt.data.schema import Stream
 from cladapt_cli.app import run
 
+CODES = "-o dimensions=8 -o levels=2 -o codes=4 -o capacity=16"
 MAKE = (
     "data simulate --out stream -o users=40 -o items=40 -o topics=4 -o blocks=3",
     "data simulate --out bare -o users=40 -o items=40 -o topics=4 -o blocks=3",
-    "tokens build stream -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
+    "data append bare next.csv --min-tested 9",
+    f"tokens build stream {CODES}",
     "base pretrain --data stream --out base -o epochs=1",
     "base pretrain --data stream --out stranger -o epochs=0 -o seed=1",
     "train --data stream --base base --method finetune --epochs 1 --rank 2 --out twin",
@@ -36,8 +39,8 @@ ALLOWED = (
     "new",
     "nowhere",
     "runs",
-    "bare/sids",
-    "bare/codebooks",
+    "bare",
+    "grown/sids",
     "run/metrics",
     "run/report",
     "run/users",
@@ -76,12 +79,15 @@ def limited(seconds: float = 15.0) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stream with and without IDs, two bases, two evaluated runs and the files that commands read."""
+    """Streams with IDs, without (rows wait there) and with some; two bases, two evaluated runs, files to read."""
     folder = tmp_path_factory.mktemp("small")
     histories = [{"user": "u", "history": ["i01", "i02"]}, {"user": "v", "history": []}]
     (folder / "histories.jsonl").write_text("\n".join(map(json.dumps, histories)))
     log = [f"u{u},i{(u + k) % 5},{1000 * (k // 3) + k}" for u in range(4) for k in range(6)]
     (folder / "log.csv").write_text("\n".join(["user,item,timestamp", *log]))
+    later = [f"u{u:02d},{item},{4_000_000_000 + k}" for u in (1, 2) for k, item in enumerate(("i01", "i02", "fresh"))]
+    (folder / "next.csv").write_text("\n".join(["user,item,timestamp", *later]))
+    (folder / "users.txt").write_text("u01\nu03\n")
     (folder / "items.csv").write_text("item,text\ni0,zero\ni1,one\n")
     (folder / "catalogue.txt").write_text("i01\ni02\ni03\n")
     (folder / "recipe.yaml").write_text("seed: 3\ntrain: {lr: 1e-3, epochs: 1}\n")
@@ -98,6 +104,14 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for line in MAKE:
             code, _, err = cladapt([*line.split(), "--quiet"])
             assert code == 0, f"{line}: {err}"
+        whole = Stream.load(folder / "bare")
+        whole.prefix(2).save(folder / "grown")
+        assert cladapt([*f"tokens build grown {CODES}".split(), "--quiet"])[0] == 0
+        manifest = Stream.load(folder / "grown").manifest
+        Stream(whole.interactions, whole.items, manifest).save_after(folder / "grown", 2)
+        new = whole.items.filter(whole.items["first_block"] == 3)["item"]
+        rows = {item: ["<a_0>", "<b_0>", f"<c_{k % 16}>"] for k, item in enumerate(new)}
+        (folder / "rows.json").write_text(json.dumps(rows))
     index = {item: [f"<a_{k}>", f"<b_{k}>"] for k, item in enumerate(f"i{n:02d}" for n in range(40))}
     (folder / "index.json").write_text(json.dumps(index))
     shutil.copytree(folder / "run", folder / "half")

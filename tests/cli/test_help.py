@@ -73,6 +73,17 @@ def test_every_command_says_in_one_line_what_it_does(path: tuple[str, ...]) -> N
     assert text.endswith(".")
 
 
+def test_the_help_on_tokens_states_what_the_code_does() -> None:
+    from cladapt.config import TokensConfig
+    from cladapt.tokens.extend import MORE_COLLISIONS, MOST_ERROR
+
+    build, extend = ({p.name: p for p in TREE["tokens", name].params} for name in ("build", "extend"))
+    assert f"above {MOST_ERROR} times block 1's" in extend["stream"].help
+    assert f"above block 1's + {MORE_COLLISIONS * 100:.0f} %" in extend["stream"].help
+    assert build["capacity"].show_default == str(TokensConfig().capacity)
+    assert f"at least {TokensConfig().codes} (-o codes)" in build["index"].help
+
+
 def test_the_exit_codes_stand_below_the_help(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Exit codes: {EXIT_CODES}." in help_of((), capsys, monkeypatch)
     for code in ("0 ok", "1 internal", "2 usage", "3 data", "4 environment", "5 a check", "130 Ctrl-C", "143 SIGTERM"):

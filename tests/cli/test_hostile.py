@@ -29,10 +29,13 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "base vision": "--data classes --out new -o epochs=1 -o hidden=16 -o layers=1",
     "compare": "run twin",
     "config show": "recipe.yaml",
+    "data append": "bare next.csv --items items.csv",
     "data blocks": "stream",
     "data check": "stream",
+    "data forget": "bare users.txt",
     "data images": "drawings --out new --blocks 2 --size 8",
     "data import": "log.csv --out new --fractions 0.5,0.5 --min-events 3",
+    "data retire": "bare catalogue.txt",
     "data simulate": f"--out new {SMALL}",
     "data stats": "stream",
     "demo": "--quick --out new",
@@ -43,6 +46,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "methods": "",
     "recommend": "histories.jsonl --adapter run --out new.csv",
     "tokens build": "bare -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
+    "tokens extend": "grown",
     "tokens inspect": "stream",
     "train": "--data stream --base base --epochs 1 --out new",
 }
@@ -69,6 +73,8 @@ OVERRIDES = [
 OVERRIDES += ["seed=2024-99-99", "seed=0b_", "seed=" + "[" * 3000, "seed=&a [*a]", "seed.x=1", "sede=1", "\0=1", "ö=1"]
 FINE = {  # hostile to look at, but meaningful
     ("data import", "--timestamp", ""),
+    ("data append", "--rejects", "nowhere/2024"),
+    ("data append", "--min-tested", "9" * 30),
     *((command, "--out", "nowhere/2024") for command in CALLS),
 }
 CODES = {2, 3, 4}

@@ -25,6 +25,9 @@ PICKLE = b"\x80\x04\x95\x19\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x06weight\x94]\
 TRAIN = "train --data stream --base base --out new --epochs 1"
 RECOMMEND = "recommend histories.jsonl --adapter run --out new.csv"
 BLOCKS = "*/adapters/block_002"
+APPEND = "data append bare next.csv"
+FORGET = "data forget bare users.txt"
+RETIRE = "data retire bare catalogue.txt"
 STREAM = (
     "data check stream",
     "tokens inspect stream",
@@ -37,6 +40,9 @@ SIDS = (
     "tokens inspect stream",
     "base pretrain --data stream --out new",
     "base init --from base --data stream --out new",
+    f"{TRAIN} --dry-run",
+    "export run --out new",
+    RECOMMEND,
 )
 BASE = (f"{TRAIN} --dry-run", "export run --out new", RECOMMEND, "merge run --out new", "eval run -o bootstrap=100")
 FROM = f"{TRAIN} --from-adapter run/adapters/block_002 --rank 2 --dry-run"
@@ -50,6 +56,8 @@ ADAPTER = (
     "train --resume half",
     "train --continue half",
 )
+EXTEND = "tokens extend grown"
+RECOMMEND_SERVED = "recommend histories.jsonl --adapter served/adapters/block_3 --base served/base --out new.csv"
 SERVED = "export run --block 2 --target vllm --out served"
 LATEST = ("eval -o bootstrap=100", "export --out new", "merge --out new", "recommend histories.jsonl --out new.csv")
 RUN = (
@@ -67,7 +75,20 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "stream/manifest.json": (*STREAM, "export run --out new"),
     "stream/interactions/block_00002.parquet": (*STREAM, "data stats stream", "data blocks stream"),
     "stream/items/block_00001.parquet": STREAM,
+    "bare/manifest.json": (APPEND, FORGET, RETIRE),
+    "bare/interactions/block_00003.parquet": (APPEND, FORGET, RETIRE),
+    "bare/pending/block_00004.parquet": (APPEND, FORGET, "data check bare"),
+    "bare/truth.parquet": (FORGET,),
+    "next.csv": (APPEND,),
+    "users.txt": (FORGET,),
     "stream/sids.parquet": SIDS,
+    "stream/tokens.json": ("tokens inspect stream",),
+    "grown/sids.parquet": (EXTEND, f"{EXTEND} --index rows.json"),
+    "grown/tokens.json": (EXTEND,),
+    "grown/codebooks.safetensors": (EXTEND,),
+    "grown/embedding.safetensors": (EXTEND,),
+    "grown/terms.parquet": (EXTEND,),
+    "rows.json": (f"{EXTEND} --index rows.json",),
     "stream/truth.parquet": ("eval run -o bootstrap=100",),
     "base/cladapt.json": (*BASE, "compare run twin"),
     "base/config.json": (*BASE, "base init --from base --data stream --out new"),
@@ -79,6 +100,8 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     f"{BLOCKS}/cladapt.json": ADAPTER,
     "served/base/cladapt.json": (SERVED,),
     "served/adapters/block_3/adapter_config.json": (SERVED,),
+    "served/adapters/block_3/sids.parquet": (RECOMMEND_SERVED,),
+    "served/adapters/block_3/catalogue.parquet": (RECOMMEND_SERVED,),
     "run/config.json": RUN,
     "*/environment.json": ("eval run -o bootstrap=100", "export run --out new", "train --resume half"),
     "run/metrics.json": ("compare run twin", "export run --out new", "export run --target merged --out new"),
@@ -88,7 +111,7 @@ READERS = {  # file, or the pattern of alike ones that are damaged together -> t
     "log.csv": ("data import log.csv --out new --fractions 0.5,0.5 --min-events 3", "data check log.csv"),
     "items.csv": ("data import log.csv --out new --items items.csv --fractions 0.5,0.5 --min-events 3",),
     "histories.jsonl": (RECOMMEND,),
-    "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt",),
+    "catalogue.txt": (f"{RECOMMEND} --catalogue catalogue.txt", RETIRE),
     "index.json": ("tokens build bare --index index.json",),
     "classes/manifest.json": (SIGHT, VISION, LOOK),
     "classes/images.safetensors": (SIGHT, VISION, LOOK),
@@ -108,6 +131,8 @@ TEXTS = {  # nearly any text is a table, a list or a recipe: those that happen t
     "items.csv",
     "histories.jsonl",
     "catalogue.txt",
+    "next.csv",
+    "users.txt",
     "recipe.yaml",
 }
 
@@ -164,7 +189,9 @@ JSON_TEXTS = {
 
 
 JSON_KEYS = {  # what each file is asked for
-    "stream/manifest.json": ("schema_version", "hashes"),
+    "stream/manifest.json": ("schema_version", "hashes", "config", "withdrawn", "cuts", "earlier"),
+    "grown/tokens.json": ("schema_version", "config", "block_1", "files"),
+    "bare/manifest.json": ("schema_version", "hashes", "cuts", "appended", "notes"),
     "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "stream"),
     f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream"),
     f"{BLOCKS}/adapter_config.json": ("r", "lora_alpha", "target_modules", "peft_type"),
@@ -177,12 +204,21 @@ OTHER: dict[str, Any] = {"null": None, "number": -5, "text": "x", "list": [[]], 
 MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
     "stream/sids.parquet: missing: data check stream": "a stream has no IDs before `tokens build`",
     "stream/truth.parquet: missing: eval run": "only a simulated stream has a known ceiling",
+    "stream/tokens.json: missing": "IDs of an index have none",
     "stream/manifest.json: missing: export run": "a model card tells what is known of the data",
     "stream/manifest.json: schema_version missing: export run": "a card needs no more of the data than its hashes",
     **{
         f"stream/manifest.json: schema_version {other}: export run": "a card needs no more than the hashes"
         for other in OTHER
     },
+    **{
+        f"{stream}/manifest.json: {key} missing": "a stream without what this records"
+        for stream in ("stream", "bare")
+        for key in ("config", "withdrawn", "cuts", "earlier", "appended", "notes")
+    },
+    "stream/manifest.json: config object": "a setting that nobody asks for",
+    "bare/manifest.json: notes object": "a note more",
+    "bare/pending/block_00004.parquet: missing": "no row waits",
     "drawings/c1/2.png: missing": "one image fewer",
     "drawings/c1/2.png: folder": "a folder without images is no class",
     "base/cladapt.json: fingerprint text": "a name; whoever has recorded another one refuses",
@@ -202,8 +238,8 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
         if not call.startswith("merge") and call != FROM
     },
     f"{BLOCKS}/cladapt.json: history_rank missing": "an adapter without a history has none",
-    f"{BLOCKS}/cladapt.json: stream missing": "told in the model card alone",
-    f"{BLOCKS}/cladapt.json: stream text": "told in the model card alone",
+    f"{BLOCKS}/cladapt.json: stream missing": "compared where a stream is given",
+    f"{BLOCKS}/cladapt.json: stream text": "compared where a stream is given",
     **{
         f"run/users/block_002.parquet: {damage}: eval": "measured anew, which a note says"
         for damage in bytes_damages(random.Random(0))
@@ -227,6 +263,8 @@ MISTAKES = {  # how the name of a case begins -> why it ends with 2
     "served/base/cladapt.json: folder": "no serving folder",
     "served/base/cladapt.json: loop": "no serving folder",
     "run/config.json: config object": "settings of a user, wherever they stand",
+    "grown/tokens.json: config object": "settings of a user, wherever they stand",
+    "grown/tokens.json: missing": "IDs of an index have none, and need one",
 }
 
 

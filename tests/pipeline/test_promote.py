@@ -102,12 +102,12 @@ def test_a_refused_adapter_leaves_the_current_one_and_ends_with_its_own_exit_cod
     decided(monkeypatch, True)
     promote.promote(run.path, {}, 2, SINK)
     decided(monkeypatch, False)
-    with pytest.raises(CheckFailed, match=r"block 4 of .* is not promoted: because") as caught:
+    with pytest.raises(CheckFailed, match="the adapter of block 4 is not promoted: because") as caught:
         promote.promote(run.path, {}, None, SINK)
     assert caught.value.exit_code == 5
     assert caught.value.result is not None
     assert caught.value.result["current"] == 2
-    assert "block 2" in caught.value.hint
+    assert caught.value.hint.startswith("that of block 2 stays current")
     assert current_block(run) == 2
     assert [event.action for event in read_current(run).history] == ["promoted", "refused"]
 
@@ -116,12 +116,12 @@ def test_a_decision_is_made_once_unless_it_is_asked_for_again(run: Run[Any], mon
     asked = decided(monkeypatch, False)
     config = PromoteConfig()
     for again in (False, False, True):
-        assert promote.judge(run, config, 3, SINK, again)["decision"] == "refused"
+        assert promote.judge(run.path, config, 3, SINK, again=again)["decision"] == "refused"
     assert asked == [(3, None), (3, None)]
     assert read_current(run).block is None
     decided(monkeypatch, True)
     for again in (True, True, False):  # what is current already is not compared with itself
-        assert promote.judge(run, config, 3, SINK, again)["decision"] == "promoted"
+        assert promote.judge(run.path, config, 3, SINK, again=again)["decision"] == "promoted"
     assert len(read_current(run).history) == 3
 
 
@@ -135,7 +135,7 @@ def test_a_rollback_goes_back_one_promotion_or_to_a_block_and_is_not_undone_by_a
         promote.promote(run.path, {}, block, SINK)
     assert promote.rollback(run.path, None)["current"] == 3
     assert current_block(run) == 3
-    assert promote.judge(run, PromoteConfig(), 4, SINK, again=False)["current"] == 3
+    assert promote.judge(run.path, PromoteConfig(), 4, SINK, again=False)["current"] == 3
     assert promote.rollback(run.path, None)["current"] == 2
     with pytest.raises(DataError, match="block 2 was promoted first"):
         promote.rollback(run.path, None)

@@ -14,6 +14,7 @@ from cladapt.config import BlocksConfig, SimulateConfig, TokensConfig
 from cladapt.data.readers import ReadOptions
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
+from cladapt.lock import locked
 from cladapt.pipeline import streams
 
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
@@ -151,6 +152,73 @@ def test_ids_are_built_once_and_inspected(simulated: Path) -> None:
     assert report["example"]["i00"] == table.codes[0].tolist()
     with pytest.raises(ConfigError, match=r"sids\.parquet exists: bases were made for it"):
         streams.build_tokens(simulated, TOKENS, None)
+
+
+def append_last_block(folder: Path) -> Stream:
+    """The stream without its last block gets IDs, then the block comes back."""
+    whole = Stream.load(folder)
+    whole.prefix(2).save(folder)
+    streams.build_tokens(folder, TOKENS, None)
+    Stream(whole.interactions, whole.items, Stream.load(folder).manifest).save_after(folder, 2)
+    return whole
+
+
+def test_new_items_get_the_ids_that_they_would_have_had(simulated: Path, tmp_path: Path) -> None:
+    streams.simulate_data(tmp_path / "whole", SIMULATE)
+    streams.build_tokens(tmp_path / "whole", TOKENS, None)
+    whole = append_last_block(simulated)
+    new = int((whole.items["first_block"] == 3).sum())
+    with pytest.raises(DataError, match=f"{new} of 40 items have no semantic ID"):
+        streams.inspect_tokens(simulated)
+    with pytest.warns(
+        UserWarning, match=r"quantisation error of the new items is 0\.365, more than 1\.5 times block 1's 0"
+    ):
+        report = streams.extend_tokens(simulated)
+    assert (simulated / "sids.parquet").read_bytes() == (tmp_path / "whole" / "sids.parquet").read_bytes()
+    assert (report["new_items"], report["items"], report["result"]) == (new, 40, "extended")
+    assert (report["items_sharing_an_id"], report["items_without_text"]) == (0, 0)
+    found = streams.inspect_tokens(simulated)
+    groups = Counter(tuple(row[:2]) for row in streams.load_sids(simulated, whole).codes.tolist())
+    assert (found["capacity"], found["fullest_group"]) == (16, max(groups.values()))
+    assert (report["capacity"], report["fingerprint"]) == (16, found["fingerprint"])
+    assert [row["items"] for row in report["drift"]] == ["block 1", "new items"]
+    assert all(0 < row["quantisation_error"] < 1 and 0 <= row["collisions"] <= 1 for row in report["drift"])
+    again = streams.extend_tokens(simulated)
+    assert (again["new_items"], again["result"]) == (0, "nothing to do: every item has a semantic ID")
+    assert (again["fingerprint"], again["drift"]) == (report["fingerprint"], [])
+
+
+def test_new_items_get_the_rows_of_an_index(simulated: Path, tmp_path: Path) -> None:
+    whole = append_last_block(simulated)
+    new = whole.items.filter(pl.col("first_block") == 3)["item"].to_list()
+    (tmp_path / "rows.json").write_text(
+        json.dumps({item: ["<a_1>", "<b_2>", f"<c_{k}>"] for k, item in enumerate(new)})
+    )
+    report = streams.extend_tokens(simulated, tmp_path / "rows.json")
+    assert (report["new_items"], report["drift"], "items_without_text" in report) == (len(new), [], False)
+    assert streams.load_sids(simulated, whole).align(new).codes.tolist() == [[1, 2, k] for k in range(len(new))]
+
+
+def test_ids_without_numbers_have_no_capacity_to_fill(simulated: Path) -> None:
+    report = streams.build_tokens(simulated, TOKENS.model_copy(update={"deduplicate": False}), None)
+    assert "capacity" not in report
+    assert len(report["levels"]) == 2
+
+
+def test_ids_that_were_removed_leave_nothing_for_those_of_an_index(simulated: Path, tmp_path: Path) -> None:
+    streams.build_tokens(simulated, TOKENS, None)
+    (simulated / "sids.parquet").unlink()
+    report = streams.build_tokens(simulated, TOKENS, index(Stream.load(simulated), tmp_path))
+    assert not (simulated / "tokens.json").exists()
+    assert (report["capacity"], report["fullest_group"]) == (64, 40)  # 40 items of one code: the next power of two
+
+
+def test_a_stream_in_use_gets_no_ids(simulated: Path) -> None:
+    with locked(simulated), pytest.raises(EnvironmentProblem, match="is in use"):
+        streams.build_tokens(simulated, TOKENS, None)
+    append_last_block(simulated)
+    with locked(simulated), pytest.raises(EnvironmentProblem, match="is in use"):
+        streams.extend_tokens(simulated)
 
 
 def test_ids_of_an_index_are_taken_in_the_order_of_the_items(simulated: Path, tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""Commands that change a stream, as processes of their own that are killed at any moment: it stays whole.
+
+Moments are drawn from a fixed seed and spread over the time that the command takes when nothing stops it; some are
+aimed at the first file that is half written. `CLADAPT_KILLS` in the environment sets how many there are.
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cladapt.config import BlocksConfig
+from cladapt.data.readers import ReadOptions
+from cladapt.data.schema import Stream
+from cladapt.errors import DataError
+from cladapt.pipeline import streams
+
+KILLS = int(os.environ.get("CLADAPT_KILLS", "4"))
+LIMIT = 60.0
+COMMAND = """
+import os, sys
+os.chdir(cwd)
+for stream in (1, 2):
+    os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+sys.argv = ["cladapt", *arguments]
+from cladapt_cli.app import main
+main()
+"""
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["cladapt.pipeline.forget", "cladapt_cli.app"])
+CALLS = {
+    "append": "data append stream next.csv",
+    "append several": "data append stream next.csv --dates 1970-01-03,1970-01-04 --min-tested 3",
+    "wait": "data append stream next.csv --min-tested 100",
+    "retire": "data retire stream items.txt",
+    "forget": "data forget stream users.txt",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stream of a day where rows wait, the log of four days, and lists of items and users."""
+    folder = tmp_path_factory.mktemp("world")
+    draw = random.Random(3)
+    rows = sorted((draw.randrange(4 * 86_400), draw.randrange(30), draw.randrange(200)) for _ in range(4000))
+    lines = [f"u{user},i{item},{time}" for time, user, item in rows]
+    day = sum(row[0] < 86_400 for row in rows)
+    for name, end in (("log.csv", day), ("more.csv", day + 50), ("next.csv", len(rows))):
+        (folder / name).write_text("\n".join(["user,item,timestamp", *lines[:end]]) + "\n")
+    (folder / "items.txt").write_text("i1\ni2\n")
+    (folder / "users.txt").write_text("u1\nu2\n")
+    one = BlocksConfig(fractions=(0.5, 0.5), min_events=3)
+    streams.import_data(str(folder / "log.csv"), folder / "stream", "csv", ReadOptions(), one)
+    assert ended(start(folder, "data append stream more.csv --min-tested 100")) == 0
+    return folder
+
+
+def start(folder: Path, line: str) -> BaseProcess:
+    """A command in a folder, what it says appended to `said.txt`."""
+    process = SERVER.Process(target=exec, args=(COMMAND, {"cwd": str(folder), "arguments": line.split()}))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    process.join(LIMIT)
+    return process.exitcode
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """What a stream directory says of itself, and the content that its manifest names."""
+    stream = Stream.load(folder / "stream")
+    report = streams.check_data(folder / "stream")
+    return {**report, "stream": "", "rows": stream.interactions.rows(), "withdrawn": stream.withdrawn}
+
+
+def until(process: BaseProcess, reached: Callable[[], bool]) -> None:
+    while process.is_alive() and not reached():
+        time.sleep(0.0002)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_stream_is_the_old_one_or_the_new_one(name: str, world: Path, tmp_path: Path) -> None:
+    old, whole, line = state(world), tmp_path / "whole", CALLS[name]
+    shutil.copytree(world, whole)
+    began = time.monotonic()
+    assert ended(start(whole, line)) == 0, (whole / "said.txt").read_text()
+    lasts, new = time.monotonic() - began, state(whole)
+    assert (new["fingerprint"] != old["fingerprint"]) == (name in ("append", "append several", "forget"))
+    moments, hits = random.Random(name), 0
+    for kill in range(KILLS):
+        folder = tmp_path / f"killed-{kill}"
+        shutil.copytree(world, folder)
+        process = start(folder, line)
+        if kill % 2:
+            until(process, lambda folder=folder: any((folder / "stream").rglob(".*.tmp")))  # type: ignore[misc]
+            time.sleep(moments.uniform(0.0, 0.01))
+        else:
+            time.sleep(moments.uniform(0.0, lasts))
+        process.kill()
+        hits += ended(process) == -signal.SIGKILL
+        try:
+            found = state(folder)
+            assert found in (old, new)
+        except DataError:  # a folder that is replaced is away for the time between two renamings
+            assert name == "forget"
+            assert not (folder / "stream").exists()
+        assert ended(start(folder, line)) == 0, (folder / "said.txt").read_text()
+        assert state(folder) == new
+        left = [p.name for p in folder.rglob("*") if p.name.endswith((".tmp", ".old")) or p.name == ".lock"]
+        assert left == []
+        shutil.rmtree(folder)
+    assert hits > 0
