@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +93,8 @@ class _Done:
 
 def _evaluate(run: Run[Any], config: Any, block: int | None, sink: Sink, everything: bool = False) -> _Done:
     stream, base = open_inputs(run)
-    if block is not None:
-        if not 1 <= block <= stream.n_blocks:
-            raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
-        refuse_mixture(run, config, block)
+    if block is not None and not 1 <= block <= stream.n_blocks:
+        raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
     verify_inputs(run, base)
     run.environment()  # the report tells of it: what is damaged shows now
     learned = run.workload.learned_block(run.config, base)
@@ -106,11 +104,16 @@ def _evaluate(run: Run[Any], config: Any, block: int | None, sink: Sink, everyth
             f"append the next block: cladapt update LOG --run {run.path}",
         )
     adapters = _checked_adapters(run, stream, base, learned)
-    earlier: Earlier[Any] = Earlier()
-    if block is not None or not everything:
-        earlier = earlier_of(run, stream, base, adapters, learned, config, sink)
-    if everything:
-        earlier.blocks = [b for b in earlier.blocks if b != block]
+
+    def known() -> Earlier[Any]:
+        if block is not None:
+            refuse_mixture(run, config, block)
+        elif everything:
+            return Earlier()
+        found = earlier_of(run, stream, base, adapters, learned, config, sink)
+        return replace(found, blocks=[b for b in found.blocks if b != block]) if everything else found
+
+    earlier = ranks.once(known)  # the first process may have replaced the files when another comes to read them
     measures = measure(run, stream, base, config, block, sink, earlier)
     metrics = ranks.once(lambda: _write(run, measures, stream, base, adapters))
     return _Done(run, stream, measures, metrics, earlier)

@@ -88,7 +88,8 @@ def continue_run(
     An unfinished run is finished on the way. `DataError` for a stream that does not begin with what the run has
     learned, and for another base. Where nothing is new the run stays as it is.
     """
-    run = open_run(path, data, base)
+    # one reading for all processes: the first may have changed the file when another comes to read it
+    run = ranks.once(lambda: open_run(path, data, base))
     if held_out is not None and "held_out" not in type(run.config.train).model_fields:
         raise ConfigError(f"--held-out {held_out}: {path} is a run of --task {run.task}", "leave out --held-out")
     with locked(run.path):
