@@ -21,7 +21,6 @@ from cladapt.artifacts import hash_file, read_json, read_parquet, write_parquet
 from cladapt.config import SimulateConfig
 from cladapt.data.blocks import check_stream
 from cladapt.data.histories import split_block
-from cladapt.data.readers import ReadOptions
 from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
 from cladapt.errors import ConfigError, DataError
 
@@ -80,19 +79,11 @@ class Simulation:
     truth: pl.DataFrame
     world: World
 
-    def log(self, block: int) -> pl.DataFrame:
-        """The events of a block as a team's log has them, in order of time: user, item, timestamp, text."""
-        rows = self.stream.interactions.filter(pl.col("block") == block).sort("timestamp")
-        return rows.join(self.stream.items, on="item", maintain_order="left").select(*LOG)
-
     def save(self, folder: Path) -> None:
         """Write the stream directory and `truth.parquet`, whose hash stands in the manifest under `truth`."""
         write_parquet(folder / "truth.parquet", self.truth)
         manifest = {**self.stream.manifest, "truth": hash_file(folder / "truth.parquet")}
         replace(self.stream, manifest=manifest).save(folder)
-
-
-LOG = ("user", "item", "timestamp", "text")
 
 
 def load_truth(folder: Path) -> pl.DataFrame:
@@ -136,12 +127,7 @@ def simulate(config: SimulateConfig) -> Simulation:
         schema_overrides={"top_p": TRUTH["top_p"]},
     )
     stream = Stream(interactions, items)
-    manifest = {
-        "source": "simulate",
-        "import": {"format": "auto", **ReadOptions(text=("text",)).settings},
-        "config": config.model_dump(mode="json"),
-        **check_stream(stream),
-    }
+    manifest = {"source": "simulate", "config": config.model_dump(mode="json"), **check_stream(stream)}
     return Simulation(replace(stream, manifest=manifest), truth, world)
 
 

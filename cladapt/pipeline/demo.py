@@ -7,6 +7,8 @@ PESO against fine-tuning, the frozen base and counting on the blocks so far; the
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from cladapt.artifacts import atomic_path
 from cladapt.config import BaseConfig, EvalConfig, MethodConfig, PromoteConfig, RunConfig, SimulateConfig, TrainConfig
 from cladapt.data.simulate import simulate
@@ -55,12 +57,18 @@ def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]
 
 def _night(out: Path, config: SimulateConfig, sink: Sink) -> dict[str, Any]:
     """The last block comes in as a log: what `cladapt update` made of it."""
-    log = out / f"block_{config.blocks}.csv"
-    with atomic_path(log) as temporary:
-        simulate(config).log(config.blocks).write_csv(temporary)
-    sink.emit({"kind": "note", "text": f"a night later: cladapt update {log} --run {out / METHODS[0]}"})
+    log, items = out / f"block_{config.blocks}.csv", out / "items.csv"
+    stream = simulate(config).stream
+    events = stream.interactions.filter(pl.col("block") == config.blocks).sort("timestamp")
+    for path, frame in (
+        (log, events.select("user", "item", "timestamp")),
+        (items, stream.items.select("item", "text")),
+    ):
+        with atomic_path(path) as temporary:
+            frame.write_csv(temporary)
+    sink.emit({"kind": "note", "text": f"a night later: cladapt update {log} --items {items}"})
     try:
-        report = update(str(log), out / METHODS[0], None, None, sink, out=out / "export")
+        report = update(str(log), out / METHODS[0], None, None, sink, items=items, out=out / "export")
     except CheckFailed as refused:  # the current adapter stays, which is no failure of a demo
         report = refused.result or {}
     return {

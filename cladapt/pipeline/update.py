@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cladapt.config import PromoteConfig
+from cladapt.config import PromoteConfig, merge_overrides, resolve
+from cladapt.errors import ConfigError, DataError
+from cladapt.export.targets import TARGETS, refuse_existing
 from cladapt.lock import locked
+from cladapt.model.load import PROVENANCE
 from cladapt.pipeline import evaluation, growth, runs, ship, streams
 from cladapt.pipeline.promote import REFUSED, current_block, judge, refusal
-from cladapt.run import latest_run, open_run
+from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
 
 WAITING, NOTHING = "waiting", "nothing new"
@@ -46,6 +49,7 @@ def update(
     """
     path = latest_run() if path is None else path
     run = open_run(path, data, base)
+    _check(run, target, held_out, index, out)
     stream = Path(run.config.data)
     with locked(path / ".update"):  # the stages lock run and stream for themselves
         appended = growth.append_data(stream, source, dates=dates, late=late, rejects=rejects, least=least, items=items)
@@ -72,6 +76,21 @@ def update(
     if outcome == REFUSED:
         raise refusal(report["decide"], report)
     return report
+
+
+def _check(run: Run[Any], target: str, held_out: str, index: Path | None, out: Path | None) -> None:
+    """Mistakes that would show in a late stage show before the first."""
+    if target not in TARGETS:
+        raise ConfigError(f"target {target!r} is not known", f"use one of {', '.join(TARGETS)}")
+    resolve(type(run.config), merge_overrides({}, [f"train.held_out={held_out}"]), "update")
+    if index is not None and not index.is_file():
+        raise DataError(f"no such file: {index}", "check --index")
+    if not (Path(run.config.base) / PROVENANCE).is_file():
+        raise DataError(
+            f"{run.config.base} is not a base directory: it has no {PROVENANCE}", "say where it is: --base DIR"
+        )
+    if target != "vllm":
+        refuse_existing(out or run.path / "export" / target, replace=True)
 
 
 def _export(run: Path, target: str, out: Path | None, data: Path, base: Path | None) -> dict[str, Any] | None:

@@ -40,7 +40,9 @@ def update(
     least: Annotated[
         int,
         typer.Option(
-            "--min-tested", help="Users that must be tested in the new block; with fewer its rows wait in the stream."
+            "--min-tested",
+            min=0,
+            help="Users that must be tested in the new block; with fewer its rows wait in the stream.",
         ),
     ] = 30,
     items: NewItems = None,
@@ -61,11 +63,7 @@ def update(
     ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Append a log as a new block, give IDs to new items, learn, evaluate, promote or refuse, and export.
-
-    Every stage is skipped where its work is done: a job that was killed is started again, and the same log twice
-    changes nothing. Exit code 5: the new adapter is refused, and the current one stays.
-    """
+    """Append a log, learn, evaluate, promote or refuse (exit code 5), export; what is done is not done again."""
     from cladapt.config import PromoteConfig, resolve
     from cladapt.pipeline import update as pipeline
 
@@ -97,10 +95,7 @@ def promote(
     base: BaseNow = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Judge an adapter against the current one, the base alone and counting, and make it current or refuse it.
-
-    `export` and `recommend` take the current adapter. Exit code 5: it is refused, and the current one stays.
-    """
+    """Judge an adapter against the current one, the base and counting; make it current, or refuse it (exit code 5)."""
     from cladapt.pipeline import promote as pipeline
 
     settings = {**overrides_of(override, "promote"), **({} if rule is None else {"rule": rule})}

@@ -44,11 +44,14 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "export": "run --out new",
     "merge": "run --out new",
     "methods": "",
+    "promote": "twin --promote always -o bootstrap=100",
     "recommend": "histories.jsonl --adapter run --out new.csv",
+    "rollback": "run",
     "tokens build": "bare -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
     "tokens extend": "grown",
     "tokens inspect": "stream",
     "train": "--data stream --base base --epochs 1 --out new",
+    "update": "next.csv --run run --min-tested 9 -o bootstrap=100",
 }
 SLOW = {"bench kernels", "bench methods", "demo"}
 NUMBER = ["abc", "1.5x", "", "-1", "9" * 30]
@@ -72,6 +75,8 @@ OVERRIDES = [
 ]
 OVERRIDES += ["seed=2024-99-99", "seed=0b_", "seed=" + "[" * 3000, "seed=&a [*a]", "seed.x=1", "sede=1", "\0=1", "ö=1"]
 FINE = {  # hostile to look at, but meaningful
+    ("update", "--rejects", "nowhere/2024"),
+    ("update", "--out", "nowhere/2024"),
     ("data import", "--timestamp", ""),
     ("data append", "--rejects", "nowhere/2024"),
     ("data append", "--min-tested", "9" * 30),

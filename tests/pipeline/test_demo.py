@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from cladapt.artifacts import read_json
 from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.pipeline import demo
 from cladapt.run import Run
@@ -16,7 +18,7 @@ from cladapt.workloads import recommend
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def simulate(seed: int, **_: Any) -> SimulateConfig:
-        return SimulateConfig(seed=seed, users=60, items=40, topics=4, blocks=3)
+        return SimulateConfig(seed=seed, users=60, items=40, topics=4, blocks=4)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "SimulateConfig", simulate)
@@ -33,9 +35,18 @@ def test_the_demo_compares_methods_and_ships_the_first(tmp_path: Path) -> None:
     assert all(Path(report).is_file() for report in result["reports"].values())
     for name in demo.METHODS:
         run = Run.open(tmp_path / "demo" / name)
-        assert (run.config.method.name, run.config.seed, list(run.adapters)) == (name, 3, [2, 3])
-    assert Path(result["adapter"]) == tmp_path / "demo" / "export"
-    assert (tmp_path / "demo" / "export" / "adapter_model.safetensors").is_file()
+        learned = [2, 3, 4] if name == "peso" else [2, 3]
+        assert (run.config.method.name, run.config.seed, list(run.adapters)) == (name, 3, learned)
+    night = result["night"]
+    assert night["learned"] == [4]
+    assert night["new_rows"] == len((tmp_path / "demo" / "block_4.csv").read_text().splitlines()) - 1
+    assert night["outcome"] in ("promoted", "refused")
+    assert Stream.load(tmp_path / "demo" / "stream").n_blocks == 4
+    if night["current"] is None:
+        assert night["adapter"] is None
+    else:
+        exported = read_json(tmp_path / "demo" / "export" / "cladapt.json")
+        assert (night["adapter"], exported["block"]) == (str(tmp_path / "demo" / "export"), night["current"])
 
 
 def test_a_place_that_holds_something_is_refused(tmp_path: Path) -> None:
