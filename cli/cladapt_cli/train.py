@@ -153,10 +153,7 @@ def evaluate(
         typer.Option("--expect", help="YAML or JSON {line: {metric: [low, high]}}; exit 5 when a value is outside."),
     ] = None,
 ) -> dict[str, Any]:
-    """Test every adapter of a run on every block; writes rows, metrics.json and report.html into the run.
-
-    What an earlier evaluation has measured of the same adapters, blocks and settings is kept.
-    """
+    """Test every adapter of a run on every block where it was not tested; writes rows, metrics.json and report.html."""
     from cladapt.config import merge_overrides
     from cladapt.pipeline import evaluation
 
