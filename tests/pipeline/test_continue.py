@@ -18,6 +18,7 @@ from cladapt.pipeline import bases, evaluation, runs, streams
 from cladapt.pipeline.compare import compare_runs
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
+from cladapt_cli.app import run as command
 
 EVAL: dict[str, Any] = {"bootstrap": 100, "max_users": 4, "beams": 10}
 ADAPTER = AdapterConfig(rank=2, targets=("q_proj", "down_proj"))
@@ -281,6 +282,33 @@ def test_a_stream_that_went_another_way_is_told_from_a_foreign_one(growth: Path,
     with pytest.raises(DataError, match=r"it has block 3 as .*run has learned it, but not what the run learned or was"):
         runs.continue_run(run, MemorySink(), data=tmp_path / "apart")
     assert runs.continue_run(run, MemorySink())["blocks"] == []
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        ("recipe.yaml", "RECIPE"),
+        ("--resume run", "--resume"),
+        ("--out new", "--out"),
+        ("--method peso", "--method"),
+        ("--lr 1", "--lr"),
+        ("-o train.lr=1", "--override"),
+        ("--from-adapter a", "--from-adapter"),
+        ("--dry-run", "--dry-run"),
+        ("--task recommend", "--task"),
+    ],
+)
+def test_what_a_run_has_by_itself_does_not_go_with_continue(more: str, option: str, capsys: Any) -> None:
+    assert command(["train", *more.split(), "--continue", "run"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --continue goes on with a run as it is configured, where it lies: {option} does not fit",
+        f"hint: leave out {option}, or start a new run",
+    ]
+
+
+def test_how_held_out_events_are_learned_is_one_of_two(capsys: Any) -> None:
+    assert command(["train", "--continue", "run", "--held-out", "always"]) == 2
+    assert "error: --held-out always: expected never or next" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_stream_is_no_start(growth: Path, tmp_path: Path) -> None:
