@@ -200,3 +200,14 @@ def test_another_base_is_refused(target: str, adapter: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"adapter is not a base\+tokens directory: it has no cladapt\.json|lacks"):
         export(target, adapter, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_export_may_be_replaced_and_nothing_else(tmp_path: Path) -> None:
+    earlier, mine = tmp_path / "earlier", tmp_path / "mine"
+    for folder, name in ((earlier, "cladapt.json"), (mine, "notes.txt")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    refuse_existing(earlier, replace=True)
+    for folder, replace in ((earlier, False), (mine, False), (mine, True)):
+        with pytest.raises(ConfigError, match="exists and is not empty"):
+            refuse_existing(folder, replace)
