@@ -150,15 +150,21 @@ def test_few_rows_wait_for_the_next_log_and_are_not_lost(inside: Path) -> None:
     assert events.height == len(Path("all.csv").read_text().splitlines()) - 1
 
 
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a night leaves that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "world"
+    shutil.copytree(world, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        night("log3.csv")
+        return contents("run", "stream")
+
+
 @pytest.mark.parametrize("stage", ["extend_tokens", "continue_run", "evaluate", "judge", "export"])
 def test_a_night_that_stops_at_any_stage_is_started_again(
-    stage: str, inside: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, undisturbed: dict[str, str], inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(inside, inside.parent / "other")
-    with monkeypatch.context() as patch:
-        patch.chdir(inside.parent / "other")
-        night("log3.csv")
-        expected = contents("run", "stream")
     module: Any = next(m for m in (streams, runs, evaluation, pipeline, ship) if hasattr(m, stage) and m is not promote)
 
     def stop(*_: Any, **__: Any) -> None:
@@ -171,7 +177,9 @@ def test_a_night_that_stops_at_any_stage_is_started_again(
     assert night("log3.csv")["outcome"] == ("promoted" if stage != "export" else "nothing new")
     found = contents("run", "stream")
     dated = {"run/current.json", "run/export/peft/adapter_config.json"}  # a time, and where the base is
-    assert {k: v for k, v in found.items() if k not in dated} == {k: v for k, v in expected.items() if k not in dated}
+    assert {k: v for k, v in found.items() if k not in dated} == {
+        k: v for k, v in undisturbed.items() if k not in dated
+    }
 
 
 def test_a_refused_adapter_is_kept_and_not_served(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
