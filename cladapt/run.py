@@ -6,7 +6,9 @@ config.json  environment.json  log.jsonl  adapters/block_<t>/  method/  checkpoi
 import importlib.metadata
 import os
 import platform
+import re
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +19,14 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from cladapt import __version__, ranks, workloads
 from cladapt.artifacts import check_writable, hash_value, is_leftover, read_json, read_record, write_json
 from cladapt.config import RunConfig, RunSettings, resolve
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import ConfigError, DataError, EnvironmentProblem
 from cladapt.lock import LOCK
 
 if TYPE_CHECKING:
     from cladapt.workloads._base import Workload
 
 RUNS = Path("runs")
+_BLOCK = re.compile(r"block_(?P<block>[0-9]+)")
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 SCHEMA_VERSION = 1
@@ -92,7 +95,8 @@ class Run(Generic[C]):
     def adapters(self) -> dict[int, Path]:
         """Adapter directory of every finished block."""
         found = sorted((self.path / "adapters").glob("block_[0-9]*"))
-        return {int(folder.name.removeprefix("block_")): folder for folder in found if folder.is_dir()}
+        named = ((_BLOCK.fullmatch(folder.name), folder) for folder in found if folder.is_dir())
+        return {int(match["block"]): folder for match, folder in named if match}
 
     @property
     def task(self) -> str:
@@ -154,7 +158,10 @@ class Run(Generic[C]):
         """Record the machine, where none is recorded yet, and make this run the latest."""
         if not os.path.lexists(self.path / ENVIRONMENT):
             write_json(self.path / ENVIRONMENT, environment())
-        write_json(RUNS / "latest.json", {"run": os.path.relpath(self.path, RUNS)})
+        try:
+            write_json(RUNS / "latest.json", {"run": os.path.relpath(self.path, RUNS)})
+        except EnvironmentProblem as error:  # a job may start where nothing can be written, and name its run
+            warnings.warn(f"{error.message}: name this run where a command takes the latest", stacklevel=2)
 
     def environment(self) -> dict[str, Any]:
         """The machine that the run began on."""

@@ -10,7 +10,7 @@ def read_ids(path: Path, what: str) -> list[str]:
     if not path.is_file():
         raise DataError(f"no such file: {path}", "check the path")
     try:
-        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read {path}: {error}", f"expected a UTF-8 text file, one {what} id per line"

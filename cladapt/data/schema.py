@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
 
 from cladapt.artifacts import hash_file, hash_value, read_json, read_parquet, read_record, write_json, write_parquet
 from cladapt.errors import DataError
@@ -84,6 +84,7 @@ class ManifestRecord(BaseModel):
     config: SettingsRecord = SettingsRecord()
     withdrawn: list[Annotated[tuple[str, int, int | None], BeforeValidator(_as_tuple)]] = []
     earlier: list[Annotated[list[str], Field(min_length=1)]] = []
+    forgotten_from: PositiveInt | None = None
     cuts: list[CutRecord] = []
     appended: list[dict[str, Any]] = []
     notes: dict[str, Any] = {}
@@ -303,6 +304,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The `manifest.json` of a stream directory; `DataError` where there is none or it is of another version."""
     file = folder / MANIFEST
     if not file.is_file():
+        if aside := sorted(folder.parent.glob(f".{folder.name}.*.old")):
+            raise DataError(
+                f"{folder} is not there: a killed command has moved it to {aside[0]}",
+                "any command that writes into the stream puts it back, such as `cladapt data forget` again",
+            )
         raise DataError(
             f"{folder} is not a stream directory: it has no {MANIFEST}",
             "make one with `cladapt data import SRC --out DIR` or `cladapt data simulate --out DIR`",

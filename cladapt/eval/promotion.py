@@ -59,7 +59,7 @@ def decide(effects: Effects, config: PromoteConfig) -> Decision:
         case "always":
             promoted, reasons = True, ["the rule is always", *worse]
         case "not-worse":
-            promoted, reasons = not worse, worse or ["shown worse than nothing", *better]
+            promoted, reasons = not worse, worse or ["not shown worse than anything", *better]
         case "shown":
             promoted = bool(better) and not worse
             reasons = worse or better or [f"not shown better than {decisive}"]

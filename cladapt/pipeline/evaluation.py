@@ -17,7 +17,7 @@ from cladapt.lock import locked
 from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.history import unload
-from cladapt.model.saved import LEARNED, adapter_provenance, load_adapter
+from cladapt.model.saved import LEARNED, adapter_block, adapter_provenance, load_adapter
 from cladapt.pipeline.evaluated import Evaluated
 from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.pipeline.measured import earlier_of, measured_of, refuse_mixture
@@ -149,6 +149,9 @@ def _checked_adapters(run: Run[Any], stream: Any, base: FittedBase, learned: int
             f"finish it: cladapt train --resume {run.path}" if expected else "start a new run of this method",
         )
     adapters = _adapters(run, learned)
+    for block, folder in run.adapters.items():
+        if (recorded := adapter_block(folder)) != block:
+            raise DataError(f"{folder} holds the adapter of block {recorded}", "restore the adapter of its block")
     for folder in adapters.values():  # a damaged adapter shows now, not when those before it are measured
         with adapted(base, folder):
             pass

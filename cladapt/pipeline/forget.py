@@ -13,7 +13,7 @@ from cladapt.artifacts import atomic_dir, hash_file, is_leftover, read_json, wri
 from cladapt.data.append import WAITING, waiting_rows
 from cladapt.data.blocks import check_stream, count_late, late_blocks
 from cladapt.data.ids import read_ids
-from cladapt.data.schema import MANIFEST, PARTS, Stream, block_file, home_of
+from cladapt.data.schema import MANIFEST, PARTS, Stream, block_file, read_manifest
 from cladapt.data.simulate import load_truth
 from cladapt.errors import ConfigError, DataError
 from cladapt.lock import LOCK
@@ -23,13 +23,18 @@ from cladapt.run import RUNS
 
 RECORD = "cladapt.json"
 TRUTH_FILE = "truth.parquet"
+COME_BACK = (
+    "a later log that still has rows of these users brings them as late rejects, and with --late keep back into the "
+    "stream: remove them there too"
+)
 
 
 def forget_users(folder: Path, file: Path, runs: Sequence[Path] = ()) -> dict[str, Any]:
     """Remove the events of the users that a file lists from all blocks and from the rows that wait.
 
     What was made on the stream before stays at home on it: its manifest keeps the fingerprints of that time. Returns
-    the runs and bases below `runs/` and `runs` that have learned from these users. Users whom the stream does not have
+    the runs, bases and exports below `runs/`, `runs` and the stream's own folder that have learned from these users, or
+    from others who were forgotten before. Users whom the stream does not have
     are counted. `DataError` where a block would come out empty, `ConfigError` where there is no such folder of runs.
     """
     for root in runs:
@@ -44,12 +49,12 @@ def forget_users(folder: Path, file: Path, runs: Sequence[Path] = ()) -> dict[st
         waiting = pending.filter(~theirs)
         absent = sorted({*users} - {*removed["user"]} - {*pending.filter(theirs)["user"]})
         seen: dict[str, list[dict[str, Any]]] = {"runs": [], "bases": [], "exports": []}
+        before = stream.manifest
         if removed.height or waiting.height < pending.height:
             shorter = _without(stream, theirs) if removed.height else stream
             _replace(folder, shorter, waiting, theirs)
-        if removed.height:
-            first = int(removed["block"].min())  # type: ignore[arg-type]
-            seen = learned_from(first, stream.manifest, [RUNS, *runs])
+        if first := _first(before, removed):  # also asked again, when the users are gone
+            seen = learned_from(first, read_manifest(folder).get("earlier", []), [RUNS, *_neighbours(folder), *runs])
     return {
         "stream": str(folder),
         "users_forgotten": len(users) - len(absent),
@@ -57,18 +62,32 @@ def forget_users(folder: Path, file: Path, runs: Sequence[Path] = ()) -> dict[st
         "events_removed": removed.height,
         "pending_removed": pending.height - waiting.height,
         "blocks_changed": removed["block"].unique().sort().to_list(),
-        "warnings": _warnings(absent, seen),
+        "warnings": _warnings(absent, seen, bool(removed.height)),
         **seen,
     }
 
 
-def _warnings(absent: Sequence[str], seen: Mapping[str, Sequence[Any]]) -> list[str]:
+def _first(manifest: Mapping[str, Any], removed: pl.DataFrame) -> int | None:
+    """The first block that had an event of a user who is forgotten now or was before."""
+    blocks = [] if removed.is_empty() else [int(removed["block"].min())]  # type: ignore[arg-type]
+    return min([*blocks, *([manifest["forgotten_from"]] if "forgotten_from" in manifest else [])], default=None)
+
+
+def _neighbours(folder: Path) -> list[Path]:
+    """Runs, bases and exports that lie where the stream lies."""
+    places = sorted(folder.resolve().parent.iterdir())
+    return [place for place in places if any((place / name).is_file() for name in ("config.json", RECORD))]
+
+
+def _warnings(absent: Sequence[str], seen: Mapping[str, Sequence[Any]], removed: bool) -> list[str]:
     found = [f"{len(absent)} users are not in the stream: {named(absent)}"] if absent else []
     if any(seen.values()):
         found.append(
             "what is listed has learned from these users, and runs keep rows per user of what they were tested on: "
             "remove it, or train it again"
         )
+    if removed:
+        found.append(COME_BACK)
     return found
 
 
@@ -81,7 +100,9 @@ def _without(stream: Stream, users: pl.Expr) -> Stream:
             f"block {empty[0]} of {stream.n_blocks} would have no event left",
             "forget fewer users at once, or import the log again without them and with larger blocks",
         )
-    manifest = {**stream.manifest, "earlier": [*stream.manifest.get("earlier", []), list(stream.fingerprints)]}
+    first = _first(stream.manifest, stream.interactions.filter(users))
+    earlier = [*stream.manifest.get("earlier", []), list(stream.fingerprints)]
+    manifest = {**stream.manifest, "earlier": earlier, "forgotten_from": first}
     shorter = Stream(interactions, stream.items, manifest)
     late = late_blocks(stream)
     if late:
@@ -116,8 +137,9 @@ def _replace(folder: Path, stream: Stream, pending: pl.DataFrame, users: pl.Expr
         stream.save(fresh)
 
 
-def learned_from(first: int, manifest: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """What has learned block `first` or a later one of a stream: runs with their adapters' blocks, bases, exports.
+def learned_from(first: int, chains: Sequence[Sequence[str]], roots: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """What has learned block `first` or a later one of a stream that had one of these chains of fingerprints: runs with
+    their adapters' blocks, bases, exports.
 
     Looked for below `roots`, and where the runs there say that their base is.
     """
@@ -133,7 +155,8 @@ def learned_from(first: int, manifest: Mapping[str, Any], roots: Sequence[Path])
     bases, exports = [], []
     for path in places.values():
         record = _record(path)
-        home = home_of(manifest, record.get("stream"))
+        made_of = record.get("stream")
+        home = next((list(chain).index(str(made_of)) + 1 for chain in chains if made_of in chain), None)
         learned = record.get("fitted_block", record.get("block", home))
         if home is None or not isinstance(learned, int) or min(home, learned) < first:
             continue

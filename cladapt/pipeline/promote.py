@@ -18,7 +18,7 @@ from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.cells import Candidate
 from cladapt.eval.promotion import CURRENT, Decision, decide
 from cladapt.lock import locked
-from cladapt.model.saved import ADAPTER_FILE
+from cladapt.model.saved import ADAPTER_FILE, LEARNED, adapter_provenance
 from cladapt.pipeline.evaluation import adapted
 from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.run import Run, latest_run, open_run
@@ -140,7 +140,8 @@ def judge(
 ) -> dict[str, Any]:
     """Decide about an adapter and write `current.json`; what was decided, why, and what is current now.
 
-    `again`: also where it was decided before. An adapter that is current already is not compared with itself.
+    `again`: also where it was decided before; otherwise only a refusal by another rule is decided anew. An adapter that
+    is current is not compared with itself.
     """
     run = open_run(path, data, base)
     with locked(run.path):
@@ -155,7 +156,9 @@ def judge(
         current, weights = read_current(run), hash_file(adapters[chosen] / ADAPTER_FILE)
         before = current_block(run)
         is_current = (before, current.weights) == (chosen, weights)
-        known = current.judged(chosen, weights) if is_current or not again else None
+        known = current.judged(chosen, weights)
+        if (again and not is_current) or (known and known.action == REFUSED and known.rule != config.rule):
+            known = None
         event = known or _event(config, chosen, weights, compare(run, config, chosen, before, sink))
         if known is None:
             _write(run, current, event)
@@ -193,6 +196,14 @@ def compare(run: Run[Any], config: PromoteConfig, block: int, current: int | Non
     verify_inputs(run, base)
     sink.emit({"kind": "note", "text": f"judging the adapter of block {block} on the validation targets of its block"})
     learned = run.workload.learned_block(run.config, base)
+    if current is not None and current != block and config.rule != "always":
+        known = adapter_provenance(adapter_folder(run.path, current)).get(LEARNED, ())
+        if block in known:
+            raise ConfigError(
+                f"the current adapter, of block {current}, has learned the validation targets of block {block}: they "
+                "tell nothing of it",
+                "take the older one without a comparison: --promote always, or cladapt rollback",
+            )
     models = {FROZEN: Candidate(learned, lambda: nullcontext(base.model))}
     for name, chosen in ((CURRENT, current), (CHALLENGER, block)):
         if chosen is not None and (name, chosen) != (CURRENT, block):
@@ -225,7 +236,12 @@ def rollback(path: Path | None, to: int | None) -> dict[str, Any]:
             current,
             Event(at=_now(), action="rolled back", block=target.block, weights=target.weights, reasons=reasons),
         )
-    return {"run": str(run.path), "current": target.block, "before": current.block}
+    return {
+        "run": str(run.path),
+        "current": target.block,
+        "before": current.block,
+        "next": "exports are as they were: `cladapt export --overwrite` or the next `cladapt update` renews them",
+    }
 
 
 def _write(run: Run[Any], current: Current, event: Event) -> None:

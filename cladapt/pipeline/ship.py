@@ -26,9 +26,9 @@ from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, Base, load_base
-from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, load_adapter
+from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
 from cladapt.ops import compute_device
-from cladapt.pipeline.promote import current_block
+from cladapt.pipeline.promote import current_block, read_current
 from cladapt.pipeline.report import METRICS
 from cladapt.run import Run
 from cladapt.tokens.build import load_sids
@@ -63,10 +63,21 @@ def find_source(path: Path | None, base: Path | None, block: int | None) -> Sour
         raise DataError(
             f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
         )
-    chosen = (current_block(run) or max(adapters)) if block is None else block
+    chosen = _served(run) if block is None else block
     if chosen not in adapters:
         raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
     return Source(adapters[chosen], base or Path(run.config.base), run)
+
+
+def _served(run: Run) -> int:
+    """The block of the current adapter, or of the newest where none was judged yet; none that was refused."""
+    current = current_block(run)
+    if current is None and (history := read_current(run).history):
+        raise DataError(
+            f"no adapter of {run.path} is current: that of block {history[-1].block} was {history[-1].action}",
+            f"name one with --block, or promote it: cladapt promote {run.path} --promote always",
+        )
+    return max(run.adapters) if current is None else current
 
 
 def _run_of(adapter: Path) -> Run | None:
@@ -145,6 +156,8 @@ def is_exported(source: Source, target: str, out: Path, offered: Offered | None)
         return False
     record, there = read_json(out / PROVENANCE), Offered.load(out)
     made_of = record.get("merged", {}) if target == "merged" else record
+    if target == "peft" and adapter_settings(out)["base_model_name_or_path"] != str(source.base.resolve()):
+        return False
     if made_of.get("weights") != hash_file(source.adapter / ADAPTER_FILE) or (there is None) != (offered is None):
         return False
     return there is None or offered is None or there.same(offered)

@@ -6,21 +6,24 @@ Every stage does nothing where its work is done, so a job that was killed is sim
 twice changes nothing. What a stage has done is in the files that it wrote; there is no other state.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cladapt.config import PromoteConfig, merge_overrides, resolve
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import CheckFailed, ConfigError, DataError
+from cladapt.eval.significance import NO_DIFFERENCE
 from cladapt.export.targets import TARGETS, refuse_existing
 from cladapt.lock import locked
 from cladapt.model.load import PROVENANCE
 from cladapt.pipeline import evaluation, growth, runs, ship, streams
+from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.pipeline.promote import REFUSED, current_block, judge, refusal
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
 
-WAITING, NOTHING = "waiting", "nothing new"
+WAITING, NOTHING, LATE = "waiting", "nothing new", "all late"
 
 
 def update(
@@ -44,14 +47,17 @@ def update(
     """Bring a run (by default the latest) up to date with a log; what each stage did, and the `outcome` of the night.
 
     `least`: users that must be tested in a new block; with fewer its rows wait in the stream for the next log. The
-    outcome is `promoted`, `refused` (then `CheckFailed`, after all is written), `waiting` or `nothing new`. `items`,
+    outcome is `promoted`, `refused`, `waiting`, `nothing new` or `all late`; `CheckFailed`, after all is written, where
+    the adapter is refused, or every row is older than the stream's end and not in it. `items`,
     `index`: texts and IDs of new items. `data`, `base`: where the run's stream and base are now.
     """
+    began = time.monotonic()
     path = latest_run() if path is None else path
     run = open_run(path, data, base)
     _check(run, target, held_out, index, out)
     stream = Path(run.config.data)
     with locked(path / ".update"):  # the stages lock run and stream for themselves
+        verify_inputs(run, open_inputs(run)[1])  # another stream or base is refused before the log is in it
         appended = growth.append_data(stream, source, dates=dates, late=late, rejects=rejects, least=least, items=items)
         extended = streams.extend_tokens(stream, index)
         learned = runs.continue_run(path, sink, data=data, base=base, held_out=held_out)
@@ -63,6 +69,7 @@ def update(
             "learn": [line["block"] for line in learned["blocks"]],
         }
         outcome = WAITING if appended["waiting"] else NOTHING
+        measured: dict[str, Any] = {"differences": []}
         if open_run(path).adapters:
             measured = evaluation.evaluate(path, {}, None, sink, data=data, base=base)
             report["evaluate"] = {**measured["cells"], "report": measured["report"]}
@@ -70,11 +77,20 @@ def update(
             report["decide"] = _brief(decided, "run", "differences")
             report["export"] = _export(path, target, out, stream, base)
             report |= {"differences": decided["differences"], "table": measured["table"]}
-            if decided["new"]:
+            if decided["new"] or (outcome == NOTHING and decided["decision"] == REFUSED):
                 outcome = decided["decision"]
-        report |= {"outcome": outcome, "warnings": appended["warnings"]}
+        if outcome == NOTHING and appended["late"] and not appended["known_rows"]:
+            outcome = LATE
+        report |= {"outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
+        report["warnings"] = [*appended["warnings"], *_warnings(extended, measured["differences"])]
     if outcome == REFUSED:
         raise refusal(report["decide"], report)
+    if outcome == LATE:
+        raise CheckFailed(
+            f"all {appended['late']} rows of {source} come too late: none is after the end of the stream",
+            "look at the times of the stream's last block and of this log: a time far in the future ends a block there",
+            report,
+        )
     return report
 
 
@@ -103,6 +119,20 @@ def _export(run: Path, target: str, out: Path | None, data: Path, base: Path | N
     if written:
         ship.export(run, target, place, base, block, data=data, overwrite=True)
     return {"out": str(place), "block": block, "written": written}
+
+
+def _warnings(extended: Mapping[str, Any], differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is worth a look: items whose IDs say nothing, and lines of the table that are shown better."""
+    found = []
+    without, new = extended.get("items_without_text", 0), extended["new_items"]
+    if without:
+        found.append(f"{without} of {new} new items have no text: their IDs say nothing of them, and stay")
+    for line in differences:
+        hits = next(key for key in line if key.startswith("HR@") and not key.endswith(" shown"))
+        shown = line.get(f"{hits} shown", NO_DIFFERENCE)
+        if shown != NO_DIFFERENCE and (line[hits] or 0.0) < 0.0:
+            found.append(f"over all blocks, {hits} of {line['difference']} is {shown}: a simpler line is shown better")
+    return found
 
 
 def _brief(report: Mapping[str, Any], *without: str) -> dict[str, Any]:

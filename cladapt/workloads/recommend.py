@@ -181,7 +181,12 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         name, after, learned = config.method.name, None, models[0].block
         later = [b for b in sorted(rows["block"].unique()) if b > learned]
         truth = truth_of(Path(config.data)) if settings.targets == "test" else None
-        best = {} if truth is None else {b: ceiling(truth, stream, b, settings.top_k) for b in later}
+        best = {}
+        for b in later if truth is not None else ():
+            try:
+                best[b] = ceiling(truth, stream, b, settings.top_k)  # type: ignore[arg-type]
+            except DataError as error:  # a log that was not simulated was appended
+                sink.emit({"kind": "note", "text": f"block {b} has no ceiling: {error.message}"})
         if first.height:
             counts = measure_counts(evaluator, [b for b in later if b > learned + 1], 1, earlier)
             after = Measures(name, first, counts, learned, settings, lag=1)

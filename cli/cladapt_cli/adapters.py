@@ -49,6 +49,7 @@ def export(
         bool, typer.Option("--check", help="With vllm: print what servers would refuse, write nothing.")
     ] = False,
     data: DataDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> dict[str, Any]:
     """Write an adapter for serving, with the IDs of the stream and the items that may be recommended now."""
     from cladapt.errors import ConfigError
@@ -60,7 +61,7 @@ def export(
         if rank is not None:
             raise ConfigError(f"--check with --rank {rank}", "export first: it is the result that servers see")
         return ship.check(source, base, block, all_blocks)
-    return ship.export(source, target, out, base, block, all_blocks, rank, data)
+    return ship.export(source, target, out, base, block, all_blocks, rank, data, overwrite)
 
 
 def recommend(

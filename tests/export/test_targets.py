@@ -204,10 +204,17 @@ def test_another_base_is_refused(target: str, adapter: Path, tmp_path: Path) -> 
 
 def test_an_earlier_export_may_be_replaced_and_nothing_else(tmp_path: Path) -> None:
     earlier, mine = tmp_path / "earlier", tmp_path / "mine"
-    for folder, name in ((earlier, "cladapt.json"), (mine, "notes.txt")):
+    base = tmp_path / "base"
+    written = {
+        earlier: ("cladapt.json", "README.md", "catalogue.parquet"),
+        mine: ("notes.txt",),
+        base: ("cladapt.json",),
+    }
+    for folder, names in written.items():
         folder.mkdir()
-        (folder / name).write_text("{}")
+        for name in names:
+            (folder / name).write_text("{}")
     refuse_existing(earlier, replace=True)
-    for folder, replace in ((earlier, False), (mine, False), (mine, True)):
+    for folder, replace in ((earlier, False), (mine, False), (mine, True), (base, True)):
         with pytest.raises(ConfigError, match="exists and is not empty"):
             refuse_existing(folder, replace)

@@ -16,7 +16,7 @@ from cladapt.data.schema import Stream
 from cladapt.data.simulate import load_truth
 from cladapt.errors import DataError
 from cladapt.pipeline import streams
-from cladapt.pipeline.forget import forget_users
+from cladapt.pipeline.forget import COME_BACK, forget_users
 from cladapt.pipeline.growth import append_data
 
 ROWS = [("a", "x", 0), ("b", "y", 1), ("c", "x", 2), ("b", "x", 3)]  # block 1
@@ -64,7 +64,7 @@ def test_events_of_forgotten_users_leave_their_blocks_and_all_else_stays(stream:
         "events_removed": 2,
         "pending_removed": 0,
         "blocks_changed": [2, 3],
-        "warnings": ["1 users are not in the stream: 'nobody'"],
+        "warnings": ["1 users are not in the stream: 'nobody'", COME_BACK],
         "runs": [],
         "bases": [],
         "exports": [],
@@ -174,8 +174,12 @@ def test_what_has_learned_from_them_is_named(stream: Path, tmp_path: Path) -> No
     assert result["exports"] == [{"folder": "runs/one/export/peft", "block": 3}]
     assert result["warnings"] == [
         "what is listed has learned from these users, and runs keep rows per user of what they were tested on: remove "
-        "it, or train it again"
+        "it, or train it again",
+        COME_BACK,
     ]
+    asked_again = forget_users(stream, users("d"), [Path("away")])  # they are gone, what has learned from them is not
+    kinds = ("runs", "bases", "exports")
+    assert {kind: asked_again[kind] for kind in kinds} == {kind: result[kind] for kind in kinds}
     # of a time before they are known by the chain of that time
     found = forget_users(stream, users("b"))  # in block 1
     assert [row["folder"] for row in found["bases"]] == [str(tmp_path / "elsewhere" / "base")]
@@ -202,3 +206,21 @@ def test_what_a_link_leads_to_is_forgotten(stream: Path, tmp_path: Path) -> None
     assert (tmp_path / "link").is_symlink()
     assert "d" not in texts_of(stream).split()
     assert sorted(os.listdir(tmp_path)) == ["link", "log.csv", "stream", "users.txt"]
+
+
+def test_runs_and_bases_beside_the_stream_are_found(stream: Path) -> None:
+    third = Stream.load(stream).fingerprints[2]
+    for name, record in {
+        "base": {"stream": third, "fitted_block": 3},
+        "run/adapters/block_3": {"stream": third, "block": 3},
+    }.items():
+        write_json(stream.parent / name / "cladapt.json", record)
+    write_json(stream.parent / "run" / "config.json", {})
+    result = forget_users(stream, users("d"))
+    assert [Path(row["folder"]).name for row in (*result["runs"], *result["bases"])] == ["run", "base"]
+
+
+def test_a_list_that_a_windows_editor_wrote_is_read(stream: Path) -> None:
+    file = users("d")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert forget_users(stream, file)["users_forgotten"] == 1

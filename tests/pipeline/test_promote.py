@@ -182,3 +182,13 @@ def test_mistakes_of_the_caller(run: Run[Any], monkeypatch: pytest.MonkeyPatch) 
     decided(monkeypatch, True)
     promote.promote(run.path, {}, 2, SINK)
     assert read_json(run.path / "current.json")["adapter"] == "adapters/block_002"
+
+
+def test_a_block_that_the_current_adapter_has_learned_held_out_decides_nothing(run: Run[Any]) -> None:
+    promote.promote(run.path, {"rule": "always", "bootstrap": 200}, 4, SINK)
+    file = run.path / "adapters" / "block_004" / "cladapt.json"
+    write_json(file, {**read_json(file), "held_out_blocks": [3]})
+    with pytest.raises(ConfigError, match="has learned the validation targets of block 3") as caught:
+        promote.promote(run.path, {"bootstrap": 200}, 3, SINK)
+    assert "cladapt rollback" in caught.value.hint
+    assert promote.promote(run.path, {"rule": "always", "bootstrap": 200}, 3, SINK)["current"] == 3

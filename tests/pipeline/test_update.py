@@ -13,7 +13,7 @@ from cladapt.config import BaseConfig, EvalConfig, MethodConfig, PromoteConfig, 
 from cladapt.config import TrainConfig as Train
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
-from cladapt.errors import CheckFailed, DataError, EnvironmentProblem
+from cladapt.errors import CheckFailed, ConfigError, DataError, EnvironmentProblem
 from cladapt.eval.promotion import Decision
 from cladapt.lock import locked
 from cladapt.pipeline import bases, evaluation, growth, promote, runs, ship, streams
@@ -186,6 +186,8 @@ def test_a_refused_adapter_is_kept_and_not_served(inside: Path, monkeypatch: pyt
     night("log3.csv")
     exported = contents("run/export")
     monkeypatch.setattr(promote, "compare", lambda *_: Decision(False, ("it is shown worse",), ()))
+    last = Path("log4.csv").read_text().splitlines()[-1].split(",")
+    Path("more.csv").write_text(f"user,item,timestamp,text\n{last[0]},{last[1]},{int(last[2]) + 60},{last[3]}\n")
     with pytest.raises(CheckFailed, match="block 4 is not promoted: it is shown worse") as caught:
         night("log4.csv")
     report = caught.value.result
@@ -193,7 +195,12 @@ def test_a_refused_adapter_is_kept_and_not_served(inside: Path, monkeypatch: pyt
     assert (report["outcome"], report["decide"]["current"], report["learn"]) == ("refused", 3, [4])
     served = {k: v for k, v in contents("run/export").items() if "adapter" in k}
     assert served == {k: v for k, v in exported.items() if "adapter" in k}
-    assert night("log4.csv")["outcome"] == "nothing new"  # it was judged
+    before = contents("run", "stream")
+    with pytest.raises(CheckFailed, match="block 4 is not promoted"):  # as long as the newest adapter stands refused
+        night("log4.csv")
+    assert contents("run", "stream") == before
+    few = night("more.csv", least=10_000)
+    assert few["outcome"] == "waiting"
 
 
 def test_what_was_rolled_back_is_not_promoted_again_by_the_same_log(inside: Path) -> None:
@@ -240,3 +247,54 @@ def test_mistakes_are_named(damage: Callable[[], object], message: str, inside: 
     damage()
     with pytest.raises(DataError, match=message):
         night("log3.csv")
+
+
+def test_a_refused_adapter_is_not_shipped_by_other_commands(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promote, "compare", lambda *_: Decision(False, ("it is shown worse",), ()))
+    with pytest.raises(CheckFailed):
+        night("log3.csv")
+    with pytest.raises(DataError, match=r"no adapter of run is current: that of block 3 was refused"):
+        ship.find_source(Path("run"), None, None)
+    assert ship.find_source(Path("run"), None, 3).adapter.name == "block_003"
+    with pytest.raises(CheckFailed):  # the rule is the same
+        night("log3.csv")
+    monkeypatch.setattr(promote, "compare", lambda *_: Decision(True, ("so it is asked",), ()))
+    report = night("log3.csv", promotion=PromoteConfig(rule="shown"))
+    assert (report["outcome"], report["decide"]["current"]) == ("promoted", 3)
+
+
+def test_another_stream_or_base_is_refused_before_the_log_is_in_it(inside: Path) -> None:
+    streams.simulate_data(Path("other"), SimulateConfig(users=60, items=40, topics=4, blocks=2, seed=5))
+    bases.pretrain_base(Path("stream"), Path("stranger"), BaseConfig(epochs=0, seed=9), SINK)
+    before = contents("other", "stream", "run")
+    for changes in ({"data": Path("other")}, {"base": Path("stranger")}):
+        with pytest.raises(DataError, match=r"began with other inputs|is the stream"):
+            pipeline.update(
+                "log3.csv", Path("run"), changes.get("data"), changes.get("base"), SINK, least=1, promotion=ALWAYS
+            )
+    assert contents("other", "stream", "run") == before
+
+
+def test_an_export_never_replaces_a_base_or_an_adapter_of_the_run(inside: Path) -> None:
+    before = contents("base", "stream", "run")
+    for out in (Path("base"), Path("run/adapters/block_002"), Path("run"), Path("stream")):
+        with pytest.raises(ConfigError, match="exists and is not empty"):
+            night("log3.csv", out=out)
+    assert contents("base", "stream", "run") == before
+
+
+def test_a_log_that_comes_too_late_as_a_whole_is_no_quiet_night(inside: Path) -> None:
+    night("log4.csv")
+    with pytest.raises(CheckFailed, match=r"all .* rows of log3\.csv come too late") as caught:
+        night("log3.csv")
+    assert caught.value.result is not None
+    assert caught.value.result["outcome"] == "all late"
+
+
+def test_an_export_follows_its_base(inside: Path) -> None:
+    night("log3.csv")
+    Path("base").rename("elsewhere")
+    report = pipeline.update("log3.csv", Path("run"), None, Path("elsewhere"), SINK, least=1, promotion=ALWAYS)
+    assert report["export"]["written"]
+    made = read_json(Path("run/export/peft/adapter_config.json"))["base_model_name_or_path"]
+    assert made == str(Path("elsewhere").resolve())
