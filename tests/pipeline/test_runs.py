@@ -28,7 +28,7 @@ from cladapt.data.simulate import ceiling, load_truth
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.metrics import ROWS, summarise
 from cladapt.model.load import load_base
-from cladapt.pipeline import bases, compare, evaluation, runs, streams
+from cladapt.pipeline import bases, compare, evaluation, growth, runs, streams
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads import recommend
@@ -443,3 +443,22 @@ def test_the_embedded_inputs_are_made_once(tmp_path: Path, monkeypatch: pytest.M
     assert again.events == []
     assert load_base(Path(config.base)).fingerprint == print_before
     assert runs.with_embedded(config, again) == config
+
+
+def test_a_block_that_was_not_simulated_has_no_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    streams.simulate_data(Path("stream"), SIMULATE)
+    streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
+    bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=0), MemorySink())
+    known = Stream.load(Path("stream"))
+    items, end = known.items["item"].to_list(), int(known.interactions["timestamp"].max())  # type: ignore[arg-type]
+    rows = [f"someone{u},{items[k]},{end + 1 + u + 10 * k}" for u in range(3) for k in range(4)]
+    Path("log.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    growth.append_data(Path("stream"), "log.csv")
+    config = RunConfig(data="stream", base="base", method=MethodConfig(name="frozen"))
+    runs.train(config, Path("run"), MemorySink())
+    sink = MemorySink()
+    evaluation.evaluate(Path("run"), EVAL, None, sink)
+    last = known.n_blocks + 1
+    assert sorted(read_json(Path("run") / "metrics.json")["ceiling"]) == [str(b) for b in range(2, last)]
+    assert any(f"block {last} has no ceiling" in str(event.get("text")) for event in sink.events)
