@@ -144,7 +144,7 @@ def _check(stream: Stream, log: RawLog, numbered: bool, dates: Sequence[str], la
             "import the whole log again, with --timestamp COL or --block COL",
         )
     if late not in LATE:
-        raise ConfigError(f"--late {late}", f"choose {' or '.join(LATE)}")
+        raise ConfigError(f"--late {late!r} is not known", f"choose {' or '.join(LATE)}")
     starts_of(tuple(dates))
     if numbered and (dates or late == "keep"):
         given = "--dates" if dates else "--late keep"

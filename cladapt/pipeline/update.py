@@ -21,6 +21,7 @@ from cladapt.pipeline import evaluation, growth, runs, ship, streams
 from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.pipeline.promote import REFUSED, current_block, judge, refusal
 from cladapt.run import Run, latest_run, open_run
+from cladapt.tokens.sids import read_index
 from cladapt.train.sinks import Sink
 
 WAITING, NOTHING, LATE = "waiting", "nothing new", "all late"
@@ -99,8 +100,8 @@ def _check(run: Run[Any], target: str, held_out: str, index: Path | None, out: P
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not known", f"use one of {', '.join(TARGETS)}")
     resolve(type(run.config), merge_overrides({}, [f"train.held_out={held_out}"]), "update")
-    if index is not None and not index.is_file():
-        raise DataError(f"no such file: {index}", "check --index")
+    if index is not None:
+        read_index(index)
     if not (Path(run.config.base) / PROVENANCE).is_file():
         raise DataError(
             f"{run.config.base} is not a base directory: it has no {PROVENANCE}", "say where it is: --base DIR"

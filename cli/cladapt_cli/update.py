@@ -74,7 +74,7 @@ def update(
         data,
         base,
         Progress(),
-        dates=tuple(dates.split(",")) if dates else (),
+        dates=() if dates is None else dates.split(","),
         late=late,
         rejects=rejects,
         least=least,

@@ -76,6 +76,7 @@ OVERRIDES = [
 OVERRIDES += ["seed=2024-99-99", "seed=0b_", "seed=" + "[" * 3000, "seed=&a [*a]", "seed.x=1", "sede=1", "\0=1", "ö=1"]
 FINE = {  # hostile to look at, but meaningful
     ("update", "--rejects", "nowhere/2024"),
+    ("update", "--min-tested", "9" * 30),
     ("update", "--out", "nowhere/2024"),
     ("data import", "--timestamp", ""),
     ("data append", "--rejects", "nowhere/2024"),
@@ -83,7 +84,7 @@ FINE = {  # hostile to look at, but meaningful
     *((command, "--out", "nowhere/2024") for command in CALLS),
 }
 CODES = {2, 3, 4}
-STEP = 1 if os.environ.get("CLADAPT_HOSTILE") == "full" else 2
+STEP = 1 if os.environ.get("CLADAPT_HOSTILE") == "full" else 3
 
 
 def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from cladapt.data.schema import Stream
 from cladapt.errors import DataError
 from cladapt.pipeline import streams
 
-KILLS = int(os.environ.get("CLADAPT_KILLS", "4"))
+KILLS = int(os.environ.get("CLADAPT_KILLS", "2"))
 LIMIT = 60.0
 COMMAND = """
 import os, sys

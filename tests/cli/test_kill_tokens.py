@@ -22,7 +22,7 @@ from cladapt.pipeline import streams
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("CLADAPT_KILLS", "12"))
+KILLS = int(os.environ.get("CLADAPT_KILLS", "4"))
 AIMED = range(0, KILLS, 3)
 LIMIT = 120.0
 COMMAND = """

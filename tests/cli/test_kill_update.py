@@ -28,7 +28,7 @@ from cladapt.run import Run
 from cladapt.tokens.build import load_sids
 from cladapt.train.sinks import MemorySink
 
-KILLS = int(os.environ.get("CLADAPT_KILLS", "4"))
+KILLS = int(os.environ.get("CLADAPT_KILLS", "2"))
 LIMIT = 120.0
 UPDATE = "update next.csv --run run --items items.csv --min-tested 1 --promote always -o bootstrap=100"
 COMMAND = """

@@ -340,7 +340,7 @@ def test_a_stream_with_neither_times_nor_blocks_cannot_grow() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"late": "drop"}, ConfigError, r"--late drop \(choose reject or keep\)"),
+        ({"late": "drop"}, ConfigError, r"--late 'drop' is not known \(choose reject or keep\)"),
         ({"dates": ("may",)}, ConfigError, "dates=may: "),
         ({"dates": ("2024-03-01",)}, DataError, "new block 2 of 2 is empty: no interaction falls into it"),
         ({"pending": NO_ROWS.with_columns(weight=1.0)}, None, ""),
