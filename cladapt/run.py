@@ -98,6 +98,21 @@ class Run(Generic[C]):
         named = ((_BLOCK.fullmatch(folder.name), folder) for folder in found if folder.is_dir())
         return {int(match["block"]): folder for match, folder in named if match}
 
+    def choose(self, block: int | None) -> int:
+        """The block of an adapter that the run has: `block`, or its newest.
+
+        `DataError` where the run has none, `ConfigError` where it has none of that block.
+        """
+        adapters = self.adapters
+        if not adapters:
+            raise DataError(
+                f"{self.path} has no adapter (method {self.config.method.name})", "train with a method that adapts"
+            )
+        chosen = max(adapters) if block is None else block
+        if chosen not in adapters:
+            raise ConfigError(f"--block {chosen}: {self.path} has {sorted(adapters)}", "choose one of these blocks")
+        return chosen
+
     @property
     def task(self) -> str:
         """What its base is adapted to do, as `--task` names it."""

@@ -145,15 +145,8 @@ def judge(
     """
     run = open_run(path, data, base)
     with locked(run.path):
-        adapters = run.adapters
-        if not adapters:
-            raise DataError(
-                f"{path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
-            )
-        chosen = max(adapters) if block is None else block
-        if chosen not in adapters:
-            raise ConfigError(f"--block {chosen}: {path} has {sorted(adapters)}", "choose one of these blocks")
-        current, weights = read_current(run), hash_file(adapters[chosen] / ADAPTER_FILE)
+        chosen = run.choose(block)
+        current, weights = read_current(run), hash_file(run.adapters[chosen] / ADAPTER_FILE)
         before = current_block(run)
         is_current = (before, current.weights) == (chosen, weights)
         known = current.judged(chosen, weights)
@@ -161,7 +154,7 @@ def judge(
             known = None
         event = known or _event(config, chosen, weights, compare(run, config, chosen, before, sink))
         if known is None:
-            _write(run, current, event)
+            current = _write(run, current, event)
     return {
         "run": str(path),
         "block": chosen,
@@ -169,7 +162,7 @@ def judge(
         "new": known is None,
         "rule": event.rule,
         "reasons": event.reasons,
-        "current": read_current(run).block,
+        "current": current.block,
         "differences": event.differences,
     }
 
@@ -244,8 +237,8 @@ def rollback(path: Path | None, to: int | None) -> dict[str, Any]:
     }
 
 
-def _write(run: Run[Any], current: Current, event: Event) -> None:
-    """Add a decision to `current.json`; what is promoted follows from the history."""
+def _write(run: Run[Any], current: Current, event: Event) -> Current:
+    """Add a decision to `current.json`, and return what it holds then."""
     changed = current.model_copy(update={"history": [*current.history, event]})
     if event.action != "refused":
         folder = adapter_folder(run.path, event.block).relative_to(run.path)
@@ -253,3 +246,4 @@ def _write(run: Run[Any], current: Current, event: Event) -> None:
             update={"block": event.block, "adapter": folder.as_posix(), "weights": event.weights}
         )
     write_json(run.path / FILE, changed.model_dump(mode="json"))
+    return changed

@@ -58,26 +58,19 @@ def find_source(path: Path | None, base: Path | None, block: int | None) -> Sour
             raise ConfigError(f"{path} does not say where its base is", "give --base DIR")
         return Source(path, base or Path(run.config.base), run)  # type: ignore[union-attr]
     run = Run.latest() if path is None else Run.open(path)
-    adapters = run.adapters
-    if not adapters:
-        raise DataError(
-            f"{run.path} has no adapter (method {run.config.method.name})", "train with a method that adapts"
-        )
-    chosen = _served(run) if block is None else block
-    if chosen not in adapters:
-        raise ConfigError(f"--block {chosen}: {run.path} has {sorted(adapters)}", "choose one of these blocks")
-    return Source(adapters[chosen], base or Path(run.config.base), run)
+    chosen = run.choose(_served(run) if block is None else block)
+    return Source(run.adapters[chosen], base or Path(run.config.base), run)
 
 
-def _served(run: Run) -> int:
-    """The block of the current adapter, or of the newest where none was judged yet; none that was refused."""
+def _served(run: Run) -> int | None:
+    """The block of the current adapter; None where none was judged yet, `DataError` where none was promoted."""
     current = current_block(run)
     if current is None and (history := read_current(run).history):
         raise DataError(
             f"no adapter of {run.path} is current: that of block {history[-1].block} was {history[-1].action}",
             f"name one with --block, or promote it: cladapt promote {run.path} --promote always",
         )
-    return max(run.adapters) if current is None else current
+    return current
 
 
 def _run_of(adapter: Path) -> Run | None:
