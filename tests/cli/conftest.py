@@ -4,11 +4,13 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,32 @@ ALLOWED = (
 )
 LOGGED = ("half/log.jsonl", "half/environment.json", "runs/latest.json")  # that a run went on is told before it fails
 TRACES = re.compile(r"\.(tmp|old|bin|pt|pkl)$")
+
+
+FORKED = """
+import os, sys
+os.chdir(cwd)
+for stream in (1, 2):
+    os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+sys.argv = ["cladapt", *arguments]
+from cladapt_cli.app import main
+main()
+"""
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[[Path, str], BaseProcess]:
+    """Starts a command in a folder as a process of its own, forked from a server that has the slow imports; what it
+    says is appended to `said.txt` there."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["cladapt.pipeline.forget", "cladapt.pipeline.update", "cladapt_cli.app"])
+
+    def forked(folder: Path, line: str) -> BaseProcess:
+        process = server.Process(target=exec, args=(FORKED, {"cwd": str(folder), "arguments": line.split()}))
+        process.start()
+        return process
+
+    return forked
 
 
 def cladapt(arguments: list[str]) -> tuple[int, str, str]:

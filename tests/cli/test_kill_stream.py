@@ -4,7 +4,6 @@ Moments are drawn from a fixed seed and spread over the time that the command ta
 aimed at the first file that is half written. `CLADAPT_KILLS` in the environment sets how many there are.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,17 +24,7 @@ from cladapt.pipeline import streams
 
 KILLS = int(os.environ.get("CLADAPT_KILLS", "2"))
 LIMIT = 60.0
-COMMAND = """
-import os, sys
-os.chdir(cwd)
-for stream in (1, 2):
-    os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-sys.argv = ["cladapt", *arguments]
-from cladapt_cli.app import main
-main()
-"""
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cladapt.pipeline.forget", "cladapt_cli.app"])
+Start = Callable[[Path, str], BaseProcess]
 CALLS = {
     "append": "data append stream next.csv",
     "append several": "data append stream next.csv --dates 1970-01-03,1970-01-04 --min-tested 3",
@@ -46,7 +35,7 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Path:
     """A stream of a day where rows wait, the log of four days, and lists of items and users."""
     folder = tmp_path_factory.mktemp("world")
     draw = random.Random(3)
@@ -61,13 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     streams.import_data(str(folder / "log.csv"), folder / "stream", "csv", ReadOptions(), one)
     assert ended(start(folder, "data append stream more.csv --min-tested 100")) == 0
     return folder
-
-
-def start(folder: Path, line: str) -> BaseProcess:
-    """A command in a folder, what it says appended to `said.txt`."""
-    process = SERVER.Process(target=exec, args=(COMMAND, {"cwd": str(folder), "arguments": line.split()}))
-    process.start()
-    return process
 
 
 def ended(process: BaseProcess) -> int | None:
@@ -88,7 +70,7 @@ def until(process: BaseProcess, reached: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_stream_is_the_old_one_or_the_new_one(name: str, world: Path, tmp_path: Path) -> None:
+def test_a_stream_is_the_old_one_or_the_new_one(name: str, world: Path, tmp_path: Path, start: Start) -> None:
     old, whole, line = state(world), tmp_path / "whole", CALLS[name]
     shutil.copytree(world, whole)
     began = time.monotonic()

@@ -4,12 +4,12 @@ Moments are drawn from a fixed seed over the time that the command takes; some a
 written. The killed processes are forks of a server that has the slow imports.
 """
 
-import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +25,6 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("CLADAPT_KILLS", "4"))
 AIMED = range(0, KILLS, 3)
 LIMIT = 120.0
-COMMAND = """
-import os, sys
-os.chdir(cwd)
-for stream in (1, 2):
-    os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-sys.argv = ["cladapt", "tokens", "extend", "grown"]
-from cladapt_cli.app import main
-main()
-"""
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sklearn.feature_extraction.text", "scipy.spatial.distance", "cladapt.pipeline.streams"])
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +65,16 @@ def until(alive: Callable[[], bool], reached: Callable[[], bool]) -> None:
         time.sleep(0.0002)
 
 
-def extend(world: Path) -> multiprocessing.process.BaseProcess:
-    process = SERVER.Process(target=exec, args=(COMMAND, {"cwd": str(world)}))
-    process.start()
-    return process
+EXTEND = "tokens extend grown"
 
 
-def test_ids_are_the_old_ones_or_all_new_ones_whenever_the_command_is_killed(world: Path) -> None:
+def test_ids_are_the_old_ones_or_all_new_ones_whenever_the_command_is_killed(
+    world: Path, start: Callable[[Path, str], BaseProcess]
+) -> None:
     file, said = world / "grown" / "sids.parquet", world / "said.txt"
     old, new = file.read_bytes(), (world / "whole" / "sids.parquet").read_bytes()
     began = time.monotonic()
-    process = extend(world)
+    process = start(world, EXTEND)
     process.join(LIMIT)
     assert process.exitcode == 0, said.read_text()
     took = time.monotonic() - began
@@ -94,7 +82,7 @@ def test_ids_are_the_old_ones_or_all_new_ones_whenever_the_command_is_killed(wor
     draw, halves = random.Random(0), 0
     for kill in range(KILLS):
         file.write_bytes(old)
-        process = extend(world)
+        process = start(world, EXTEND)
         if kill in AIMED:
             until(process.is_alive, lambda: any(file.parent.glob(".sids.parquet.*.tmp")))
         else:
@@ -105,7 +93,7 @@ def test_ids_are_the_old_ones_or_all_new_ones_whenever_the_command_is_killed(wor
         halves += any(file.parent.glob(".sids.parquet.*.tmp"))
         assert file.read_bytes() in (old, new)
     assert halves > 0
-    process = extend(world)
+    process = start(world, EXTEND)
     process.join(LIMIT)
     assert process.exitcode == 0, said.read_text()
     assert file.read_bytes() == new

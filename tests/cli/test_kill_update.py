@@ -2,12 +2,12 @@
 command again ends where an undisturbed one does. `CLADAPT_KILLS` in the environment sets how often it is killed.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,6 @@ from cladapt.train.sinks import MemorySink
 KILLS = int(os.environ.get("CLADAPT_KILLS", "2"))
 LIMIT = 120.0
 UPDATE = "update next.csv --run run --items items.csv --min-tested 1 --promote always -o bootstrap=100"
-COMMAND = """
-import os, sys
-os.chdir(cwd)
-for stream in (1, 2):
-    os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-sys.argv = ["cladapt", *arguments]
-from cladapt_cli.app import main
-main()
-"""
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["cladapt.pipeline.update", "cladapt_cli.app"])
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* of the new items")]
 
 
@@ -65,12 +54,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path) -> BaseProcess:
-    process = SERVER.Process(target=exec, args=(COMMAND, {"cwd": str(folder), "arguments": UPDATE.split()}))
-    process.start()
-    return process
-
-
 def ended(process: BaseProcess) -> int | None:
     process.join(LIMIT)
     return process.exitcode
@@ -92,21 +75,21 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if "checkpoints" not in file.parts}
 
 
-def test_a_killed_update_leaves_all_whole_and_is_finished_by_the_next(world: Path, tmp_path: Path) -> None:
+def test_a_killed_update_leaves_all_whole_and_is_finished_by_the_next(
+    world: Path, tmp_path: Path, start: Callable[[Path, str], BaseProcess]
+) -> None:
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(world, undisturbed)
-    warm = SERVER.Process(target=exec, args=("", {}))  # the server has its imports then, which no command waits for
-    warm.start()
-    warm.join(LIMIT)
+    assert ended(start(world, "--version")) == 0  # the server has its imports then, which no command waits for
     began = time.monotonic()
-    assert ended(start(undisturbed)) == 0, (undisturbed / "said.txt").read_text()
+    assert ended(start(undisturbed, UPDATE)) == 0, (undisturbed / "said.txt").read_text()
     lasts, expected = time.monotonic() - began, content(undisturbed)
     assert whole(undisturbed) == {"blocks": 3, "current": 3}
     moments, hits = random.Random(5), 0
     for kill in range(KILLS):
         folder = tmp_path / f"killed-{kill}"
         shutil.copytree(world, folder)
-        process = start(folder)
+        process = start(folder, UPDATE)
         if kill == 0:  # the others may come too late where the machine is quicker than before
             while process.is_alive() and not any(folder.rglob(".*.tmp")):
                 time.sleep(0.0005)
@@ -117,7 +100,7 @@ def test_a_killed_update_leaves_all_whole_and_is_finished_by_the_next(world: Pat
         found = whole(folder)
         assert found["blocks"] in (2, 3)
         assert found["current"] in (2, 3)
-        assert ended(start(folder)) == 0, (folder / "said.txt").read_text()
+        assert ended(start(folder, UPDATE)) == 0, (folder / "said.txt").read_text()
         assert content(folder) == expected
         assert whole(folder) == {"blocks": 3, "current": 3}
         assert read_json(folder / "run" / "export" / "peft" / "cladapt.json")["block"] == 3
