@@ -81,7 +81,12 @@ class Run(Generic[C]):
     @property
     def config_hash(self) -> str:
         """Identity of the settings that shape the adapters; inputs have fingerprints, wherever they lie."""
-        return hash_value(self.config.model_dump(mode="json", exclude={"eval", "track", *FOLDERS}))
+        left_out = {"eval": True, "track": True, "train": {"checkpointing"}, **dict.fromkeys(FOLDERS, True)}
+        if (
+            getattr(self.config, "quantisation", "none") == "none"
+        ):  # so that runs from before there was this setting go on
+            left_out["quantisation"] = True
+        return hash_value(self.config.model_dump(mode="json", exclude=left_out))
 
     def config_at(self, block: int) -> C:
         """The configuration by which a block is learned."""

@@ -60,7 +60,8 @@ def fit_settings(config: FitConfig, seed: int, block: int, kernels: ops.Choice =
         weight_decay=config.weight_decay,
         clip=config.clip,
         keep=config.keep,
-        precision=config.precision,
+        precision=ops.precision(config.precision),
+        checkpointing=config.checkpointing,
         fold_terms=ops.uses_kernel("prox_adamw", kernels),
     )
 

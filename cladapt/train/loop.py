@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cladapt import ops, ranks
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
+from cladapt.model.checkpointing import set_checkpointing
 from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import STOPS, deferred_interrupt
 from cladapt.train.sinks import Sink
@@ -39,7 +40,8 @@ class FitSettings:
     clip: float = 1.0
     keep: Literal["best", "last"] = "best"
     patience: int = 0  # epochs without improvement before stopping; 0 = never
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: ops.Precision = "fp32"
+    checkpointing: bool = False  # layers are computed again in the backward pass
     fold_terms: bool = False  # a method may put its proximal term inside the optimiser's step
 
 
@@ -94,6 +96,7 @@ class Fit:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
         self.method, self.ctx, self.feed, self.settings, self.sink = method, ctx, feed, settings, sink
         self.trained = {**ctx.parameters, **ctx.extra_parameters}
+        set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
         self.module, self.optimizer = self.accelerator.prepare(module, self._make_optimizer())

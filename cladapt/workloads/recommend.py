@@ -81,7 +81,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
 
     def open_inputs(self, config: RunConfig, choose: Callable[[Stream], Stream] = whole) -> tuple[Stream, Base]:
         stream = choose(Stream.load(Path(config.data)))
-        base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+        base = load_base(Path(config.base), ops.DTYPES[ops.precision(config.train.precision)], config.quantisation)
         cast(nn.Module, base.model).to(ops.compute_device())
         check_home(base, stream, config.base, config.data)
         if start := self.starts_from(config):
