@@ -302,6 +302,9 @@ class RunConfig(RunSettings):
     quantisation: Literal["none", "4bit"] = "none"
     """`4bit`: the frozen base in bitsandbytes' NF4 while adapters learn and are measured (QLoRA); adapters are as
     ever, and merging takes the base as it was saved. Needs the `quant` extra."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: of every layer of the frozen base each of several processes keeps a share while adapters learn (FSDP2);
+    adapters, embedding and head stay whole on each, and so does the base in evaluation."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 

@@ -69,7 +69,7 @@ def resume(
         raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
     _refuse_changes(run, asked or {})
     with locked(run.path):
-        stream, opened = open_inputs(run)
+        stream, opened = open_inputs(run, learning=True)
         notes = verify_inputs(run, opened)
         return _finish(run, stream, opened, sink, notes, f"{run.path} is finished: there is nothing to continue")
 
@@ -230,18 +230,22 @@ def settled(config: RunSettings) -> RunSettings:
 
     `ConfigError` where the base is to be kept in a form that the method cannot work with.
     """
-    if getattr(config, "quantisation", "none") != "none":
+    forms = {key: getattr(config, key, "none") for key in ("quantisation", "sharding")}
+    asked = [f"{key}={form}" for key, form in forms.items() if form != "none"]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: bitsandbytes' packed weights are not cut", "use one of them")
+    for what in asked:
         method, name = build(config.method), config.method.name
         if method.weight_gradients:
-            raise _unfit(f"{name} takes gradients of the base's own weights, which four bits do not have")
+            raise _unfit(what, f"{name} takes gradients of the base's own weights, which are not there as a whole")
         if method.parameters == "weights":
-            raise _unfit(f"{name} learns whole weight matrices, which saves nothing of the memory that matters")
+            raise _unfit(what, f"{name} learns matrices as large as the base's own, which saves no memory")
     precision = ranks.once(lambda: ops.precision(config.train.precision))
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
-def _unfit(reason: str) -> ConfigError:
-    return ConfigError(f"quantisation=4bit: {reason}", "use quantisation=none, or another method")
+def _unfit(what: str, reason: str) -> ConfigError:
+    return ConfigError(f"{what}: {reason}", f"use {what.split('=')[0]}=none, or another method")
 
 
 def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method, dict[str, torch.nn.Parameter]]:

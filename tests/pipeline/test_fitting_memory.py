@@ -83,7 +83,7 @@ def test_a_run_from_before_these_settings_goes_on(growth: Path, plain: Path, tmp
     with pytest.raises(KeyboardInterrupt):
         runs.train(config_of(growth, checkpoint_steps=1), tmp_path / "run", Stops())
     record = read_json(tmp_path / "run" / "config.json")
-    del record["config"]["quantisation"], record["config"]["train"]["checkpointing"]
+    del record["config"]["quantisation"], record["config"]["sharding"], record["config"]["train"]["checkpointing"]
     write_json(tmp_path / "run" / "config.json", record)
     old = {k: v for k, v in record["config"].items() if k not in ("eval", "track", *FOLDERS)}
     (place,) = (tmp_path / "run" / "checkpoints").glob("*/position.json")
@@ -98,16 +98,27 @@ def test_a_run_from_before_these_settings_goes_on(growth: Path, plain: Path, tmp
     [
         ("eblora", "eblora takes gradients of the base's own weights"),
         ("peso+eblora", "gradients of the base's own weights"),
-        ("full", "full learns whole weight matrices"),
+        ("full", "full learns matrices as large as the base's own"),
     ],
 )
-def test_methods_that_need_the_weights_themselves_are_refused_in_four_bits(
-    method: str, reason: str, start: Any, growth: Path
+@pytest.mark.parametrize(("key", "form"), [("quantisation", "4bit"), ("sharding", "full")])
+def test_methods_that_need_the_weights_themselves_are_refused_where_they_are_packed_or_cut(
+    key: str, form: str, method: str, reason: str, start: Any, growth: Path
 ) -> None:
-    config = config_of(growth).model_copy(update={"quantisation": "4bit", "method": MethodConfig(name=method)})
-    with pytest.raises(ConfigError, match=f"^quantisation=4bit: .*{reason}") as caught:
+    config = config_of(growth).model_copy(update={key: form, "method": MethodConfig(name=method)})
+    with pytest.raises(ConfigError, match=f"^{key}={form}: .*{reason}") as caught:
         start(config)
-    assert caught.value.hint == "use quantisation=none, or another method"
+    assert caught.value.hint == f"use {key}=none, or another method"
+    assert not Path("run").exists()
+
+
+def test_one_process_cuts_nothing_and_packed_weights_are_not_cut(growth: Path) -> None:
+    config = config_of(growth).model_copy(update={"sharding": "full"})
+    with pytest.raises(ConfigError, match="^sharding=full cuts the base over several processes, this is one") as caught:
+        runs.train(config, Path("run"), MemorySink())
+    assert caught.value.hint.startswith("start several: torchrun")
+    with pytest.raises(ConfigError, match="^quantisation=4bit and sharding=full: bitsandbytes' packed weights"):
+        runs.plan(config.model_copy(update={"quantisation": "4bit"}))
     assert not Path("run").exists()
 
 
