@@ -6,7 +6,6 @@ Adapters, embedding, final norm and head stay whole on every process: they are s
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from cladapt import ranks
 from cladapt.errors import ConfigError
