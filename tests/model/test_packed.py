@@ -160,7 +160,9 @@ def test_log_probabilities_over_the_catalogue_sum_to_one_and_match_the_item_list
     prefixes = {tuple(c[:level]) for c in codes.tolist() for level in range(3)}
     after = {p: torch.from_numpy(rng.normal(size=len(base.tokenizer)) * 3).float() for p in sorted(prefixes)}
     logits = torch.stack([torch.stack([after[tuple(c[:level])] for level in range(3)]) for c in codes.tolist()])
-    log_prob = softmax.log_prob(logits.flatten(0, 1), softmax.nodes(tokens).flatten(), tokens.flatten()).view(n, 3)
+    log_prob = softmax.log_prob(
+        logits.flatten(0, 1)[:, softmax.rows], softmax.nodes(tokens).flatten(), tokens.flatten()
+    ).view(n, 3)
     assert log_prob.sum(dim=1).double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     for i in range(n):
         for level in range(3):
