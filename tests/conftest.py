@@ -2,7 +2,10 @@
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +30,27 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the real data is not on this machine: no folder {SHARED_DATA}")
     return SHARED_DATA
+
+
+class Peak:
+    """Bytes: the most that lived at one time of what was allocated inside."""
+
+    bytes = 0
+
+
+@pytest.fixture
+def measured() -> Callable[[], Any]:
+    """A context that gives the peak of what PyTorch allocates on the CPU inside, by its profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    @contextmanager
+    def inside() -> Iterator[Peak]:
+        found, now = Peak(), 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield found
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            found.bytes = max(found.bytes, now)
+
+    return inside
