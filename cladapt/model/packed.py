@@ -107,6 +107,11 @@ class PackedLoss(nn.Module):
             use_cache=False,
         ).last_hidden_state
         logits = self.lm.get_output_embeddings()(hidden[:, :-1][marked[:, 1:]])
-        if self.softmax is not None:
-            return -self.softmax.log_prob(logits, node[marked], tokens[marked])
-        return F.cross_entropy(logits.float(), tokens[marked], reduction="none")
+        if self.softmax is None:
+            return F.cross_entropy(logits.float(), tokens[marked], reduction="none")
+        node, token = node[marked], tokens[marked]
+        words = self.softmax.level[token] < 0
+        losses = logits.new_empty(len(token), dtype=torch.float32)
+        losses[words] = F.cross_entropy(logits[words].float(), token[words], reduction="none")
+        losses[~words] = -self.softmax.log_prob(logits[~words], node[~words], token[~words])
+        return losses
