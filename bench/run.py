@@ -31,7 +31,7 @@ from cladapt_kernels.timing import FEWEST_RUNS, Entry, Row, measure, measure_roo
 
 
 def main(arguments: Sequence[str] | None = None, results: Path = ROOT / "results") -> int:
-    """Time the registry; 0 when done, 1 where something failed, 2 for what cannot be asked, 5 where tests are red."""
+    """Time the registry; 0 when done, 1 where something raised, 2 for a wrong request, 5 where an op was refused."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, results: Path = ROOT / "results
     refused = [entry for entry in asked if set(entry.tests) & set(broken)]
     for entry in refused:
         tests = ", ".join(file for file in entry.tests if file in broken)
-        _say(f"refused {entry.name}, {entry.shape}: {tests} is red")
+        _say(f"refused {entry.name}, {entry.shape}: {tests} red or not run")
 
     folder = options.results or (None if options.only else results / gpu.lower().replace(" ", "-"))
     if folder is not None:
