@@ -43,6 +43,23 @@ RESTORE = "restore the adapter directory, or export it again"
 LOWER = "train the adapter again with a lower train.lr"
 
 
+class TemplateRecord(BaseModel, extra="forbid"):
+    """The words around a history; see `cladapt.tokens.prompts.Template`."""
+
+    history: str
+    empty: str
+    separator: str
+
+
+class PromptRecord(BaseModel):
+    """How the worded prompts of an adapter were made: what names items, its budget, the rows that 0 stands for."""
+
+    history: Literal["ids", "titles", "both"]
+    history_tokens: NonNegativeInt
+    row_tokens: PositiveInt
+    template: TemplateRecord
+
+
 class AdapterRecord(BaseModel):
     """What an adapter's `cladapt.json` must hold; the others where they are known, and then meaningful."""
 
@@ -51,6 +68,7 @@ class AdapterRecord(BaseModel):
     history_rank: NonNegativeInt = 0
     form: Literal["packed", "prompt"] = "packed"
     window: PositiveInt = 1
+    prompt: PromptRecord | None = None
     softmax: Softmax = "trie"
     stream: str = ""
     beams: PositiveInt = 1

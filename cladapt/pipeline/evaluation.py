@@ -150,6 +150,7 @@ def _checked_adapters(run: Run[Any], stream: Any, base: FittedBase, learned: int
         )
     adapters = _adapters(run, learned)
     for block, folder in run.adapters.items():
+        run.workload.check_adapter(run.config, folder)
         if (recorded := adapter_block(folder)) != block:
             raise DataError(f"{folder} holds the adapter of block {recorded}", "restore the adapter of its block")
     for folder in adapters.values():  # a damaged adapter shows now, not when those before it are measured

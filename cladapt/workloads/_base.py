@@ -212,6 +212,9 @@ class Workload(ABC, Generic[C, S, B, M]):
         """What the `cladapt.json` of a block's adapter says beside stream, configuration, method and seed."""
         return {}
 
+    def check_adapter(self, config: C, adapter: Path) -> None:
+        """`ConfigError` where an adapter was taught by inputs that `config` words otherwise, and so would misread."""
+
     @abstractmethod
     def base_recipe(self, folder: Path) -> tuple[str, Mapping[str, Any]]:
         """A base's fingerprint and how it was made, without what differs between seeds."""
