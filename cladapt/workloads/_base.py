@@ -163,6 +163,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     """Folder of a run that holds the rows of its evaluation."""
     note: ClassVar[str]
     """What the figures and intervals of its tables are, for reports."""
+    language: ClassVar[bool] = False
+    """Whether its bases are language models, which have a text's perplexity."""
     one_block: ClassVar[bool] = False
     """Whether an evaluation of one block alone means something."""
     one_stream: ClassVar[bool] = True

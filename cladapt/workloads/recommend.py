@@ -75,6 +75,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         "broken at random in expectation; a target that may not be recommended is a miss for every line. (ID): of the "
         "semantic ID alone. log_likelihood: of the item."
     )
+    language = True
     one_block = True
     same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
     same_rows = ("beams", "exclude_seen", "targets", "max_users")
