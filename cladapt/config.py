@@ -174,8 +174,12 @@ class FitConfig(Settings):
     """Largest gradient norm; 0 turns clipping off."""
     accumulation: Positive = 1
     """Micro-batches per optimiser step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision; adapter weights and optimiser state stay fp32 in both."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; adapter weights and optimiser state stay fp32 in both. `auto`: bf16 on a GPU that has it, else
+    fp32; a run records which."""
+    checkpointing: bool = False
+    """Keep of each layer its input alone, and compute the layer again in the backward pass: less memory, the same
+    gradients, about a third more time."""
     keep: Literal["best", "last"] = "best"
     """Which epoch's adapter a block keeps: best validation log-likelihood, or the last."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
@@ -307,6 +311,12 @@ class RunConfig(RunSettings):
     """Base+tokens directory; empty = the embedded tiny base."""
     from_adapter: str = ""
     """Adapter directory that the first block starts from; empty = a fresh adapter."""
+    quantisation: Literal["none", "4bit"] = "none"
+    """`4bit`: the frozen base in bitsandbytes' NF4 while adapters learn and are measured (QLoRA); adapters are as
+    ever, and merging takes the base as it was saved. Needs the `quant` extra."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: of every layer of the frozen base each of several processes keeps a share while adapters learn (FSDP2);
+    adapters, embedding and head stay whole on each, and so does the base in evaluation."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 

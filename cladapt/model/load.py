@@ -20,7 +20,9 @@ from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.generation import greedy
 from cladapt.model.packed import TrieSoftmax
+from cladapt.model.quantise import Quantisation, four_bit, skeleton
 from cladapt.model.weights import check_finite, saved_weights_hash, weights_hash
+from cladapt.ops import compute_device
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
 from cladapt.tokens.trie import Trie
@@ -194,15 +196,17 @@ class _Unloadable(Exception):
     """A checkpoint that transformers cannot load, or not whole."""
 
 
-def _pretrained(source: str | Path, dtype: torch.dtype) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, list[str]]":
-    """Tokenizer, model and the names of tensors that it has no place for.
+def _pretrained(
+    source: str | Path, dtype: torch.dtype, quantisation: Any = None
+) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, list[str]]":
+    """Tokenizer, model and the names of tensors that it has no place for; quantised as transformers' config says.
 
     Nothing pickled is read, no code of the checkpoint runs, and no tensor that it lacks is made up.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    local = isinstance(source, Path)
+    local, device = isinstance(source, Path), compute_device()
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
@@ -214,6 +218,7 @@ def _pretrained(source: str | Path, dtype: torch.dtype) -> "tuple[PreTrainedToke
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if quantisation is None else {"quantization_config": quantisation, "device_map": {"": device}}),
         )
         model, found = loaded
     except (MemoryError, torch.OutOfMemoryError):
@@ -306,9 +311,10 @@ def base_provenance(folder: Path) -> dict[str, Any]:
     return read_record(folder / PROVENANCE, BaseRecord, "restore this file, or make the base again")
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(folder: Path, dtype: torch.dtype = torch.float32, quantisation: Quantisation = "none") -> Base:
     """Read a base+tokens directory; all parameters frozen, evaluation mode.
 
+    With `4bit` its linear layers, the head apart, are quantised and compute in `dtype`; see `cladapt.model.quantise`.
     `DataError` where a weight is not finite, or the files are not those that were written; see `verify_weights`.
     """
     if not (folder / PROVENANCE).is_file():
@@ -318,7 +324,7 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
         )
     provenance = base_provenance(folder)
     try:
-        tokenizer, model, strange = _pretrained(folder, dtype)
+        tokenizer, model, strange = _pretrained(folder, dtype, None if quantisation == "none" else four_bit(dtype))
         if strange:
             raise _Unloadable(f"it has no place for {len(strange)} of its tensors, the first {strange[0]}")
     except _Unloadable as error:
@@ -329,7 +335,8 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
             f"{folder / 'sids.parquet'} has the hash {sids.fingerprint}, the base was made with {provenance['sids']}",
             "restore the base directory",
         )
-    verify_weights(folder, model, sids.fingerprint, provenance["fingerprint"])
+    saved = model if quantisation == "none" else skeleton(model)
+    verify_weights(folder, saved, sids.fingerprint, provenance["fingerprint"])
     check_supported(model)
     model.requires_grad_(False)
     return Base(model.eval(), tokenizer, sids, provenance)

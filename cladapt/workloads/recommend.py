@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
-import torch
 from torch import nn
 
 from cladapt import ops, ranks
@@ -46,6 +45,7 @@ from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import LEARNED, adapter_provenance
+from cladapt.model.sharding import refuse_one_process
 from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, LeftOut, pack
 from cladapt.train.bases import make_base
@@ -82,9 +82,12 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     same_cells = ("scope", "next_block")
 
     def open_inputs(self, config: RunConfig, choose: Callable[[Stream], Stream] = whole) -> tuple[Stream, Base]:
+        if config.sharding != "none":
+            refuse_one_process()
         stream = choose(Stream.load(Path(config.data)))
-        base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-        cast(nn.Module, base.model).to(ops.compute_device())
+        base = load_base(Path(config.base), ops.DTYPES[ops.precision(config.train.precision)], config.quantisation)
+        if config.sharding == "none":  # a base that is to be cut may not fit one device
+            cast(nn.Module, base.model).to(ops.compute_device())
         check_home(base, stream, config.base, config.data)
         if start := self.starts_from(config):
             check_start(start, stream, config.data)
