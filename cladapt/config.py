@@ -15,6 +15,7 @@ Width = Annotated[int, Field(ge=1, le=2**16)]
 Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0, le=100.0)]
 _TRACKER = "(tensorboard|wandb|trackio|mlflow)"
 Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
@@ -92,7 +93,19 @@ class TokensConfig(Settings):
     """Seed of k-means."""
 
 
-class BaseConfig(Settings):
+class StartConfig(Settings):
+    """How a pretrained checkpoint becomes a base with ID tokens."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random`: the checkpoint's architecture and tokenizer, its weights drawn anew: the control without knowledge."""
+    rows: Literal["meaning", "random"] = "meaning"
+    """Where the rows of new ID tokens start, with a little noise. `meaning`: at the mean of the rows of the words in
+    the texts of block 1's items that have the code; `random`: at the mean of all rows, as codes without words do."""
+    untie: bool = False
+    """Give a base whose head is its embedding table a head of its own, a copy, so that output rows can differ."""
+
+
+class BaseConfig(StartConfig):
     """How a base model is made."""
 
     shown_by = "config show --for pretrain"
@@ -155,13 +168,11 @@ class MethodConfig(Settings):
     """Options of the method; for several methods `<method>.<field>`."""
 
 
-class FitConfig(Settings):
-    """How one block is learned, whatever it holds."""
+class LearningConfig(Settings):
+    """How weights are learned, whatever they are."""
 
     lr: PositiveFloat = 2e-3
     """Peak learning rate on block 1."""
-    block_lr_factor: PositiveFloat = 1.0
-    """Factor on `lr` for every later block."""
     epochs: Positive = 6
     """Epochs per block."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -184,6 +195,21 @@ class FitConfig(Settings):
     """Which epoch's adapter a block keeps: best validation log-likelihood, or the last."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between checkpoints inside a block; 0 writes them at block ends only."""
+
+    def lr_of(self, block: int) -> float:
+        """Peak learning rate on a block."""
+        return self.lr
+
+
+class FitConfig(LearningConfig):
+    """How one block is learned, whatever it holds."""
+
+    block_lr_factor: PositiveFloat = 1.0
+    """Factor on `lr` for every later block."""
+
+    def lr_of(self, block: int) -> float:
+        """Peak learning rate on a block."""
+        return self.lr * (self.block_lr_factor if block > 1 else 1.0)
 
 
 class TrainConfig(FitConfig):
@@ -219,6 +245,77 @@ class TrainConfig(FitConfig):
             for key, value, default in (("history", self.history, "ids"), ("history_tokens", self.history_tokens, 0)):
                 if value != default:
                     raise ValueError(f"{key}={value} needs form=prompt, form is {self.form}")
+        return self
+
+
+class TaskWeights(Settings):
+    """How many times an epoch goes through the documents of each task: 0.5 draws half of them anew each epoch."""
+
+    sequence: Weight = 1.0
+    """IDs of a history -> ID of the next item: what the model is judged by, and what adapters go on learning."""
+    title_to_id: Weight = 0.0
+    """Text of an item -> its ID."""
+    id_to_title: Weight = 0.0
+    """ID of an item -> its text."""
+    titles_to_id: Weight = 0.0
+    """Texts of a history -> ID of the next item."""
+    ids_to_title: Weight = 0.0
+    """IDs of a history -> text of the next item."""
+
+    @property
+    def alignment(self) -> dict[str, float]:
+        """The tasks that read or write texts and take part."""
+        weights: dict[str, float] = self.model_dump(exclude={"sequence"})
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TaskWeights":
+        if not self.sequence and not self.alignment:
+            raise ValueError("all weights are 0, expected one above")
+        return self
+
+
+class TuneConfig(StartConfig, LearningConfig):
+    """How a pretrained base is tuned on block 1, before adapters start."""
+
+    shown_by = "config show --for tune"
+    seed: Seed = 0
+    """Seed of initialisation, order and dropout."""
+    rank: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """0: all weights learn; above: a LoRA of this rank in every linear layer but the head, merged at the end. The rows
+    of ID tokens learn either way."""
+    alpha: PositiveFloat = 16.0
+    """Scale of that LoRA: alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the input of that LoRA."""
+    tasks: TaskWeights = TaskWeights()
+    title_tokens: Positive = 24
+    """Most tokens of an item's text that an alignment task reads or writes; the rest is cut and counted."""
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate; a LoRA takes about ten times that of all weights."""
+    epochs: Annotated[int, Field(ge=0)] = 10
+    """Most epochs over block 1."""
+    patience: Positive = 2
+    """Stop after this many epochs without a better validation log-likelihood of the sequence task."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW weight decay, on the matrices of linear layers alone."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between checkpoints; 0 writes one only when the command is stopped."""
+    batch_tokens: Positive = 2048
+    """Tokens per micro-batch, padding included."""
+    row_tokens: Positive = 256
+    """Tokens per packed row."""
+    window: Positive = 20
+    """Most recent items that form a history."""
+    form: Literal["packed", "prompt"] = "packed"
+    """As `train.form`, of the sequence task."""
+    softmax: Literal["trie", "vocabulary"] = "trie"
+    """As `train.softmax`; words always compete with the whole vocabulary."""
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "TuneConfig":
+        if self.row_tokens > self.batch_tokens:
+            raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
         return self
 
 

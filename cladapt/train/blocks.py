@@ -15,7 +15,7 @@ from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
-from cladapt.config import FitConfig, RunSettings
+from cladapt.config import LearningConfig, RunSettings
 from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
 from cladapt.model.saved import (
@@ -49,10 +49,10 @@ def adapter_folder(run: Path, block: int) -> Path:
     return run / "adapters" / f"block_{block:03d}"
 
 
-def fit_settings(config: FitConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
+def fit_settings(config: LearningConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
     """The loop's settings for one block: later blocks have their own learning-rate factor."""
     return FitSettings(
-        lr=config.lr * (config.block_lr_factor if block > 1 else 1.0),
+        lr=config.lr_of(block),
         epochs=config.epochs,
         seed=seed,
         accumulation=config.accumulation,

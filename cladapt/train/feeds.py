@@ -90,6 +90,39 @@ class PackedFeed:
         return int((batch[1] > 0).sum())
 
 
+class MixedFeed(PackedFeed):
+    """Documents of several tasks in the same rows; each epoch draws from every task anew, by its weight.
+
+    `tasks`: pairs of documents and weight. A weight of 2.5 gives every document twice and a random half of them once
+    more. Validation is the caller's, so that epochs are judged by one task alone.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[tuple[Sequence[Document], float]],
+        validation: Sequence[Document],
+        batch_tokens: int,
+        row_tokens: int,
+    ) -> None:
+        super().__init__([d for documents, _ in tasks for d in documents], validation, batch_tokens, row_tokens)
+        self.tasks = tasks
+
+    def epoch(self, seed: Sequence[int]) -> list[Batch]:
+        order = np.random.default_rng(seed)
+        drawn = [d for documents, weight in self.tasks for d in draw(documents, weight, order)]
+        return list(batches_of(pack(drawn, self.row_tokens, order), self.per_batch))
+
+
+def draw(examples: Sequence[Any], weight: float, order: np.random.Generator) -> list[Any]:
+    """All examples as often as `weight` has whole ones, and a random part of them for the rest, never none of it."""
+    whole, part = divmod(weight, 1.0)
+    drawn = list(examples) * int(whole)
+    if part and len(examples):
+        count = max(1, round(part * len(examples)))
+        drawn += [examples[i] for i in order.choice(len(examples), count, replace=False)]
+    return drawn
+
+
 def evenly(examples: Sequence[Any], share: float) -> Sequence[Any]:
     """Every n-th of the examples, so that about `share` of them are taken, and never none."""
     count = max(1, round(share * len(examples)))
