@@ -185,8 +185,12 @@ class LearningConfig(Settings):
     """Largest gradient norm; 0 turns clipping off."""
     accumulation: Positive = 1
     """Micro-batches per optimiser step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision; adapter weights and optimiser state stay fp32 in both."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; adapter weights and optimiser state stay fp32 in both. `auto`: bf16 on a GPU that has it, else
+    fp32; a run records which."""
+    checkpointing: bool = False
+    """Keep of each layer its input alone, and compute the layer again in the backward pass: less memory, the same
+    gradients, about a third more time."""
     keep: Literal["best", "last"] = "best"
     """Which epoch's adapter a block keeps: best validation log-likelihood, or the last."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
@@ -219,6 +223,10 @@ class TrainConfig(FitConfig):
     """Most recent items that form a history."""
     form: Literal["packed", "prompt"] = "packed"
     """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
+    history: Literal["ids", "titles", "both"] = "ids"
+    """What a worded prompt names items by: semantic IDs, titles (the items' texts), or each ID with its title."""
+    history_tokens: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """Most tokens of a worded prompt's history, the oldest items are left out; 0: what a row has room for."""
     softmax: Literal["trie", "vocabulary"] = "trie"
     """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
     held_out: Literal["never", "next"] = "never"
@@ -229,6 +237,14 @@ class TrainConfig(FitConfig):
     def _rows_fit(self) -> "TrainConfig":
         if self.row_tokens > self.batch_tokens:
             raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _worded(self) -> "TrainConfig":
+        if self.form != "prompt":
+            for key, value, default in (("history", self.history, "ids"), ("history_tokens", self.history_tokens, 0)):
+                if value != default:
+                    raise ValueError(f"{key}={value} needs form=prompt, form is {self.form}")
         return self
 
 
@@ -392,6 +408,12 @@ class RunConfig(RunSettings):
     """Base+tokens directory; empty = the embedded tiny base."""
     from_adapter: str = ""
     """Adapter directory that the first block starts from; empty = a fresh adapter."""
+    quantisation: Literal["none", "4bit"] = "none"
+    """`4bit`: the frozen base in bitsandbytes' NF4 while adapters learn and are measured (QLoRA); adapters are as
+    ever, and merging takes the base as it was saved. Needs the `quant` extra."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: of every layer of the frozen base each of several processes keeps a share while adapters learn (FSDP2);
+    adapters, embedding and head stay whole on each, and so does the base in evaluation."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 

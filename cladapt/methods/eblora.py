@@ -57,6 +57,7 @@ class Eblora(WithHistory):
     Config = EbloraConfig
     config: EbloraConfig
     parameters = "directions"
+    weight_gradients = True
 
     def __init__(self, config: EbloraConfig | None = None) -> None:
         super().__init__(config)

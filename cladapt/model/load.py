@@ -20,9 +20,11 @@ from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.generation import greedy
 from cladapt.model.packed import TrieSoftmax
+from cladapt.model.quantise import Quantisation, four_bit, skeleton
 from cladapt.model.rows import tables
 from cladapt.model.source import Unloadable, check_supported, open_source, read
 from cladapt.model.weights import check_finite, saved_weights_hash, weights_hash
+from cladapt.ops import compute_device
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
 from cladapt.tokens.trie import Trie
@@ -252,9 +254,10 @@ def base_provenance(folder: Path) -> dict[str, Any]:
     return read_record(folder / PROVENANCE, BaseRecord, "restore this file, or make the base again")
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(folder: Path, dtype: torch.dtype = torch.float32, quantisation: Quantisation = "none") -> Base:
     """Read a base+tokens directory; all parameters frozen, evaluation mode.
 
+    With `4bit` its linear layers, the head apart, are quantised and compute in `dtype`; see `cladapt.model.quantise`.
     `DataError` where a weight is not finite, or the files are not those that were written; see `verify_weights`.
     """
     if not (folder / PROVENANCE).is_file():
@@ -264,7 +267,10 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
         )
     provenance = base_provenance(folder)
     try:
-        model, tokenizer, strange = read(folder, dtype)
+        held: dict[str, Any] = {}
+        if quantisation != "none":
+            held = {"quantization_config": four_bit(dtype), "device_map": {"": compute_device()}}
+        model, tokenizer, strange = read(folder, dtype, **held)
         if strange:
             raise Unloadable(f"it has no place for {len(strange)} of its tensors, the first {strange[0]}")
     except Unloadable as error:
@@ -275,10 +281,21 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
             f"{folder / 'sids.parquet'} has the hash {sids.fingerprint}, the base was made with {provenance['sids']}",
             "restore the base directory",
         )
-    verify_weights(folder, model, sids.fingerprint, provenance["fingerprint"])
+    saved = model if quantisation == "none" else skeleton(model)
+    verify_weights(folder, saved, sids.fingerprint, provenance["fingerprint"])
     check_supported(model)
     model.requires_grad_(False)
     return Base(model.eval(), tokenizer, sids, provenance)
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and tokenizer of an ordinary checkpoint directory, in evaluation mode; `DataError` unless it is one."""
+    try:
+        model, tokenizer, _ = read(folder, dtype)
+    except Unloadable as error:
+        raise DataError(f"{folder}: cannot load the model: {error}", "restore the checkpoint") from error
+    check_supported(model)
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def verify_weights(folder: Path, model: nn.Module, meaning: str, recorded: str) -> None:

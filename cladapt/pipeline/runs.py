@@ -33,7 +33,7 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
     """
     if out is not None:
         ranks.once(lambda: Run.refuse_existing(out))
-    config = with_embedded(config, sink)
+    config = settled(with_embedded(config, sink))
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
     _prepare(config, stream, base)
@@ -69,7 +69,7 @@ def resume(
         raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
     _refuse_changes(run, asked or {})
     with locked(run.path):
-        stream, opened = open_inputs(run)
+        stream, opened = open_inputs(run, learning=True)
         notes = verify_inputs(run, opened)
         return _finish(run, stream, opened, sink, notes, f"{run.path} is finished: there is nothing to continue")
 
@@ -168,6 +168,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Learn what is left; where nothing is, only the notes are said, and `finished`."""
     notes = [*notes, *ranks.once(lambda: _mend(run))]
+    for folder in run.adapters.values():
+        run.workload.check_adapter(run.config, folder)
     if not build(run.config.method).trains or set(run.workload.blocks(run.config, stream, base)) <= set(run.adapters):
         for text in (*notes, finished):
             sink.emit({"kind": "note", "text": text})
@@ -184,6 +186,7 @@ def plan(config: RunSettings) -> dict[str, Any]:
     """What a run would do: everything validated, examples and parameters counted, memory estimated, nothing written."""
     if not config.data or not config.base:
         raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+    config = settled(config)
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
     method, parameters = _prepare(config, stream, base)
@@ -224,6 +227,29 @@ def with_embedded(config: RunSettings, sink: Sink) -> RunSettings:
     return config.model_copy(update={"data": str(stream), "base": str(base)})
 
 
+def settled(config: RunSettings) -> RunSettings:
+    """The configuration with the precision that `auto` is on this machine; a run keeps it wherever it goes on.
+
+    `ConfigError` where the base is to be kept in a form that the method cannot work with.
+    """
+    forms = {key: getattr(config, key, "none") for key in ("quantisation", "sharding")}
+    asked = [f"{key}={form}" for key, form in forms.items() if form != "none"]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: bitsandbytes' packed weights are not cut", "use one of them")
+    for what in asked:
+        method, name = build(config.method), config.method.name
+        if method.weight_gradients:
+            raise _unfit(what, f"{name} takes gradients of the base's own weights, which are not there as a whole")
+        if method.parameters == "weights":
+            raise _unfit(what, f"{name} learns matrices as large as the base's own, which saves no memory")
+    precision = ranks.once(lambda: ops.precision(config.train.precision))
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def _unfit(what: str, reason: str) -> ConfigError:
+    return ConfigError(f"{what}: {reason}", f"use {what.split('=')[0]}=none, or another method")
+
+
 def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method, dict[str, torch.nn.Parameter]]:
     """Method and adapter parameters of a run: mistakes in its settings show before anything is written."""
     work = workloads.get(config.task)
@@ -254,7 +280,9 @@ def _refuse_changes(run: Run[Any], asked: Mapping[str, Any]) -> None:
     changed = [
         f"{key}={wanted[key]!r}, the run has {value!r}"
         for key, value in own.items()
-        if wanted[key] != value and not (key in FOLDERS and value and _same_folder(wanted[key], value))
+        if wanted[key] != value
+        and not (key in FOLDERS and value and _same_folder(wanted[key], value))
+        and not (key == "train.precision" and wanted[key] == "auto")  # which is what the run made of it
     ]
     if changed:
         raise ConfigError(

@@ -27,6 +27,7 @@ from cladapt.model.saved import (
     save_adapter,
     start_from,
 )
+from cladapt.model.sharding import shard_base
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
 from cladapt.train.feeds import Feed
@@ -60,7 +61,8 @@ def fit_settings(config: LearningConfig, seed: int, block: int, kernels: ops.Cho
         weight_decay=config.weight_decay,
         clip=config.clip,
         keep=config.keep,
-        precision=config.precision,
+        precision=ops.precision(config.precision),
+        checkpointing=config.checkpointing,
         fold_terms=ops.uses_kernel("prox_adamw", kernels),
     )
 
@@ -84,6 +86,8 @@ def learn_blocks(
     if not method.trains:
         return {}
     model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
+    if getattr(config, "sharding", "none") == "full":
+        shard_base(model, ops.compute_device())
     initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     if start is not None:
         start_from(model, start, base)
@@ -109,7 +113,7 @@ def learn_blocks(
             checkpoint_steps=config.train.checkpoint_steps,
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
-        state, record = method.state_dict(), provenance(block)
+        state, record = method.state_dict(), {**provenance(block), **feed.record}
         ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))
         if ranks.is_main():
             spectra = saved_spectra(folder)
@@ -124,6 +128,7 @@ def learn_blocks(
                     "steps": result.steps,
                     feed.unit: result.used,
                     "seconds": result.seconds,
+                    **feed.record,
                 }
             )
     return results
