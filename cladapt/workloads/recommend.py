@@ -173,7 +173,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         method, train = build(config.method), config.train
         learned = method.learned_with(blocks[-1] if blocks else stream.n_blocks)
         loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
-        feed = make_feed(stream, learned, form_of(config, base), train)
+        feed = make_feed(stream, learned, form_of(config, base, stream), train)
         batches = feed.epoch([config.seed, 0])
         size = MicroBatch.of(loss, max(batches, key=lambda batch: batch[0].numel()))
         precision = ops.precision(train.precision)
