@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cladapt import ops
+from cladapt.model.attention import block_mask
 from cladapt.model.checkpointing import set_checkpointing
 from cladapt.model.head import cross_entropy, head_logits
-from cladapt.model.packed import PackedLoss, block_mask
+from cladapt.model.packed import PackedLoss
 from cladapt.train.feeds import Batch
 
 if TYPE_CHECKING:
