@@ -223,6 +223,10 @@ class TrainConfig(FitConfig):
     """Most recent items that form a history."""
     form: Literal["packed", "prompt"] = "packed"
     """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
+    history: Literal["ids", "titles", "both"] = "ids"
+    """What a worded prompt names items by: semantic IDs, titles (the items' texts), or each ID with its title."""
+    history_tokens: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """Most tokens of a worded prompt's history, the oldest items are left out; 0: what a row has room for."""
     softmax: Literal["trie", "vocabulary"] = "trie"
     """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
     held_out: Literal["never", "next"] = "never"
@@ -233,6 +237,14 @@ class TrainConfig(FitConfig):
     def _rows_fit(self) -> "TrainConfig":
         if self.row_tokens > self.batch_tokens:
             raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _worded(self) -> "TrainConfig":
+        if self.form != "prompt":
+            for key, value, default in (("history", self.history, "ids"), ("history_tokens", self.history_tokens, 0)):
+                if value != default:
+                    raise ValueError(f"{key}={value} needs form=prompt, form is {self.form}")
         return self
 
 

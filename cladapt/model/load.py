@@ -284,6 +284,16 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, quantisation: Qu
     return Base(model.eval(), tokenizer, sids, provenance)
 
 
+def load_model(folder: Path, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and tokenizer of an ordinary checkpoint directory, in evaluation mode; `DataError` unless it is one."""
+    try:
+        model, tokenizer, _ = read(folder, dtype)
+    except Unloadable as error:
+        raise DataError(f"{folder}: cannot load the model: {error}", "restore the checkpoint") from error
+    check_supported(model)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
 def verify_weights(folder: Path, model: nn.Module, meaning: str, recorded: str) -> None:
     """`DataError` where the weights in `folder` are not those of the fingerprint that its `cladapt.json` has recorded.
 

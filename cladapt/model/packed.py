@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cladapt.errors import DataError
+from cladapt.model.attention import packed_mask
 from cladapt.model.head import cross_entropy, embedded, head_logits
 from cladapt.tokens.trie import Trie
 
@@ -71,19 +72,6 @@ class TrieSoftmax:
         return own - highest - total.log()
 
 
-def block_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask of packed rows: document [R, S] (0 = padding) -> [R, 1, S, S].
-
-    A token sees itself and the earlier tokens of its own document; others get the dtype's lowest value, not -inf, so
-    that a padding row stays finite.
-    """
-    size = document.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
-    seen = (document[:, :, None] == document[:, None, :]) & causal
-    mask = torch.zeros(seen.shape, dtype=dtype, device=document.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
 class PackedLoss(nn.Module):
     """Negative log-likelihood of the marked tokens of packed rows.
 
@@ -135,7 +123,7 @@ class PackedLoss(nn.Module):
             Tensor,
             backbone(
                 **inputs,
-                attention_mask=block_mask(document, next(self.lm.parameters()).dtype),
+                attention_mask=packed_mask(self.lm, document),
                 position_ids=position,
                 use_cache=False,
             ).last_hidden_state,

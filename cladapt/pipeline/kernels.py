@@ -32,8 +32,8 @@ def kernels(runs: int, out: Path | None, sink: Sink) -> dict[str, Any]:
     entries = (*ROUTES, *REGISTRY)
     root = checkout()
     sink.emit({"kind": "note", "text": f"tests: {UNTESTED}" if root is None else "running the kernels' tests"})
-    if root is not None and (tests := red(entries, root)):
-        raise CheckFailed(f"{tests} is red: no time is recorded", f"run python -m pytest {tests} in {root}")
+    if root is not None and (tests := " ".join(red(entries, root))):
+        raise CheckFailed(f"red tests: {tests}; no time is recorded", f"run python -m pytest {tests} in {root}")
     device = compute_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -172,6 +172,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Learn what is left; where nothing is, only the notes are said, and `finished`."""
     notes = [*notes, *ranks.once(lambda: _mend(run))]
+    for folder in run.adapters.values():
+        run.workload.check_adapter(run.config, folder)
     if not build(run.config.method).trains or set(run.workload.blocks(run.config, stream, base)) <= set(run.adapters):
         for text in (*notes, finished):
             sink.emit({"kind": "note", "text": text})

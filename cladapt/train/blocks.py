@@ -115,7 +115,7 @@ def learn_blocks(
             checkpoint_steps=config.train.checkpoint_steps,
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
-        state, record = method.state_dict(), provenance(block)
+        state, record = method.state_dict(), {**provenance(block), **feed.record}
         ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))
         if ranks.is_main():
             spectra = saved_spectra(folder)
@@ -130,6 +130,7 @@ def learn_blocks(
                     "steps": result.steps,
                     feed.unit: result.used,
                     "seconds": result.seconds,
+                    **feed.record,
                     **({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
                 }
             )

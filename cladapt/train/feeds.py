@@ -4,14 +4,15 @@ A batch is a tuple of tensors with rows first; the last is bool and marks what c
 and gives a loss for each that does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cladapt.tokens.prompts import Document, PackedRows, pack
+from cladapt.tokens.prompts import Document, LeftOut, PackedRows, pack
 
 Batch = tuple[Tensor, ...]
 
@@ -21,6 +22,10 @@ class Feed(Protocol):
 
     unit: str
     """What `used` counts, in the plural."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the log and the adapter's `cladapt.json` say of how the examples were made."""
 
     def __len__(self) -> int:
         """Training examples."""
@@ -55,6 +60,12 @@ class PackedFeed:
     ) -> None:
         self.documents, self.held_out = documents, validation
         self.row_tokens, self.per_batch = row_tokens, max(1, batch_tokens // row_tokens)
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What a token budget has left out of the prompts to train on; empty where nothing was."""
+        found = LeftOut.of(self.documents)
+        return {"left_out": asdict(found)} if found.shortened else {}
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -163,6 +163,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     """Folder of a run that holds the rows of its evaluation."""
     note: ClassVar[str]
     """What the figures and intervals of its tables are, for reports."""
+    language: ClassVar[bool] = False
+    """Whether its bases are language models, which have a text's perplexity."""
     one_block: ClassVar[bool] = False
     """Whether an evaluation of one block alone means something."""
     one_stream: ClassVar[bool] = True
@@ -211,6 +213,9 @@ class Workload(ABC, Generic[C, S, B, M]):
     def provenance(self, config: C, block: int) -> Mapping[str, Any]:
         """What the `cladapt.json` of a block's adapter says beside stream, configuration, method and seed."""
         return {}
+
+    def check_adapter(self, config: C, adapter: Path) -> None:
+        """`ConfigError` where an adapter was taught by inputs that `config` words otherwise, and so would misread."""
 
     @abstractmethod
     def base_recipe(self, folder: Path) -> tuple[str, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """Recommendations of several runs in one table, and the charts of one run or of many."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,16 @@ NEXT_TITLE = "The next block: each model on the first events of the block after 
 NEXT_NOTE = (
     "Over the catalogue at the end of the model's own block: an item born later cannot be recommended, and is a miss."
 )
+NEW_ITEMS = "new_items"
+NEW_ITEMS_TITLE = "New items: tests whose target first occurs in the tested block"
 BySeed = Mapping[int, pl.DataFrame]
+
+
+def new_items(measures: Measures) -> Measures:
+    """The tests whose target first occurs in the tested block; best reachable scores are not known for them."""
+    new = pl.col("new_item")
+    counted = {name: rows.filter(new) for name, rows in measures.references.items()}
+    return replace(measures, rows=measures.rows.filter(new), references=counted, ceiling={}, next=None)
 
 
 def headline(config: EvalConfig) -> tuple[str, str, str]:
@@ -46,6 +55,9 @@ def headline(config: EvalConfig) -> tuple[str, str, str]:
 @dataclass(frozen=True)
 class Lines(Comparison[Measures]):
     """Rows by name and seed: the groups, their frozen bases, the counts-only models."""
+
+    is_part: bool = False
+    """Whether the rows are a part of those of another table, which has no parts of its own."""
 
     @cached_property
     def rows(self) -> Mapping[str, BySeed]:
@@ -76,14 +88,25 @@ class Lines(Comparison[Measures]):
 
     @property
     def further(self) -> "Mapping[str, tuple[str, Lines]]":
-        """The same groups on the first events of the block after each model's own, where all have it."""
+        """The same groups on the first events of the block after each model's own, and on new items alone; each where
+        all have it."""
+        if self.is_part:
+            return {}
+        parts = {
+            NEXT: (NEXT_TITLE, self._part(lambda each: each.next)),
+            NEW_ITEMS: (NEW_ITEMS_TITLE, self._part(new_items)),
+        }
+        return {name: (title, part) for name, (title, part) in parts.items() if part is not None}
+
+    def _part(self, choose: Callable[[Measures], Measures | None]) -> "Lines | None":
+        """The groups with a part of what was measured; None unless every run has rows there."""
         groups = []
         for group in self.groups:
-            after = {s: e.next for s, e in group.by_seed.items() if e.next is not None and not e.next.own.is_empty()}
-            if after.keys() != group.by_seed.keys():
-                return {}
-            groups.append(replace(group, by_seed=after))
-        return {NEXT: (NEXT_TITLE, Lines(groups))}
+            chosen = {seed: part for seed, each in group.by_seed.items() if (part := choose(each)) is not None}
+            if chosen.keys() != group.by_seed.keys() or any(part.own.is_empty() for part in chosen.values()):
+                return None
+            groups.append(replace(group, by_seed=chosen))
+        return Lines(groups, is_part=True)
 
     @property
     def _transferred(self) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
@@ -21,13 +22,16 @@ from torch.nn import functional
 from cladapt_kernels import reference, registry_adamw, registry_retract, routes
 from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear
 from cladapt_kernels.routes import Factors, Gemm, Route
-from cladapt_kernels.timing import COLD, HOT, MODELLED, TIME, Call, Entry, Providers, Row, Work
+from cladapt_kernels.timing import COLD, HOST, HOT, MODELLED, TIME, WALL, Call, Entry, Providers, Row, Work
 
 SCALE = 2.0
 HALF = 2  # bytes of a bf16 entry
+SUMMARY = ("over baseline", "us", "wall us", "host us", "% of roof", "rate", "H200 model us")
 WAYS = {"forward": get_args(Gemm), "dx": get_args(Gemm), "factors": get_args(Factors)}
 ROUTE_COLUMNS = (*"mknr", "dtype", *WAYS)
-LORA_TESTS, SKINNY_TESTS = "tests/kernels/test_lora_linear.py", "tests/kernels/test_skinny.py"
+SKINNY_TESTS = ("tests/kernels/test_skinny.py",)
+SHRINK_TESTS = ("tests/kernels/test_lora_linear.py",)
+LORA_TESTS = (*SHRINK_TESTS, *SKINNY_TESTS)
 
 
 class Size(NamedTuple):
@@ -128,11 +132,27 @@ def _trained(size: Size, device: torch.device) -> Providers:
         calls["PEFT, fp32 adapter"] = partial(autograd, peft, layer(size, device, torch.float32))
     calls["addmm, matmul"] = partial(by, "addmm", "matmul")  # Unsloth's products, none twice
     if on_gpu and routes.has_triton():
-        calls["PEFT, bf16 adapter, torch.compile"] = partial(autograd, torch.compile(peft, dynamic=False), own)
         ways = itertools.product(get_args(Gemm), get_args(Factors))
         calls |= {f"{way}, {factors}": partial(by, way, factors) for way, factors in ways}
     ours = partial(autograd, lambda x, weight, a, b: lora_linear(x, weight, None, a, b, SCALE), own)
     return {**calls, "cladapt, as dispatched": ours}
+
+
+def _compiled(size: Size, device: torch.device) -> Providers:
+    """PEFT's arithmetic as it is and as Inductor compiles it; the compilation takes longer than all else together."""
+    own = layer(size, device)
+    compiled = torch.compile(peft, dynamic=False)
+
+    def run(function: Callable[..., Tensor]) -> None:
+        own.backward(function(own.x, own.weight, own.a, own.b))
+
+    return {"PEFT, bf16 adapter": partial(run, peft), "PEFT, bf16 adapter, torch.compile": partial(run, compiled)}
+
+
+def _compiled_entry(size: Size) -> Entry:
+    frozen = Work(4 * size.m * size.k * size.n)
+    make = partial(_compiled, size)
+    return Entry("lora_linear, compiled", str(size), LORA_TESTS, make, frozen, gpu_only=True)
 
 
 def _part(size: Size, part: str, device: torch.device) -> Providers:
@@ -185,7 +205,7 @@ def _skinny_entry(size: Size) -> Entry:
 
 def _shrink_entry(size: Size) -> Entry:
     floor = Work(bytes=size.passes(1, 0) + HALF * size.r * (size.m + size.k))
-    return Entry("shrink", str(size), LORA_TESTS, partial(_shrink, size), floor, gpu_only=True)
+    return Entry("shrink", str(size), SHRINK_TESTS, partial(_shrink, size), floor, gpu_only=True)
 
 
 def _adapter(groups: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +238,7 @@ def _proximal(groups: int, size: int, device: torch.device) -> Providers:
 def _proximal_entry(groups: int, size: int) -> Entry:
     floor = Work(bytes=4 * 4 * groups * size)  # v, a and q are read, the gradient is written
     make = partial(_proximal, groups, size)
-    return Entry("proximal_kl", f"{groups} groups of {size}", "tests/kernels/test_reference.py", make, floor)
+    return Entry("proximal_kl", f"{groups} groups of {size}", ("tests/kernels/test_reference.py",), make, floor)
 
 
 ROUTES = tuple(
@@ -226,36 +246,58 @@ ROUTES = tuple(
     for size in SIZES
     for part in WAYS
 )
+# in the order of importance: what is killed in between has the rows of all before it
 REGISTRY = (
     *map(_lora_entry, SIZES),
-    Entry("lora_linear", str(SMALL), LORA_TESTS, partial(_trained, SMALL)),
+    *registry_adamw.ENTRIES,
     *map(_skinny_entry, SIZES),
     *map(_shrink_entry, SIZES[:3]),
+    *registry_retract.ENTRIES,
     _proximal_entry(28, 1024),
     _proximal_entry(224, 16384),
-    *registry_adamw.ENTRIES,
-    *registry_retract.ENTRIES,
+    Entry("lora_linear", str(SMALL), LORA_TESTS, partial(_trained, SMALL)),
+    *map(_compiled_entry, SIZES),
 )
 
 
 def checkout() -> Path | None:
     """The source tree this package lies in, if its tests and pytest are there to say what is right."""
     root = Path(__file__).resolve().parents[2]
-    found = (root / LORA_TESTS).is_file() and importlib.util.find_spec("pytest") is not None
+    found = (root / SHRINK_TESTS[0]).is_file() and importlib.util.find_spec("pytest") is not None
     return root if found else None
 
 
-def red(entries: Iterable[Entry], root: Path) -> str | None:
-    """The first of the entries' test files that fails at this commit; quick tests alone are run."""
-    for tests in dict.fromkeys(entry.tests for entry in entries):
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "not slow", tests]
-        if subprocess.run(command, cwd=root, capture_output=True, check=False).returncode:
-            return tests
-    return None
+def red(entries: Iterable[Entry], root: Path) -> tuple[str, ...]:
+    """Those of the entries' test files that fail at this commit; quick tests alone are run."""
+    files = dict.fromkeys(file for entry in entries for file in entry.tests)
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "not slow"]
+    return tuple(
+        file
+        for file in files
+        if subprocess.run([*command, file], cwd=root, capture_output=True, check=False).returncode
+    )
+
+
+def red_by_report(entries: Iterable[Entry], report: Path) -> tuple[str, ...]:
+    """Those of the entries' test files of which the JUnit report of pytest has a failure, an error or no test at all.
+
+    A report that pytest wrote when it was interrupted counts for what it holds.
+    """
+    counts: dict[str, int] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        # a file that cannot be collected has its module for a name
+        module = case.get("classname") or case.get("name") or ""
+        counts.setdefault(module, 0)
+        counts[module] += sum(case.find(kind) is not None for kind in ("failure", "error"))
+    files = dict.fromkeys(file for entry in entries for file in entry.tests)
+    return tuple(file for file in files if counts.get(file.removesuffix(".py").replace("/", "."), 1))
 
 
 def write_routes(rows: Sequence[Row], gpu: str, folder: Path = routes.TABLES) -> Path:
-    """The dispatcher's table of this GPU: for each size, the way of each part whose median with cold L2 is least."""
+    """The dispatcher's table of this GPU: for each size, the way of each part whose median with cold L2 is least.
+
+    A size of which a part was not timed has no row.
+    """
     best: dict[tuple[object, object], tuple[float, str]] = {}
     for row in rows:
         if row["metric"] == TIME + COLD:
@@ -267,7 +309,9 @@ def write_routes(rows: Sequence[Row], gpu: str, folder: Path = routes.TABLES) ->
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(ROUTE_COLUMNS)
         for size in SIZES:
-            writer.writerow([*size, "bfloat16", *(best[f"lora_linear {part}", str(size)][1] for part in WAYS)])
+            keys = [(f"lora_linear {part}", str(size)) for part in WAYS]
+            if all(key in best for key in keys):
+                writer.writerow([*size, "bfloat16", *(best[key][1] for key in keys)])
     routes._table.cache_clear()
     return path
 
@@ -279,7 +323,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, object]]:
         column = _column(str(row["metric"]), str(row["unit"]))
         if column:
             key = tuple(row[name] for name in ("name", "shape", "provider"))
-            empty: Mapping[str, object] = dict.fromkeys(("over baseline", "us", "% of roof", "rate", "H200 model us"))
+            empty: Mapping[str, object] = dict.fromkeys(SUMMARY)
             line = lines.setdefault(key, {**dict(zip(("op", "shape", "provider"), key, strict=True)), **empty})
             line[column] = f"{row['q50']:.0f} {row['unit']}" if column == "rate" else row["q50"]
     return list(lines.values())
@@ -290,4 +334,5 @@ def _column(metric: str, unit: str) -> str | None:
         return None
     name = metric.removesuffix(COLD)
     known = {"speed at the roof": "% of roof", "useful work": "rate", TIME: "us", MODELLED: "H200 model us"}
+    known |= {WALL: "wall us", HOST: "host us"}
     return "over baseline" if unit == "ratio" else known.get(name)

@@ -22,7 +22,7 @@ from cladapt_kernels.optim import ProxAdamW, Term
 from cladapt_kernels.timing import Entry, Providers, Work
 
 STRENGTH, RATE, LIMIT = 0.1, 1e-6, 1.0
-TESTS = "tests/kernels/test_optim.py"
+TESTS = ("tests/kernels/test_optim.py", "tests/kernels/test_adamw.py")
 AUTOGRAD, CLOSED = "fused AdamW, penalty by autograd", "fused AdamW, penalty in closed form"
 INSIDE, PLAIN = "ProxAdamW", "fused AdamW, no penalty"
 

@@ -16,7 +16,7 @@ from cladapt_kernels import reference
 from cladapt_kernels.retract import Stiefel
 from cladapt_kernels.timing import Entry, Providers, Work
 
-TESTS = "tests/kernels/test_retract.py"
+TESTS = ("tests/kernels/test_retract.py", "tests/kernels/test_retract_triton.py")
 OURS, GRADIENT = "Stiefel", "Stiefel, the gradient's tangent"
 SVD, SVD_ONCE, QR = "projections, SVD", "one projection, SVD", "projections, QR"
 CHOLESKY = "projections, Cholesky"

@@ -1,16 +1,19 @@
 """How anything is timed here: providers interleaved in one process, medians of ratios to the first, one csv schema.
 
-Kernels are timed on a GPU by events behind a backlog, with cold and with hot L2, against the roofs of that GPU. On a
-CPU ratios are measured, and what a model of bytes and FLOPs says of an H200 is told apart. Imports torch alone.
+Kernels are timed on a GPU by events behind a backlog, with cold and with hot L2, against the roofs of that GPU, and by
+the host's clock in a loop that never waits, which shows the host's part that the backlog hides. On a CPU ratios are
+measured, and what a model of bytes and FLOPs says of an H200 is told apart. Imports torch alone.
 """
 
 import csv
 import datetime
+import math
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +27,12 @@ COLUMNS = ("name", "shape", "provider", "metric", "unit", "q20", "q50", "q80", "
 WHERE = ("device", "torch", "commit", "time")
 WARMUP = 2
 FEWEST_RUNS = 3  # below, the quantiles say nothing
+SLOW = 0.05  # seconds of a call from which it is timed FEWEST_RUNS times and by the host's clock
 
 COLD, HOT = ", cold L2", ", hot L2"
 TIME = "time"
+HOST, WALL = "host time", "wall time"
+BACK_TO_BACK = 10  # calls; the launch queue of a GPU holds about a thousand launches
 MODELLED = "modelled time on an H200"
 FLOOR = "floor"
 FLUSH_BYTES = 1 << 28
@@ -74,7 +80,7 @@ class Entry:
 
     name: str
     shape: str
-    tests: str
+    tests: tuple[str, ...]
     make: Callable[[torch.device], Providers]
     floor: Work | None = None
     """What no implementation can do without."""
@@ -139,12 +145,49 @@ class Stopwatch:
         return elapsed
 
 
-def interleaved(providers: Providers, watch: Callable[[Call], float], runs: int) -> dict[str, list[float]]:
-    """Seconds of `runs` calls of each provider, in turn, the order turned around every time; two calls warm up."""
+class BackToBack:
+    """Seconds of one of `BACK_TO_BACK` calls in a row, by the host's clock: what a loop that never waits would see.
+
+    `launching` is the part in which the host was busy; where it is all of the time, the GPU waited for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.launching: dict[Call, list[float]] = {}
+
+    def __call__(self, call: Call) -> float:
+        torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        for _ in range(BACK_TO_BACK):
+            call()
+        launched = time.perf_counter()
+        torch.cuda.synchronize(self._device)
+        self.launching.setdefault(call, []).append((launched - began) / BACK_TO_BACK)
+        return (time.perf_counter() - began) / BACK_TO_BACK
+
+
+def interleaved(
+    providers: Providers,
+    watch: Callable[[Call], float],
+    runs: int,
+    few: Collection[str] = (),
+    budget: float = math.inf,
+) -> dict[str, list[float]]:
+    """Seconds of `runs` calls of each provider, in turn, the order turned around every time; two calls warm up.
+
+    Those named in `few` are called `FEWEST_RUNS` times, without a warm-up. After `budget` seconds no further turn
+    begins, but each provider has `FEWEST_RUNS` calls.
+    """
     names = list(providers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    until = time.perf_counter() + budget
     for turn in range(runs + WARMUP):
+        past_fewest = turn >= WARMUP + FEWEST_RUNS
+        if past_fewest and time.perf_counter() > until:
+            break
         for name in names if turn % 2 else reversed(names):
+            if name in few and (past_fewest or turn < WARMUP):
+                continue
             elapsed = watch(providers[name])
             if turn >= WARMUP:
                 seconds[name].append(elapsed)
@@ -178,32 +221,94 @@ def compare(
     return rows
 
 
-def measure(entry: Entry, device: torch.device, runs: int, roofs: Roofs) -> list[Row]:
-    """All rows of an entry: on a GPU by events against `roofs`; elsewhere ratios, and what is modelled, with 0 runs."""
+def measure(
+    entry: Entry,
+    device: torch.device,
+    runs: int,
+    roofs: Roofs,
+    budget: float = math.inf,
+    failed: Callable[[str, Exception], None] | None = None,
+) -> list[Row]:
+    """All rows of an entry: on a GPU by events against `roofs`; elsewhere ratios, and what is modelled, with 0 runs.
+
+    Args:
+        entry: what is timed; nothing is, where the entry is for GPUs alone and `device` is none.
+        device: where the providers run.
+        runs: calls of each provider whose call takes less than `SLOW` seconds; of the others, `FEWEST_RUNS`.
+        roofs: the GPU's, by which times are judged.
+        budget: seconds after which fewer calls than `runs` do, compilation not counted; no less than `FEWEST_RUNS`.
+        failed: is given a provider that raises in its first two calls, and what it raised; the others are timed, the
+            first of them as the baseline. Without it the exception is raised.
+    """
     if device.type != "cuda":
         measured = [] if entry.gpu_only else compare(entry.name, entry.shape, entry.make(device), device, runs)
         return [*measured, *modelled(entry)]
-    providers = entry.make(device)
+    providers = dict(entry.make(device))
+    few: set[str] = set()
+    for name, call in list(providers.items()):
+        try:
+            call()  # compiles
+            if timed(call, device) > SLOW:
+                few.add(name)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+            del providers[name]
+    fast = {name: call for name, call in providers.items() if name not in few}
     rows: list[Row] = []
-    for state, cold in ((COLD, True), (HOT, False)):
-        seconds = interleaved(providers, Stopwatch(device, cold), runs)
-        baseline, *_ = seconds
-        for provider, values in seconds.items():
-            common: Row = {"name": entry.name, "shape": entry.shape, "provider": provider, "runs": runs}
-            ratios = [a / b for a, b in zip(values, seconds[baseline], strict=True)]
-            figures = [
-                (f"time over '{baseline}'", "ratio", ratios),
-                ("speed of the baseline", "%", [100 / ratio for ratio in ratios]),
-                (TIME, "us", [1e6 * v for v in values]),
-            ]
-            if entry.floor is not None:
-                ideal = entry.floor.seconds(roofs)
-                figures += [
-                    ("speed at the roof", "%", [100 * ideal / v for v in values]),
-                    ("useful work", entry.floor.unit, [entry.floor.rate(v) for v in values]),
-                ]
-            rows += [{**common, "metric": m + state, "unit": unit, **quantiles(v)} for m, unit, v in figures]
+    if providers:
+        cold = Stopwatch(device, cold=True)
+        slow_calls = {providers[name] for name in few}
+        share = budget / 3
+
+        def watch(call: Call) -> float:
+            return timed(call, device) if call in slow_calls else cold(call)
+
+        rows += _against_roofs(entry, interleaved(providers, watch, runs, few, share), roofs, COLD)
+    if fast:
+        hot = Stopwatch(device, cold=False)
+        rows += _against_roofs(entry, interleaved(fast, hot, runs, budget=share), roofs, HOT)
+        rows += _with_the_host(entry, fast, device, runs, share)
     return rows
+
+
+def _against_roofs(entry: Entry, seconds: Mapping[str, Sequence[float]], roofs: Roofs, state: str) -> list[Row]:
+    """Rows of each provider beside the first, as many calls of both as the one with fewer has."""
+    baseline, *_ = seconds
+    rows: list[Row] = []
+    for provider, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds[baseline], strict=False)]
+        figures = [
+            (f"time over '{baseline}'", "ratio", ratios),
+            ("speed of the baseline", "%", [100 / ratio for ratio in ratios]),
+            (TIME, "us", [1e6 * v for v in values]),
+        ]
+        if entry.floor is not None:
+            ideal = entry.floor.seconds(roofs)
+            figures += [
+                ("speed at the roof", "%", [100 * ideal / v for v in values]),
+                ("useful work", entry.floor.unit, [entry.floor.rate(v) for v in values]),
+            ]
+        rows += [_row(entry, provider, metric + state, unit, of) for metric, unit, of in figures]
+    return rows
+
+
+def _with_the_host(entry: Entry, providers: Providers, device: torch.device, runs: int, budget: float) -> list[Row]:
+    """Rows of what a call takes in a loop that never waits, and of what the host is busy for it."""
+    watch = BackToBack(device)
+    rows: list[Row] = []
+    turns = max(FEWEST_RUNS, runs // BACK_TO_BACK)
+    for provider, values in interleaved(providers, watch, turns, budget=budget).items():
+        launching = watch.launching[providers[provider]][WARMUP:]
+        figures = ((WALL, values), (HOST, launching))
+        rows += [_row(entry, provider, metric, "us", [1e6 * v for v in of]) for metric, of in figures]
+    return rows
+
+
+def _row(entry: Entry, provider: str, metric: str, unit: str, values: Sequence[float]) -> Row:
+    common: Row = {"name": entry.name, "shape": entry.shape, "provider": provider, "metric": metric, "unit": unit}
+    return {**common, "runs": len(values), **quantiles(values)}
 
 
 def modelled(entry: Entry) -> list[Row]:
@@ -248,11 +353,13 @@ def where(device: torch.device) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as csv with the columns COLUMNS and WHERE, nothing more and nothing less."""
-    with path.open("w", newline="", encoding="utf-8") as handle:
+    """Write rows as csv with the columns COLUMNS and WHERE, nothing more and nothing less, at once."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, (*COLUMNS, *WHERE), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(partial, path)
 
 
 def _commit() -> str:

@@ -29,13 +29,13 @@ def test_too_few_runs_are_a_usage_error_of_two_lines(capsys: pytest.CaptureFixtu
 @pytest.fixture
 def two_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of one op that does nothing and one for GPUs alone, their tests green."""
-    quick = Entry("quick", "s", "tests/quick.py", lambda _: {"a": lambda: None, "b": lambda: None})
+    quick = Entry("quick", "s", ("tests/quick.py",), lambda _: {"a": lambda: None, "b": lambda: None})
     model = {"x": Work(flops=790e6)}
-    only = Entry("wide", "s", "tests/wide.py", lambda _: {}, floor=Work(bytes=4.3e6), work=model, gpu_only=True)
+    only = Entry("wide", "s", ("tests/wide.py",), lambda _: {}, floor=Work(bytes=4.3e6), work=model, gpu_only=True)
     monkeypatch.setattr(kernels, "ROUTES", ())
     monkeypatch.setattr(kernels, "REGISTRY", (quick, only))
     monkeypatch.setattr(kernels, "compute_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(kernels, "red", lambda *_: None)
+    monkeypatch.setattr(kernels, "red", lambda *_: ())
 
 
 @pytest.mark.usefixtures("two_entries")
@@ -63,7 +63,7 @@ def test_kernels_with_red_tests_are_not_timed(
     assert run(["bench", "kernels", "--out", str(tmp_path / "rows.csv"), "--quiet"]) == 5
     streams = capsys.readouterr()
     assert streams.out == ""
-    expected = "error: tests/wide.py is red: no time is recorded\nhint: run python -m pytest tests/wide.py in "
+    expected = "error: red tests: tests/wide.py; no time is recorded\nhint: run python -m pytest tests/wide.py in "
     assert streams.err == f"{expected}{tmp_path}\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,7 @@
 """The registry: its models against published figures, its providers against each other, what it needs and refuses."""
 
+import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,8 +13,20 @@ import pytest
 import torch
 
 from cladapt_kernels import registry
-from cladapt_kernels.registry import REGISTRY, ROUTES, SIZES, SMALL, WAYS, checkout, layer, peft, red, summary
-from cladapt_kernels.timing import COLD, FLOOR, HOT, MODELLED, Entry, Row, modelled
+from cladapt_kernels.registry import (
+    REGISTRY,
+    ROUTES,
+    SIZES,
+    SMALL,
+    WAYS,
+    checkout,
+    layer,
+    peft,
+    red,
+    red_by_report,
+    summary,
+)
+from cladapt_kernels.timing import COLD, FLOOR, HOST, HOT, MODELLED, WALL, Entry, Row, modelled
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -60,7 +74,7 @@ def test_the_model_is_the_one_worked_out_by_hand(width: int) -> None:
 def test_every_entry_has_tests_and_a_place_of_its_own() -> None:
     entries = (*ROUTES, *REGISTRY)
     assert len({(entry.name, entry.shape) for entry in entries}) == len(entries)
-    assert [entry.tests for entry in entries if not (ROOT / entry.tests).is_file()] == []
+    assert [file for entry in entries for file in entry.tests if not (ROOT / file).is_file()] == []
     assert {(entry.name, entry.shape) for entry in ROUTES} == {
         (f"lora_linear {p}", str(s)) for p in WAYS for s in SIZES
     }
@@ -126,9 +140,35 @@ def test_the_providers_of_skinny_and_shrink_agree() -> None:
 def test_a_red_test_is_named_and_a_green_one_is_not(tmp_path: Path) -> None:
     (tmp_path / "green.py").write_text("def test_it(): pass\n")
     (tmp_path / "red.py").write_text("def test_it(): assert False\n")
-    green, broken = (Entry("op", "s", name, lambda _: {}) for name in ("green.py", "red.py"))
-    assert red([green, green], tmp_path) is None
-    assert red([green, broken], tmp_path) == "red.py"
+    green, broken = (Entry("op", "s", (name,), lambda _: {}) for name in ("green.py", "red.py"))
+    assert red([green, green], tmp_path) == ()
+    assert red([green, broken, broken], tmp_path) == ("red.py",)
+
+
+def test_a_report_of_pytest_says_which_files_are_red_unread_or_never_ran(tmp_path: Path) -> None:
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    texts = {
+        "green": "import pytest\ndef test_it(): pass\n@pytest.mark.skip\ndef test_other(): assert False\n",
+        "red": "def test_it(): assert False\ndef test_other(): pass\n",
+        "unread": "import no_such_module\n",
+        "setup": "import pytest\n@pytest.fixture\ndef x(): raise OSError\ndef test_it(x): pass\n",
+        "last": "def test_it(): raise KeyboardInterrupt\n",
+    }
+    for name, text in texts.items():
+        (folder / f"test_{name}.py").write_text(text)
+    files = {name: f"tests/test_{name}.py" for name in texts}
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", f"--junitxml={report}"]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", *files.values()]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    entries = [Entry(name, "s", (file,), lambda _: {}) for name, file in files.items()]
+    both = Entry("both", "s", (files["green"], files["red"]), lambda _: {})
+    absent = Entry("absent", "s", ("tests/test_absent.py",), lambda _: {})
+    expected = {files[name] for name in ("red", "unread", "setup", "last")} | {"tests/test_absent.py"}
+    assert set(red_by_report([*entries, both, absent], report)) == expected
 
 
 def test_an_installed_package_has_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,11 +183,12 @@ def test_the_summary_has_a_line_per_provider_with_what_was_measured_cold() -> No
     figures += [("useful work", "GB/s", 1500.0), ("speed of the baseline", "%", 200.0)]
     rows = [{**common, "metric": m + COLD, "unit": unit, "q50": v} for m, unit, v in figures]
     rows += [{**common, "metric": m + HOT, "unit": unit, "q50": -v} for m, unit, v in figures]
+    rows += [{**common, "metric": m, "unit": "us", "q50": v} for m, v in ((WALL, 9.0), (HOST, 7.0))]
     rows.append({**common, "provider": "floor", "metric": MODELLED, "unit": "us", "q50": 1.0})
     cold, floor = summary(rows)
     assert cold == {
-        "op": "op", "shape": "s", "provider": "x", "over baseline": 0.5, "us": 2.0, "% of roof": 50.0,
-        "rate": "1500 GB/s", "H200 model us": None,
+        "op": "op", "shape": "s", "provider": "x", "over baseline": 0.5, "us": 2.0, "wall us": 9.0, "host us": 7.0,
+        "% of roof": 50.0, "rate": "1500 GB/s", "H200 model us": None,
     }  # fmt: skip
     assert (floor["provider"], floor["us"], floor["H200 model us"]) == ("floor", None, 1.0)
 
@@ -163,13 +204,25 @@ def bench() -> Any:
     return module
 
 
+def test_the_gate_on_a_gpu_runs_the_tests_of_every_entry_the_gradients_first() -> None:
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("GPU_TESTS"))
+    names = line.partition("%.py,")[2].rstrip(")").split()
+    assert names[0] == "lora_linear"
+    files = {file for entry in (*ROUTES, *REGISTRY) for file in entry.tests}
+    assert files <= {f"tests/kernels/test_{name}.py" for name in names}
+
+
 def test_the_script_writes_a_whole_run_and_nothing_of_a_part(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench.main(["--runs", "3", "--tested", "--only", "shrink"], tmp_path) == 0
     assert list(tmp_path.iterdir()) == []
     assert "floor" in capsys.readouterr().out
-    for arguments, message in ((["--runs", "2"], "--runs 2 is too few"), (["--only", "no such"], "no entry has")):
+    for arguments, message in (
+        (["--runs", "2"], "--runs 2 is too few"),
+        (["--seconds", "0"], "a time above 0"),
+        (["--only", "x y"], "no entry has"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             bench.main(arguments, tmp_path)
         assert message in capsys.readouterr().err
@@ -180,8 +233,10 @@ def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
 ) -> None:
     done: list[str] = []
 
-    def measure(entry: Entry, device: torch.device, runs: int, roofs: object) -> list[Row]:
-        assert (device, runs, roofs) == (torch.device("cuda", 0), 3, "roofs")
+    def measure(
+        entry: Entry, device: torch.device, runs: int, roofs: object, budget: float, failed: object
+    ) -> list[Row]:
+        assert (device, runs, roofs, budget) == (torch.device("cuda", 0), 3, "roofs", 7.0)
         done.append(entry.name)
         common: Row = {"name": entry.name, "shape": entry.shape, "metric": f"time{COLD}", "unit": "us", "runs": runs}
         ways = WAYS.get(entry.name.removeprefix("lora_linear "), ("x",))
@@ -200,12 +255,70 @@ def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
         ("write_routes", write_routes),
     ):
         monkeypatch.setattr(bench, name, fake)
-    assert bench.main(["--runs", "3", "--tested", "--device", "cuda"], tmp_path) == 0
+    assert bench.main(["--runs", "3", "--seconds", "7", "--tested", "--device", "cuda"], tmp_path) == 0
     assert done.index("table of Some Maker G9") == len(ROUTES) == done.index("lora_linear") - 1
     table = (tmp_path / "routes" / "some-maker-g9.csv").read_text().splitlines()
     assert table[1] == "8192,1024,1024,16,bfloat16,addmm,addmm,matmul"
     written = (tmp_path / "some-maker-g9" / "registry.csv").read_text().splitlines()
     assert len(written) == 1 + 8 * len(SIZES) + len(REGISTRY)
+    assert (tmp_path / "some-maker-g9" / "routes.csv").read_text().splitlines() == table
+
+
+@pytest.fixture
+def three_entries(bench: Any, monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+    """A registry of three ops on a CPU, each of one test file and of two providers that do nothing."""
+    made = [
+        Entry(name, "s", (f"tests/test_{name}.py",), lambda _: {"a": lambda: None, "b": lambda: None})
+        for name in ("first", "second", "third")
+    ]
+    monkeypatch.setattr(bench, "ROUTES", ())
+    monkeypatch.setattr(bench, "REGISTRY", made)
+    return made
+
+
+def names_in(path: Path) -> list[str]:
+    with path.open(newline="") as handle:
+        return [row["name"] for row in csv.DictReader(handle)]
+
+
+def test_an_op_with_red_tests_is_refused_by_name_and_the_others_are_timed(
+    bench: Any, three_entries: list[Entry], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "tests.xml"
+    cases = ['<testcase classname="tests.test_first"/>', '<testcase classname="tests.test_third"><skipped/></testcase>']
+    cases += ['<testcase classname="tests.test_second"><failure/></testcase>']
+    report.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    out = tmp_path / "out"
+    assert bench.main(["--runs", "3", "--report", str(report), "--results", str(out)]) == 5
+    assert "refused second, s: tests/test_second.py red or not run" in capsys.readouterr().err
+    assert names_in(out / "registry.csv") == ["first", "first", "third", "third"]
+    assert not (out / "registry.csv.partial").exists()
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--report", str(tmp_path / "none.xml")])
+    assert "none.xml: no such file" in capsys.readouterr().err
+
+
+def test_an_entry_that_raises_is_told_and_a_kill_keeps_what_was_timed(
+    bench: Any, three_entries: list[Entry], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def raises(_: torch.device) -> Any:
+        raise RuntimeError("out of memory")
+
+    three_entries[1] = dataclasses.replace(three_entries[1], make=raises)
+    assert bench.main(["--runs", "3", "--tested", "--results", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "failed second, s:\n" in told
+    assert "RuntimeError: out of memory" in told
+    assert names_in(tmp_path / "registry.csv") == ["first", "first", "third", "third"]
+
+    def killed(_: torch.device) -> Any:
+        raise KeyboardInterrupt
+
+    three_entries[1] = dataclasses.replace(three_entries[1], make=killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--runs", "3", "--tested", "--only", "", "--results", str(tmp_path)])
+    assert names_in(tmp_path / "registry.csv") == ["first", "first"]
 
 
 def test_importing_the_package_s_benchmarks_needs_torch_alone() -> None:

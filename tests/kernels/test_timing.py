@@ -11,9 +11,14 @@ import torch
 from cladapt_kernels import timing
 from cladapt_kernels.timing import (
     COLUMNS,
+    FEWEST_RUNS,
     H200,
+    HOST,
     MODELLED,
+    SLOW,
+    WALL,
     WHERE,
+    BackToBack,
     Entry,
     Roofs,
     Stopwatch,
@@ -155,11 +160,38 @@ class GpuDevice:
 
 
 def entry(make: Callable[[Any], dict[str, Callable[[], object]]], **facts: Any) -> Entry:
-    return Entry("op", "a shape", "tests/none.py", make, **facts)
+    return Entry("op", "a shape", ("tests/none.py",), make, **facts)
 
 
-def test_rows_of_a_gpu_are_against_its_roofs_and_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "Stopwatch", lambda _, cold: lambda call: call() * (1 if cold else 0.5))
+@pytest.fixture
+def seconds_by_call(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Watches that believe what a call returns, a tenth of it with hot L2, and note which of them was asked."""
+    asked: dict[str, list[str]] = {"cold": [], "hot": [], "timed": [], "loop": []}
+
+    def watch(kind: str, factor: float) -> Callable[[Any], float]:
+        def seconds(call: Any) -> float:
+            asked[kind].append(call.__name__)
+            return factor * call()
+
+        return seconds
+
+    class Loop:
+        def __init__(self, _: object) -> None:
+            self.launching: dict[Any, list[float]] = {}
+
+        def __call__(self, call: Any) -> float:
+            asked["loop"].append(call.__name__)
+            self.launching.setdefault(call, []).append(3 * call())
+            return 4 * call()
+
+    monkeypatch.setattr(timing, "timed", lambda call, _: watch("timed", 1.0)(call))
+    monkeypatch.setattr(timing, "Stopwatch", lambda _, cold: watch("cold", 1.0) if cold else watch("hot", 0.5))
+    monkeypatch.setattr(timing, "BackToBack", Loop)
+    return asked
+
+
+@pytest.mark.usefixtures("seconds_by_call")
+def test_rows_of_a_gpu_are_against_its_roofs_and_the_baseline() -> None:
     work = Work(bytes=3e6)
     made = entry(lambda _: {"slow": lambda: 4e-6, "fast": lambda: 2e-6}, floor=work, work={"slow": work})
     rows = measure(made, GpuDevice(), 5, Roofs(3e12, 1e15))  # type: ignore[arg-type]
@@ -171,8 +203,62 @@ def test_rows_of_a_gpu_are_against_its_roofs_and_the_baseline(monkeypatch: pytes
         assert unit["time"] == ("us", pytest.approx(2.0 / factor))
         assert unit["speed at the roof"] == ("%", pytest.approx(50 * factor))  # 3 MB at 3 TB/s: 1 us
         assert unit["useful work"] == ("GB/s", pytest.approx(1500 * factor))
+    assert (fast[WALL], fast[HOST]) == (("us", 8.0), ("us", 6.0))
     assert not [row for row in rows if row["metric"] == MODELLED]
-    assert {row["runs"] for row in rows} == {5}
+    assert {row["runs"] for row in rows if row["metric"] not in (WALL, HOST)} == {5}
+    assert {row["runs"] for row in rows if row["metric"] in (WALL, HOST)} == {FEWEST_RUNS}
+
+
+def test_a_slow_provider_is_called_few_times_and_by_the_host_s_clock(seconds_by_call: dict[str, list[str]]) -> None:
+    def slow() -> float:
+        return 2 * SLOW
+
+    def fast() -> float:
+        return 2e-6
+
+    rows = measure(entry(lambda _: {"slow": slow, "fast": fast}), GpuDevice(), 40, H200)  # type: ignore[arg-type]
+    calls = {kind: {name: names.count(name) for name in ("slow", "fast")} for kind, names in seconds_by_call.items()}
+    assert calls["timed"] == {"slow": 1 + FEWEST_RUNS, "fast": 1}
+    assert calls["cold"] == {"slow": 0, "fast": 42}
+    assert (calls["hot"]["slow"], calls["loop"]["slow"]) == (0, 0)
+    runs = {(row["provider"], row["metric"]): row["runs"] for row in rows}
+    assert runs["slow", "time, cold L2"] == runs["fast", "time over 'slow', cold L2"] == FEWEST_RUNS
+    assert runs["fast", "time, cold L2"] == runs["fast", "time over 'fast', hot L2"] == 40
+    assert ("slow", "time, hot L2") not in runs
+
+
+@pytest.mark.usefixtures("seconds_by_call")
+def test_a_provider_that_raises_is_given_to_the_caller_and_the_others_are_timed() -> None:
+    def raises() -> float:
+        raise RuntimeError("no shared memory")
+
+    made = entry(lambda _: {"base": raises, "fast": lambda: 2e-6})
+    told: list[tuple[str, str]] = []
+    rows = measure(made, GpuDevice(), 3, H200, failed=lambda name, error: told.append((name, str(error))))  # type: ignore[arg-type]
+    assert told == [("base", "no shared memory")]
+    assert {row["provider"] for row in rows} == {"fast"}
+    with pytest.raises(RuntimeError, match="no shared memory"):
+        measure(made, GpuDevice(), 3, H200)  # type: ignore[arg-type]
+    nothing = entry(lambda _: {"base": raises})
+    assert measure(nothing, GpuDevice(), 3, H200, failed=lambda *_: None) == []  # type: ignore[arg-type]
+
+
+def test_no_turn_begins_after_the_budget_but_the_fewest_are_done(clock: list[float]) -> None:
+    def takes(seconds: float) -> None:
+        clock[0] += seconds
+
+    providers = {"a": lambda: takes(1.0), "b": lambda: takes(3.0)}
+    for budget, expected in ((1.0, FEWEST_RUNS), (27.0, 5), (1e9, 50)):
+        found = interleaved(providers, lambda call: timed(call, CPU), 50, budget=budget)
+        assert {name: len(values) for name, values in found.items()} == {"a": expected, "b": expected}
+
+
+def test_a_loop_that_never_waits_shows_the_host_where_the_host_is_slower(gpu: FakeGpu) -> None:
+    watch = BackToBack(CPU)
+    calls = {"short": lambda: gpu.launch("short", LAUNCH / 10), "long": lambda: gpu.launch("long", 10 * LAUNCH)}
+    assert watch(calls["short"]) == pytest.approx(LAUNCH, rel=0.02)
+    assert watch(calls["long"]) == pytest.approx(10 * LAUNCH, rel=0.02)
+    assert [watch.launching[call] for call in calls.values()] == [[pytest.approx(LAUNCH)]] * 2
 
 
 def test_on_a_cpu_modelled_times_have_no_runs_and_stand_beside_ratios() -> None:

@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct of a GGUF file: base, a step of training, exports in stock libraries.
+"""A real pretrained model, SmolLM2-135M-Instruct from a GGUF file: base, a step, exports in stock libraries.
 
 The model is loaded a few times only: it takes seconds each.
 """

@@ -134,6 +134,8 @@ def test_the_tables_and_a_page_are_written(world: Path, tmp_path: Path) -> None:
     result = compare_runs(paths(world, "peso", "finetune"), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "differences.csv",
+        "new_items_differences.csv",
+        "new_items_summary.csv",
         "next_block_differences.csv",
         "next_block_summary.csv",
         "report.html",
@@ -141,6 +143,11 @@ def test_the_tables_and_a_page_are_written(world: Path, tmp_path: Path) -> None:
     ]
     after = pl.read_csv(tmp_path / "out" / "next_block_summary.csv")
     assert after["model"].to_list() == ["peso", "finetune", "frozen", "block popularity", "markov"]
+    born = pl.read_csv(tmp_path / "out" / "new_items_summary.csv")
+    assert born["model"].to_list() == after["model"].to_list()  # no ceiling: it is known for all tests together
+    rows = pl.concat(pl.read_parquet(world / run / "users" / "block_*.parquet") for run in ("peso-0", "peso-1"))
+    own = rows.filter(pl.col("new_item") & (pl.col("model_block") == pl.col("block")) & (pl.col("block") > 1))
+    assert 0 < own.height == born["tests"][0]
     summary = pl.read_csv(tmp_path / "out" / "summary.csv")
     assert summary["model"].to_list() == [row["model"] for row in result["summary"]]
     assert pl.read_csv(tmp_path / "out" / "differences.csv").height == len(result["differences"])
