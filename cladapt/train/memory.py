@@ -78,13 +78,13 @@ class MicroBatch:
         device = next(loss.parameters()).device
         tokens, marked = batch[0].to(device), batch[-1].to(device).clone()
         marked[:, 0] = False
-        softmax = loss.softmax
+        softmax, (rows, length) = loss.softmax, tokens.shape
         if softmax is None:
-            return cls(*tokens.shape, targets=int(marked.sum()))
+            return cls(rows, length, int(marked.sum()))
         node = softmax.nodes(tokens)
         degree = torch.where(node < 0, 0, softmax.degree[node.clamp_min(0)])
         chosen = degree[marked & (degree > 1)]
-        return cls(*tokens.shape, targets=len(chosen), columns=len(softmax.rows), children=int(chosen.sum()))
+        return cls(rows, length, len(chosen), len(softmax.rows), int(chosen.sum()))
 
 
 def activation_bytes(
@@ -92,7 +92,7 @@ def activation_bytes(
     batch: MicroBatch,
     precision: ops.Precision,
     checkpointing: bool,
-    weights: Sequence[nn.Parameter] = (),
+    weights: Sequence[Tensor] = (),
 ) -> int:
     """Peak bytes beside the model of one micro-batch's forward and backward pass, gradients included.
 
