@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,27 @@ def write_checkpoint(folder: Path, family: str = "llama", tied: bool = True, pad
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Peak:
+    """Bytes: the most that lived at one time of what was allocated inside."""
+
+    bytes = 0
+
+
+@pytest.fixture
+def measured() -> Callable[[], Any]:
+    """A context that gives the peak of what PyTorch allocates on the CPU inside, by its profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    @contextmanager
+    def inside() -> Iterator[Peak]:
+        found, now = Peak(), 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield found
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            found.bytes = max(found.bytes, now)
+
+    return inside

@@ -20,11 +20,10 @@ from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.generation import greedy
 from cladapt.model.packed import TrieSoftmax
-from cladapt.model.quantise import Quantisation, four_bit, skeleton
+from cladapt.model.quantise import Quantisation, packed_options, skeleton
 from cladapt.model.rows import tables
 from cladapt.model.source import Unloadable, check_supported, open_source, read
 from cladapt.model.weights import check_finite, saved_weights_hash, weights_hash
-from cladapt.ops import compute_device
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
 from cladapt.tokens.trie import Trie
@@ -277,10 +276,7 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, quantisation: Qu
         )
     provenance = base_provenance(folder)
     try:
-        held: dict[str, Any] = {}
-        if quantisation != "none":
-            held = {"quantization_config": four_bit(dtype), "device_map": {"": compute_device()}}
-        model, tokenizer, strange = read(folder, dtype, **held)
+        model, tokenizer, strange = read(folder, dtype, **packed_options(quantisation, dtype))
         if strange:
             raise Unloadable(f"it has no place for {len(strange)} of its tensors, the first {strange[0]}")
     except Unloadable as error:

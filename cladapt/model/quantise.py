@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cladapt.errors import EnvironmentProblem
+from cladapt.ops import compute_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 Quantisation = Literal["none", "4bit"]
 
 
-def four_bit(dtype: torch.dtype) -> Any:
-    """What transformers takes as `quantization_config`; layers compute in `dtype`.
+def packed_options(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers' `from_pretrained` is told to load a base so; its layers compute in `dtype`.
 
     `EnvironmentProblem` where bitsandbytes is not installed, or does not load.
     """
+    if quantisation == "none":
+        return {}
     try:
         importlib.import_module("bitsandbytes")
     except Exception as error:  # beside ImportError, what its native library raises
@@ -31,12 +34,13 @@ def four_bit(dtype: torch.dtype) -> Any:
         ) from error
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+    return {"quantization_config": config, "device_map": {"": compute_device()}}
 
 
 def skeleton(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -1,11 +1,10 @@
 """The life of a run, whatever its task: it begins from checked inputs, learns block after block, and is continued."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cladapt import ops, ranks, workloads
 from cladapt.artifacts import recover
@@ -21,9 +20,13 @@ from cladapt.pipeline.inputs import fingerprints, open_inputs, verify_inputs
 from cladapt.run import FOLDERS, RUNS, Run, new_run_path, open_run
 from cladapt.train.checkpoint import clear_checkpoints
 from cladapt.train.loop import FitResult
+from cladapt.train.memory import weight_bytes
 from cladapt.train.sinks import Fan, JsonlSink, Sink
 from cladapt.train.track import require, tracking
 from cladapt.workloads._base import FittedBase
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
@@ -36,7 +39,8 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
     config = settled(with_embedded(config, sink))
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
-    _prepare(config, stream, base)
+    with _adapted(config, stream, base):  # mistakes show before anything is written
+        pass
     require(config.track)
     notes = []
     if not work.blocks(config, stream, base):
@@ -189,22 +193,29 @@ def plan(config: RunSettings) -> dict[str, Any]:
     config = settled(config)
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
-    method, parameters = _prepare(config, stream, base)
-    trained = sum(p.numel() for p in parameters.values())
+    blocks = work.blocks(config, stream, base)
+    weights = weight_bytes(base.model, ranks.ranks() if getattr(config, "sharding", "none") == "full" else 1)
     total = sum(p.numel() for p in base.model.parameters())
-    activations = work.activation_bytes(config, base)
-    width = 2 if config.train.precision == "bf16" else 4
-    # weights, and the adapter with its gradient and two moments of Adam
-    memory = {} if activations is None else {"memory_bytes": width * total + 16 * trained + activations}
+    with _adapted(config, stream, base) as (method, model):
+        parameters = adapter_parameters(model)
+        state = method.state_bytes(parameters)
+        activations = work.activation_bytes(config, stream, base, model, blocks)
+    trained = sum(p.numel() for p in parameters.values())
+    # in float32: the adapter as it is, as it began and as it was best, and two moments of Adam
+    memory = {"weights": weights, "adapter": 12 * trained, "optimiser": 8 * trained, "method": state}
+    estimate = {}
+    if activations is not None:
+        memory["activations"] = activations
+        estimate = {"memory_bytes": sum(memory.values()), "memory": memory}
     return {
         "method": config.method.name,
         "base_parameters": total,
         "trained_parameters": trained,
         "adapted_modules": len({module_of(name) for name in parameters}),
-        "method_state_bytes": method.state_bytes(parameters),
-        **memory,
+        "method_state_bytes": state,
+        **estimate,
         "kernels": {op: implementation for op, (implementation, _) in ops.backends(config.kernels).items()},
-        "blocks": work.plan(config, stream, base, work.blocks(config, stream, base)),
+        "blocks": work.plan(config, stream, base, blocks),
     }
 
 
@@ -250,8 +261,9 @@ def _unfit(what: str, reason: str) -> ConfigError:
     return ConfigError(f"{what}: {reason}", f"use {what.split('=')[0]}=none, or another method")
 
 
-def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method, dict[str, torch.nn.Parameter]]:
-    """Method and adapter parameters of a run: mistakes in its settings show before anything is written."""
+@contextmanager
+def _adapted(config: RunSettings, stream: Any, base: FittedBase) -> Iterator[tuple[Method, "PeftModel"]]:
+    """The run's method and its adapted model, which is the base again afterwards; mistakes in the settings show."""
     work = workloads.get(config.task)
     method = build(config.method)
     work.examples(config, stream, base)
@@ -259,9 +271,8 @@ def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method
     if (start := work.starts_from(config)) is not None:
         adapter_block(start)
         start_from(model, start, base)
-    parameters = adapter_parameters(model)
+    yield method, model
     unload(model)
-    return method, parameters
 
 
 def _mend(run: Run[Any]) -> list[str]:

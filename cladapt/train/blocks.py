@@ -107,6 +107,8 @@ def learn_blocks(
             parameter.requires_grad_(True)
         module, feed = examples(model, method.learned_with(block))
         ctx = replace(Context.of(model, block, initial, config.kernels), extra_parameters=base.extra_parameters)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
         result = results[block] = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
@@ -129,6 +131,7 @@ def learn_blocks(
                     feed.unit: result.used,
                     "seconds": result.seconds,
                     **feed.record,
+                    **({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
                 }
             )
     return results

@@ -263,8 +263,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     def plan(self, config: C, stream: S, base: B, blocks: Sequence[int]) -> list[dict[str, Any]]:
         """A line per block to learn: what it holds, and its optimiser steps."""
 
-    def activation_bytes(self, config: C, base: B) -> int | None:
-        """Estimated memory of the activations of one micro-batch; None where it is not known."""
+    def activation_bytes(self, config: C, stream: S, base: B, model: "PeftModel", blocks: Sequence[int]) -> int | None:
+        """Estimated memory that one micro-batch of `blocks` takes beside the adapted model; None where unknown."""
         return None
 
     # evaluation

@@ -41,7 +41,7 @@ from cladapt.eval.protocol import (
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.eval.significance import Effect
 from cladapt.methods import build
-from cladapt.model.adapter import adapted_lm
+from cladapt.model.adapter import adapted_lm, adapted_weights
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import LEARNED, adapter_provenance
@@ -51,6 +51,7 @@ from cladapt.tokens.prompts import Form, LeftOut, pack
 from cladapt.train.bases import make_base
 from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed
+from cladapt.train.memory import MicroBatch, activation_bytes
 from cladapt.train.prompting import check_prompt, prompt_record
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
@@ -166,13 +167,22 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             )
         return lines
 
-    def activation_bytes(self, config: RunConfig, base: Base) -> int:
-        settings = base.model.config
-        per_token = settings.num_hidden_layers * (10 * settings.hidden_size + 3 * settings.intermediate_size)
-        attention = settings.num_hidden_layers * settings.num_attention_heads * config.train.row_tokens
-        logits = 2 * settings.vocab_size
-        width = 2 if config.train.precision == "bf16" else 4
-        return int(config.train.batch_tokens * (width * (per_token + attention) + 4 * logits))
+    def activation_bytes(
+        self, config: RunConfig, stream: Stream, base: Base, model: "PeftModel", blocks: Sequence[int]
+    ) -> int:
+        method, train = build(config.method), config.train
+        learned = method.learned_with(blocks[-1] if blocks else stream.n_blocks)
+        loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
+        feed = make_feed(stream, learned, form_of(config, base, stream), train)
+        batches = feed.epoch([config.seed, 0])
+        size = MicroBatch.of(loss, max(batches, key=lambda batch: batch[0].numel()))
+        precision = ops.precision(train.precision)
+        peak = activation_bytes(loss.lm, size, precision, train.checkpointing)
+        if method.weight_gradients:  # its pass before the first step, which adds up the gradients in float32
+            weights = [*adapted_weights(model).values()]
+            added = sum(4 * weight.numel() for weight in weights)
+            peak = max(peak, added + activation_bytes(loss.lm, size, precision, False, weights))
+        return peak
 
     def measure(
         self,

@@ -203,6 +203,6 @@ def test_the_run_and_its_export_recommend_the_same(world: Path, tmp_path: Path) 
 def test_gemma_2_which_transforms_its_logits_is_refused(stream: Path, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", (Gemma2Config, Gemma2ForCausalLM), tied=True)
     # transformers has no SDPA for it either, and says so first
-    with pytest.raises((ConfigError, DataError), match="Gemma2ForCausalLM (transforms its logits|does not support)"):
+    with pytest.raises((ConfigError, DataError), match=r"Gemma2ForCausalLM (transforms its logits|does not support)"):
         bases.init_base(str(source), stream, tmp_path / "base", "packed", QUICK, MemorySink())
     assert not (tmp_path / "base").exists()

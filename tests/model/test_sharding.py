@@ -90,6 +90,8 @@ def test_two_processes_that_hold_half_learn_what_two_that_hold_it_whole_do(tmp_p
 
 
 def test_one_process_is_told_how_to_start_several() -> None:
-    with pytest.raises(ConfigError, match="^sharding=full cuts the base over several processes, this is one") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^sharding=full cuts the base over several processes, this is one"
+    ) as caught:
         refuse_one_process()
     assert caught.value.hint.startswith("start several: torchrun --nproc-per-node N")

@@ -79,6 +79,23 @@ def test_a_run_with_layers_computed_again_leaves_the_same_adapter(growth: Path, 
     assert Run.open(tmp_path / "run").config_hash == Run.open(plain).config_hash
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="models run on a GPU, the profiler counts the CPU's")
+def test_a_plan_says_what_a_run_takes(growth: Path, tmp_path: Path, measured: Any) -> None:
+    config = RunConfig(
+        data=str(growth / "short"),
+        base=str(growth / "base"),
+        method=MethodConfig(name="peso"),
+        train=TrainConfig(epochs=2, batch_tokens=2048, row_tokens=128, precision="fp32"),
+    )
+    plan = runs.plan(config)
+    assert plan["memory_bytes"] == sum(plan["memory"].values())
+    with measured() as peak:
+        runs.train(config, tmp_path / "run", MemorySink())
+    assert plan["memory_bytes"] == pytest.approx(peak.bytes, rel=0.2)
+    spared = runs.plan(config.model_copy(update={"train": config.train.model_copy(update={"checkpointing": True})}))
+    assert spared["memory"]["activations"] < plan["memory"]["activations"]
+
+
 def test_a_run_from_before_these_settings_goes_on(growth: Path, plain: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs.train(config_of(growth, checkpoint_steps=1), tmp_path / "run", Stops())
@@ -114,10 +131,12 @@ def test_methods_that_need_the_weights_themselves_are_refused_where_they_are_pac
 
 def test_one_process_cuts_nothing_and_packed_weights_are_not_cut(growth: Path) -> None:
     config = config_of(growth).model_copy(update={"sharding": "full"})
-    with pytest.raises(ConfigError, match="^sharding=full cuts the base over several processes, this is one") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^sharding=full cuts the base over several processes, this is one"
+    ) as caught:
         runs.train(config, Path("run"), MemorySink())
     assert caught.value.hint.startswith("start several: torchrun")
-    with pytest.raises(ConfigError, match="^quantisation=4bit and sharding=full: bitsandbytes' packed weights"):
+    with pytest.raises(ConfigError, match=r"^quantisation=4bit and sharding=full: bitsandbytes' packed weights"):
         runs.plan(config.model_copy(update={"quantisation": "4bit"}))
     assert not Path("run").exists()
 
