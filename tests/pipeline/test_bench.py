@@ -13,7 +13,7 @@ from cladapt.data.histories import split_block
 from cladapt.errors import CheckFailed, ConfigError
 from cladapt.methods import available
 from cladapt.model.packed import PackedLoss
-from cladapt.pipeline import bench
+from cladapt.pipeline import bench, bench_llm
 from cladapt.pipeline.bench import Case, check_equal, decoding, generation, padded_batches, padded_documents
 from cladapt.tokens.prompts import PackedForm, pack
 from cladapt.train.feeds import batches_of
@@ -104,6 +104,7 @@ def test_the_csv_has_one_row_per_provider_and_the_one_schema(
 ) -> None:
     monkeypatch.setattr(bench, "make_case", lambda *_: case)
     monkeypatch.setattr(bench, "STEPS", 1)
+    monkeypatch.setattr(bench_llm, "field", lambda *_: [])
     sink = MemorySink()
     result = bench.methods(3, tmp_path / "methods.csv", sink)
     with (tmp_path / "methods.csv").open(newline="") as handle:
