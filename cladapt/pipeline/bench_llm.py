@@ -59,6 +59,7 @@ TINY: Mapping[str, Any] = {
 }
 STREAM = SimulateConfig(users=80, items=300, events=20, blocks=2)
 """About as many events of a user in a block as in logs of films or music."""
+TOKENS = TokensConfig()
 BEAMS = 20
 MOST_RUNS = 5
 """Interleaved runs here: one of Trainer or of `generate` takes seconds to minutes."""
@@ -97,11 +98,11 @@ def field(llm: Path | None, runs: int, sink: Sink) -> list[Row]:
     return rows
 
 
-def make_llm_case(source: Path | None, simulated: SimulateConfig = STREAM) -> Case:
+def make_llm_case(source: Path | None, simulated: SimulateConfig = STREAM, tokens: TokensConfig = TOKENS) -> Case:
     """A model with the IDs of a simulated stream added, and the stream's last block; the tiny one where no `source`."""
     device = compute_device()
     stream = simulate(simulated).stream
-    sids, _ = build_sids(stream, TokensConfig())
+    sids, _ = build_sids(stream, tokens)
     model, tokenizer = tiny_model(stream, sids) if source is None else extend_model(str(source), sids, seed=0)[:2]
     new = torch.from_numpy(sid_token_ids(tokenizer, sids))
     tables = dict.fromkeys([model.get_input_embeddings().weight, model.get_output_embeddings().weight])

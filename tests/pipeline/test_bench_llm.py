@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cladapt.config import SimulateConfig
+from cladapt.config import SimulateConfig, TokensConfig
 from cladapt.errors import CheckFailed
 from cladapt.pipeline import bench_llm
 from cladapt.pipeline.bench import TARGETS, Case
@@ -20,7 +20,8 @@ def case() -> Case:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_llm, "VOCABULARY", 3000)
         patch.setattr(bench_llm, "TINY", {**bench_llm.TINY, "num_hidden_layers": 1})
-        made = bench_llm.make_llm_case(None, SimulateConfig(users=40, items=60, topics=4, events=8, blocks=2))
+        simulated = SimulateConfig(users=40, items=60, topics=4, events=8, blocks=2)
+        made = bench_llm.make_llm_case(None, simulated, TokensConfig(dimensions=8, levels=2, codes=8, capacity=16))
     return replace(made, train=made.train.model_copy(update={"window": 8}), beams=6)
 
 
