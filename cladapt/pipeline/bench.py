@@ -59,6 +59,9 @@ TARGETS: Mapping[tuple[str, str], str] = {
     ("vocabulary: decoding batch", LARGE): "<= 1.10",
     ("vocabulary: memory of a training step", LARGE): "<= 1.10",
     ("vocabulary: memory of a decoding batch", LARGE): "<= 1.10",
+    ("field training", "packed form"): ">= 8",
+    ("field training", "prompt form"): ">= 1.3",
+    ("field decoding", "cladapt"): ">= 8",
 }
 
 
@@ -72,11 +75,18 @@ class Case:
     split: BlockSplit
     train: TrainConfig
     device: torch.device
+    beams: int = BEAMS
 
 
-def methods(runs: int, out: Path | None, sink: Sink) -> dict[str, Any]:
-    """Measure all four comparisons; rows go to the csv file `out` as well where one is given."""
+def methods(runs: int, out: Path | None, sink: Sink, llm: Path | None = None) -> dict[str, Any]:
+    """Measure all comparisons; rows go to the csv file `out` as well where one is given.
+
+    `llm`: a pretrained causal LM on which the field's usual code is measured too; see `cladapt.pipeline.bench_llm`.
+    """
+    from cladapt.pipeline.bench_llm import field, open_llm  # which measures with what is here
+
     check_request(runs, out)
+    source = open_llm(llm, sink)
     sink.emit({"kind": "note", "text": "simulating a stream and training a base on its first block"})
     case = make_case(SimulateConfig(), TokensConfig())
     here = where(case.device)
@@ -89,6 +99,7 @@ def methods(runs: int, out: Path | None, sink: Sink) -> dict[str, Any]:
     ):
         sink.emit({"kind": "note", "text": f"measuring {what}"})
         rows += measure(case, runs)
+    rows += field(source, runs, sink)
     if out is not None:
         with atomic_path(out) as temporary:
             write_rows(temporary, [{**row, **here} for row in rows])
@@ -318,9 +329,9 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 def decoding(case: Case, prompts: Sequence[np.ndarray]) -> Callable[[], Found]:
-    """Our decoder on all prompts at once: (token ids [users, BEAMS, levels], log-likelihoods [users, BEAMS])."""
+    """Our decoder on all prompts at once: (token ids [users, beams, levels], log-likelihoods [users, beams])."""
     catalogue = Catalogue(case.base.sids, case.stream.catalogue(case.split.block))
-    decoder = make_decoder(case.base.model, case.base, catalogue, BEAMS, case.train.softmax)
+    decoder = make_decoder(case.base.model, case.base, catalogue, case.beams, case.train.softmax)
     leaves = case.base.item_tokens().numpy()[[items[0] for items in catalogue.items_of_leaf]]
 
     def run() -> Found:
@@ -345,8 +356,8 @@ def generation(case: Case, prompts: Sequence[np.ndarray], at_once: int, scored: 
     allowed = {prefix: sorted(tokens) for prefix, tokens in below.items()}
     pad, levels = case.base.tokenizer.pad_token_id or 0, items.shape[1]
     settings = GenerationConfig(
-        num_beams=BEAMS,
-        num_return_sequences=BEAMS,
+        num_beams=case.beams,
+        num_return_sequences=case.beams,
         max_new_tokens=levels,
         length_penalty=0.0,
         renormalize_logits=case.train.softmax == "trie",
@@ -366,10 +377,10 @@ def generation(case: Case, prompts: Sequence[np.ndarray], at_once: int, scored: 
             generation_config=settings,
             prefix_allowed_tokens_fn=lambda _, sent: allowed[tuple(sent[width:].tolist())],
         )
-        leaves = found.sequences[:, width:].view(len(some), BEAMS, levels).cpu().numpy()
+        leaves = found.sequences[:, width:].view(len(some), case.beams, levels).cpu().numpy()
         if not scored:
             return leaves, np.full(leaves.shape[:2], np.nan)
-        return leaves, found.sequences_scores.view(len(some), BEAMS).cpu().numpy()
+        return leaves, found.sequences_scores.view(len(some), case.beams).cpu().numpy()
 
     def run() -> Found:
         leaves, scores = zip(
