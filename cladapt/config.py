@@ -212,8 +212,8 @@ class FitConfig(LearningConfig):
         return self.lr * (self.block_lr_factor if block > 1 else 1.0)
 
 
-class TrainConfig(FitConfig):
-    """How one block of interactions is learned."""
+class HistoriesConfig(Settings):
+    """How histories become rows of tokens, and what an item competes with."""
 
     batch_tokens: Positive = 2048
     """Tokens per micro-batch, padding included."""
@@ -229,18 +229,15 @@ class TrainConfig(FitConfig):
     """Most tokens of a worded prompt's history, the oldest items are left out; 0: what a row has room for."""
     softmax: Literal["trie", "vocabulary"] = "trie"
     """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
-    held_out: Literal["never", "next"] = "never"
-    """When validation and test events are learned: `never`, or with the `next` block, when they are past; figures of
-    later models on them are then marked."""
 
     @model_validator(mode="after")
-    def _rows_fit(self) -> "TrainConfig":
+    def _rows_fit(self) -> "HistoriesConfig":
         if self.row_tokens > self.batch_tokens:
             raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
         return self
 
     @model_validator(mode="after")
-    def _worded(self) -> "TrainConfig":
+    def _worded(self) -> "HistoriesConfig":
         if self.form != "prompt":
             for key, value, default in (("history", self.history, "ids"), ("history_tokens", self.history_tokens, 0)):
                 if value != default:
@@ -248,11 +245,19 @@ class TrainConfig(FitConfig):
         return self
 
 
+class TrainConfig(HistoriesConfig, FitConfig):
+    """How one block of interactions is learned."""
+
+    held_out: Literal["never", "next"] = "never"
+    """When validation and test events are learned: `never`, or with the `next` block, when they are past; figures of
+    later models on them are then marked."""
+
+
 class TaskWeights(Settings):
     """How many times an epoch goes through the documents of each task: 0.5 draws half of them anew each epoch."""
 
     sequence: Weight = 1.0
-    """IDs of a history -> ID of the next item: what the model is judged by, and what adapters go on learning."""
+    """A history as `form` says -> ID of the next item: what epochs are judged by, and what adapters go on learning."""
     title_to_id: Weight = 0.0
     """Text of an item -> its ID."""
     id_to_title: Weight = 0.0
@@ -275,7 +280,7 @@ class TaskWeights(Settings):
         return self
 
 
-class TuneConfig(StartConfig, LearningConfig):
+class TuneConfig(HistoriesConfig, StartConfig, LearningConfig):
     """How a pretrained base is tuned on block 1, before adapters start."""
 
     shown_by = "config show --for tune"
@@ -290,10 +295,11 @@ class TuneConfig(StartConfig, LearningConfig):
     """Dropout on the input of that LoRA."""
     tasks: TaskWeights = TaskWeights()
     title_tokens: Positive = 24
-    """Most tokens of an item's text that an alignment task reads or writes; the rest is cut and counted."""
+    """Most tokens of one item's text that a task reads or writes; the rest is cut and counted. Histories of titles are
+    instead cut to a row, the oldest items first."""
     lr: PositiveFloat = 2e-4
     """Peak learning rate; a LoRA takes about ten times that of all weights."""
-    epochs: Annotated[int, Field(ge=0)] = 10
+    epochs: Positive = 10
     """Most epochs over block 1."""
     patience: Positive = 2
     """Stop after this many epochs without a better validation log-likelihood of the sequence task."""
@@ -301,22 +307,6 @@ class TuneConfig(StartConfig, LearningConfig):
     """AdamW weight decay, on the matrices of linear layers alone."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between checkpoints; 0 writes one only when the command is stopped."""
-    batch_tokens: Positive = 2048
-    """Tokens per micro-batch, padding included."""
-    row_tokens: Positive = 256
-    """Tokens per packed row."""
-    window: Positive = 20
-    """Most recent items that form a history."""
-    form: Literal["packed", "prompt"] = "packed"
-    """As `train.form`, of the sequence task."""
-    softmax: Literal["trie", "vocabulary"] = "trie"
-    """As `train.softmax`; words always compete with the whole vocabulary."""
-
-    @model_validator(mode="after")
-    def _rows_fit(self) -> "TuneConfig":
-        if self.row_tokens > self.batch_tokens:
-            raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
-        return self
 
 
 class ImageTrainConfig(FitConfig):

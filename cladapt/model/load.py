@@ -196,13 +196,23 @@ def check_home(base: Base, stream: Stream, base_name: str, stream_name: str) -> 
         )
 
 
-def check_form(base: Base, form: str) -> None:
-    """Warn where the ID rows of the base were fitted on another form of histories than the one to be learned."""
+def check_form(base: Base, form: str, history: str = "ids") -> None:
+    """Warn where the ID rows of the base were fitted on another form of histories than the one to be learned.
+
+    `history`: what a worded prompt names items by.
+    """
     fitted = base.provenance.get("form")
     if fitted is not None and fitted != form:
         warnings.warn(
             f"the ID rows of the base were fitted on histories of the form {fitted!r}, train.form is {form!r}: make "
             f"the base with --form {form}, or train with train.form={fitted}",
+            stacklevel=2,
+        )
+    named = base.provenance.get("history", history)
+    if named != history:
+        warnings.warn(
+            f"the base was tuned on histories of {named}, train.history is {history}: tune it with history={history}, "
+            f"or train with train.history={named}",
             stacklevel=2,
         )
 

@@ -27,7 +27,7 @@ from cladapt.model.load import (
 )
 from cladapt.model.rows import start_by_meaning, untie
 from cladapt.model.weights import weights_hash
-from cladapt.ops import compute_device
+from cladapt.ops import compute_device, precision
 from cladapt.tokens.build import load_sids
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
@@ -112,12 +112,14 @@ def tune_base(source: str, data: Path, out: Path, config: TuneConfig, sink: Sink
     a folder beside `out`, when it is given again with the same settings.
     """
     refuse_existing(out)
+    config = config.model_copy(update={"precision": precision(config.precision)})  # the one that resuming goes on with
     whole = Stream.load(data)
     stream = whole.prefix(1)
     sids = load_sids(data, stream)
     base, _, start = _start(source, sids, whole, config, config.seed, str(data))
     known = base.with_sids(sids)
     learned = lesson(known, stream, config)
+    feed = learned.feed(config)
     settings = config.model_dump(mode="json", exclude={"checkpoint_steps", "checkpointing"})
     identity = hash_value([settings, weights_hash(base.model), sids.fingerprint, stream.fingerprint])
     cast(nn.Module, base.model).to(compute_device())  # before the softmax, which lies beside the head
@@ -126,7 +128,7 @@ def tune_base(source: str, data: Path, out: Path, config: TuneConfig, sink: Sink
     with locked(work):
         resume = _unfinished(work, identity, sink)
         keep = partial(save_checkpoint, work, 1, identity, again="the same command again")
-        model, result = tune(known, softmax, learned.feed(config), config, sink, keep, resume)
+        model, result = tune(known, softmax, feed, config, sink, keep, resume)
         record: dict[str, Any] = {**base.provenance, **fitted_form(config.form, config)}
         fitted_block = max(1, int(record.get("fitted_block", 0)))
         home = str(record["stream"]) if record.get("fitted_block") else stream.fingerprint
@@ -139,7 +141,7 @@ def tune_base(source: str, data: Path, out: Path, config: TuneConfig, sink: Sink
         **asdict(start),
         "tasks": _tasks(learned),
         "cut_texts": learned.cut_texts,
-        "shortened_histories": learned.shortened_histories,
+        **feed.record,
         LEFT_OUT: base_provenance(out)[LEFT_OUT],
     }
 

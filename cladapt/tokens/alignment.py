@@ -1,26 +1,32 @@
 """Alignment tasks: items' texts beside their semantic IDs, so that a language model's words and the IDs mean the same.
 
 The tasks of the LC-Rec family (Zheng et al., "Adapting Large Language Models by Integrating Collaborative Semantics
-for Recommendation", ICDE 2024, section 3.3; MiniOneRec, 2025, aligns in the same way). An item task reads or writes one
-item; a history task reads the items of a user up to a target. What a text holds, categories too, is what the stream was
-imported with.
+for Recommendation", ICDE 2024, section 3.3; MiniOneRec, 2025, aligns in the same way). Histories of titles that lead to
+an ID are read by `cladapt.tokens.titles`; the other tasks are here. What a text holds, categories too, is what the
+stream was imported with.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cladapt.errors import ConfigError
-from cladapt.tokens.prompts import Document
+from cladapt.tokens.prompts import Document, PromptForm, Template
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HISTORY = "Someone picked these items, from the oldest to the most recent.\nPicked so far:{items}\n"
+DESCRIBED = Template(
+    history="Someone picked these items, from the oldest to the most recent.\n"
+    "Picked so far: {items}\n"
+    "Which item will they pick next?\n"
+    "It is described as:",
+    empty="Someone has not picked any item yet.\nWhich item will they pick first?\nIt is described as:",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +61,9 @@ class Items:
         return cls(tokenizer, ids, [tokens[:title_tokens] for tokens in words], cut, window, row_tokens)
 
     @property
-    def titled(self) -> np.ndarray:
-        """Whether each item has a text, bool [n]."""
-        return np.array([len(title) > 0 for title in self.titles])
+    def longest(self) -> int:
+        """Tokens of the longest title."""
+        return max(map(len, self.titles), default=0)
 
     def words(self, text: str) -> np.ndarray:
         """Token ids of a wording, int64."""
@@ -83,28 +89,13 @@ class Items:
             )
 
 
-class ItemTask(Protocol):
-    """A task about one item at a time."""
-
-    def documents(self, items: np.ndarray) -> list[Document]:
-        """One document for each of the integer items that has a text."""
-
-
-class HistoryTask(Protocol):
-    """A task about the items of a user up to a target."""
-
-    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
-        """At most one document for each of items[first_target:]: none where a text that it needs is missing."""
-
-
 class TitleToId:
     """The text of an item is given, its ID is the response."""
 
     def __init__(self, items: Items) -> None:
         self.items = items
         self.head, self.tail = items.opening("This item is described as:"), items.words("\nIts ID:")
-        longest = max(map(len, items.titles), default=0)
-        items.check_room(len(self.head) + longest + len(self.tail) + items.ids.shape[1], "title_to_id")
+        items.check_room(len(self.head) + items.longest + len(self.tail) + items.ids.shape[1], "title_to_id")
 
     def documents(self, items: np.ndarray) -> list[Document]:
         """One document for each of `items` that has a text."""
@@ -118,8 +109,8 @@ class IdToTitle:
     def __init__(self, items: Items) -> None:
         self.items = items
         self.head, self.tail = items.opening("The ID of this item:"), items.words("\nIt is described as:")
-        longest = max(map(len, items.titles), default=0) + 1
-        items.check_room(len(self.head) + items.ids.shape[1] + len(self.tail) + longest, "id_to_title")
+        around = len(self.head) + items.ids.shape[1] + len(self.tail)
+        items.check_room(around + items.longest + 1, "id_to_title")
 
     def documents(self, items: np.ndarray) -> list[Document]:
         """One document for each of `items` that has a text."""
@@ -127,66 +118,26 @@ class IdToTitle:
         return [respond([self.head, known.ids[i], self.tail], known.written(i)) for i in items if len(known.titles[i])]
 
 
-class TitlesToId:
-    """The texts of a history are given, the ID of the next item is the response.
-
-    Of the last `window` items those with a text are read, the oldest left out until the rest fits into a row;
-    `shortened` counts the documents that leave some out for that.
-    """
-
-    def __init__(self, items: Items) -> None:
-        self.items, self.shortened = items, 0
-        before, after = HISTORY.split("{items}")
-        self.head, self.separator = items.opening(before), items.words(";")
-        self.tail = items.words(f"{after}Which item will they pick next?\nNext item:")
-        longest = max(map(len, items.titles), default=0)
-        self.room = items.row_tokens - len(self.head) - len(self.tail) - items.ids.shape[1] + len(self.separator)
-        items.check_room(items.row_tokens - self.room + longest + len(self.separator), "titles_to_id")
-
-    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
-        """One document for each target that has an item with a text before it."""
-        known, documents = self.items, []
-        for place in range(first_target, len(items)):
-            history = items[max(0, place - known.window) : place]
-            titles = [known.titles[i] for i in history if len(known.titles[i])]
-            sizes = np.cumsum([len(title) + len(self.separator) for title in reversed(titles)])
-            fitting = int((sizes <= self.room).sum())
-            self.shortened += fitting < len(titles)
-            if titles:
-                pieces = [p for title in titles[len(titles) - fitting :] for p in (self.separator, title)]
-                documents.append(respond([self.head, *pieces[1:], self.tail], known.ids[items[place]]))
-        return documents
-
-
 class IdsToTitle:
     """The IDs of a history are given, the text of the next item is the response."""
 
     def __init__(self, items: Items) -> None:
         self.items = items
-        before, after = HISTORY.split("{items}")
-        self.head, self.separator = items.opening(before), items.words(",")
-        self.tail = items.words(f"{after}Which item will they pick next?\nIt is described as:")
-        history = items.window * (items.ids.shape[1] + len(self.separator)) - len(self.separator)
-        longest = max(map(len, items.titles), default=0) + 1
-        items.check_room(len(self.head) + history + len(self.tail) + longest, "ids_to_title")
+        self.form = PromptForm(items.ids, items.tokenizer, items.window, items.row_tokens, DESCRIBED)
+        history = self.form.prompt(np.zeros(items.window, dtype=np.int64))
+        items.check_room(max(len(history), len(self.form.empty)) + items.longest + 1, "ids_to_title")
 
     def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
-        """One document for each target with a text that has an item before it."""
-        known, documents = self.items, []
-        for place in range(max(1, first_target), len(items)):
-            if len(known.titles[items[place]]):
-                history = known.ids[items[max(0, place - known.window) : place]]
-                pieces = [p for item in history for p in (self.separator, item)]
-                documents.append(respond([self.head, *pieces[1:], self.tail], known.written(items[place])))
-        return documents
+        """One document for each of items[first_target:] that has a text."""
+        return [
+            respond([self.form.prompt(items[:place])], self.items.written(items[place]))
+            for place in range(first_target, len(items))
+            if len(self.items.titles[items[place]])
+        ]
 
 
 ITEM_TASKS: Mapping[str, type[TitleToId] | type[IdToTitle]] = {"title_to_id": TitleToId, "id_to_title": IdToTitle}
-HISTORY_TASKS: Mapping[str, type[TitlesToId] | type[IdsToTitle]] = {
-    "titles_to_id": TitlesToId,
-    "ids_to_title": IdsToTitle,
-}
-"""Tasks by their names in `cladapt.config.TaskWeights`."""
+"""Tasks about one item at a time, by their names in `cladapt.config.TaskWeights`."""
 
 
 def respond(prompt: Sequence[np.ndarray], response: np.ndarray) -> Document:

@@ -50,4 +50,7 @@ def base_record(stream: str, config: BaseConfig | TuneConfig, fitted_block: int)
 
 def fitted_form(form: str, config: BaseConfig | TuneConfig) -> dict[str, Any]:
     """How the histories looked that the ID rows were fitted on; empty where none were."""
-    return {"form": form, "window": config.window, "softmax": config.softmax} if config.epochs else {}
+    if not config.epochs:
+        return {}
+    found = {"form": form, "window": config.window, "softmax": config.softmax}
+    return found | ({"history": config.history} if isinstance(config, TuneConfig) else {})

@@ -1,6 +1,7 @@
 """A block of interactions as examples: histories as documents, and the softmax over the items known by then."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -14,6 +15,13 @@ from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm, Templ
 from cladapt.tokens.titles import TitleForm
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
+
+
+class Learned(Protocol):
+    """What training reads of a form."""
+
+    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """Documents about items[first_target:]; see `Form`."""
 
 
 def make_form(
@@ -46,8 +54,8 @@ def make_form(
     return TitleForm(tokens, base.tokenizer, texts, ids=history == "both", template=template, **worded)
 
 
-def training_documents(split: BlockSplit, form: Form) -> list[Document]:
-    """Every training event of the block as a target once."""
+def training_documents(split: BlockSplit, form: Learned) -> list[Document]:
+    """Every training event of the block as a target once, or at most once where the form says so."""
     return [d for i in range(len(split.user)) for d in form.documents(*split.training(i))]
 
 

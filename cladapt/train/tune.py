@@ -16,7 +16,7 @@ from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.load import Base
 from cladapt.model.packed import PackedLoss, TrieSoftmax
-from cladapt.tokens.alignment import HISTORY_TASKS, ITEM_TASKS, Items, TitlesToId
+from cladapt.tokens.alignment import ITEM_TASKS, IdsToTitle, Items
 from cladapt.tokens.prompts import Document
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train.blocks import fit_settings
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a base is tuned on: documents of each task, what it is judged by, and how much of the texts is left out."""
+    """What a base is tuned on: documents and weight of each task, what it is judged by, and how many texts are cut."""
 
     tasks: Mapping[str, tuple[Sequence[Document], float]]
     validation: Sequence[Document]
-    cut_texts: int = 0
-    shortened_histories: int = 0
+    cut_texts: int
 
     def feed(self, config: TuneConfig) -> MixedFeed:
         """The tasks mixed by their weights, judged by the validation of the sequence task."""
@@ -47,35 +46,32 @@ class Lesson:
 def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
     """The documents of block 1, which `stream` ends with: its training events, and its items' texts.
 
-    `DataError` where a task needs texts and no item has one.
+    `base` has the IDs of the stream's items. `DataError` where a task needs texts and no item has one.
     """
-    form = make_form(config.form, base, config.window, config.row_tokens)
-    split = split_block(stream, 1)
+    texts, room = stream.items["text"].to_list(), (config.window, config.row_tokens)
+    form = make_form(config.form, base, *room, config.history, texts, config.history_tokens)
+    split, alignment = split_block(stream, 1), config.tasks.alignment
+    validation = validation_documents(split, form)
     tasks: dict[str, tuple[Sequence[Document], float]] = {}
     if config.tasks.sequence:
         tasks["sequence"] = training_documents(split, form), config.tasks.sequence
-    validation = validation_documents(split, form)
-    alignment = config.tasks.alignment
     if not alignment:
-        return Lesson(tasks, validation)
-    ids = base.item_tokens().numpy()
-    texts = stream.items["text"].to_list()
-    room = config.title_tokens, config.window, config.row_tokens
-    items = Items.encode(base.tokenizer, base.sids, ids, texts, *room)
-    if not items.titled.any():
+        return Lesson(tasks, validation, cut_texts=0)
+    items = Items.encode(base.tokenizer, base.sids, base.item_tokens().numpy(), texts, config.title_tokens, *room)
+    if not items.longest:
         raise DataError(
             f"tasks.{next(iter(alignment))} needs items' texts: no item of block 1 has one that the tokenizer knows",
             "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or leave the task out",
         )
-    shortened = 0
     for name, weight in alignment.items():
         if name in ITEM_TASKS:
-            tasks[name] = ITEM_TASKS[name](items).documents(np.arange(len(texts))), weight
-            continue
-        task = HISTORY_TASKS[name](items)
-        tasks[name] = [d for i in range(len(split.user)) for d in task.documents(*split.training(i))], weight
-        shortened += task.shortened if isinstance(task, TitlesToId) else 0
-    return Lesson(tasks, validation, int(items.cut.sum()), shortened)
+            documents = ITEM_TASKS[name](items).documents(np.arange(len(texts)))
+        elif name == "ids_to_title":
+            documents = training_documents(split, IdsToTitle(items))
+        else:
+            documents = training_documents(split, make_form("prompt", base, *room, "titles", texts))
+        tasks[name] = documents, weight
+    return Lesson(tasks, validation, int(items.cut.sum()))
 
 
 def tune(

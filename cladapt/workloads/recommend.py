@@ -93,7 +93,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         if start := self.starts_from(config):
             check_start(start, stream, config.data)
             self.check_adapter(config, start)
-        check_form(base, config.train.form)
+        check_form(base, config.train.form, config.train.history)
         return stream, base.with_sids(load_sids(Path(config.data), stream))
 
     def prefix(self, stream: Stream, fingerprint: str) -> Stream | None:

@@ -270,7 +270,7 @@ def test_eos_opens_a_history_where_there_is_no_bos(tmp_path: Path) -> None:
 def test_the_trie_softmax_speaks_the_vocabulary_of_the_base() -> None:
     model, tokenizer = new_model("tiny", SIDS, seed=0)
     softmax = trie_softmax(Base(model, tokenizer, SIDS, {}), Trie.build(SIDS.codes))
-    assert softmax.token.tolist() == [[4, 5, 6], [7, 8, 0]]
+    assert [tokens.tolist() for tokens in softmax.tokens] == [[4, 5, 6], [7, 8]]
     assert softmax.level.tolist() == [-1] * 4 + [0] * 3 + [1] * 2
     assert softmax.code.tolist() == [0] * 4 + [0, 1, 2, 0, 1]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cladapt import ops
 from cladapt.config import (
     BaseConfig,
     RunConfig,
@@ -70,7 +71,9 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("changes", [{}, {"rank": 4}, {"untie": True}, {"rank": 4, "untie": True, "form": "prompt"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"rank": 4}, {"untie": True}, {"rank": 4, "untie": True, "form": "prompt", "history": "both"}]
+)
 def test_a_tuned_base_is_a_checkpoint_that_has_learned_block_1(
     changes: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:
@@ -80,7 +83,8 @@ def test_a_tuned_base_is_a_checkpoint_that_has_learned_block_1(
     assert base.fitted_block == 1
     assert base.provenance["stream"] == stream.fingerprints[0]
     assert base.provenance["form"] == changes.get("form", "packed")
-    assert TuneConfig(**base.provenance["config"]) == config(**changes)
+    resolved = {"precision": ops.precision("auto")}
+    assert TuneConfig(**base.provenance["config"]) == config(**changes).model_copy(update=resolved)
     epochs = [e["valid_log_likelihood"] for e in sink.events if e["kind"] == "epoch"]
     assert report["valid_log_likelihood"] == max(epochs) > report["start_log_likelihood"]
     untied = "untie" in changes
@@ -93,7 +97,7 @@ def test_a_tuned_base_is_a_checkpoint_that_has_learned_block_1(
     with torch.no_grad():
         assert torch.equal(stock(inputs).logits, base.model(inputs).logits)
     assert {p.name for p in tmp_path.iterdir()} == {"out"}  # no checkpoint is left
-    train = TrainConfig(form=changes.get("form", "packed"))
+    train = TrainConfig(form=base.provenance["form"], history=base.provenance["history"])
     found, opened = Recommend().open_inputs(RunConfig(data=str(world / "stream"), base=str(out), train=train))
     assert opened.sids.items == tuple(found.items["item"])
 
@@ -146,8 +150,8 @@ def test_held_out_events_are_in_no_document(world: Path) -> None:
     learned = lesson(base, stream, config())
     targets = {name: sum(int(d.loss.sum()) for d in documents) for name, (documents, _) in learned.tasks.items()}
     assert targets["sequence"] == counts * base.sids.levels
-    # a history task has no document for a user's first event
-    assert len(learned.tasks["titles_to_id"][0]) == counts - len(split.user)
+    assert targets["titles_to_id"] == counts * base.sids.levels
+    assert len(learned.tasks["ids_to_title"][0]) == counts
     assert len(learned.tasks["title_to_id"][0]) == stream.n_items
     assert len(learned.validation) == split.n_test
 
@@ -213,8 +217,9 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(world: Path,
     data, out = world / "stream", tmp_path / "out"
     with pytest.raises(ConfigError, match=r"weights=random: .*init is a base with ID tokens"):
         bases.tune_base(str(world / "init"), data, out, config(weights="random"), MemorySink())
-    with pytest.raises(ConfigError, match=r"row_tokens=60 is less than the \d+ tokens .* the task titles_to_id"):
-        bases.tune_base(str(world / "source"), data, out, config(row_tokens=60, batch_tokens=60), MemorySink())
+    with pytest.raises(ConfigError, match=r"row_tokens=\d+ is less than the \d+ tokens .* the task id"):
+        short = config(row_tokens=60, tasks={"sequence": 1, "id_to_title": 1})
+        bases.tune_base(str(world / "source"), data, out, short, MemorySink())
     with pytest.raises(DataError, match=r"cannot load a causal LM from '.*nowhere'"):
         bases.tune_base(str(tmp_path / "nowhere"), data, out, config(), MemorySink())
     with pytest.raises(ConfigError, match="exists and is not empty"):
