@@ -151,3 +151,18 @@ def test_patience_ends_tuning_by_the_sequence_task(checkpoint: Callable[..., Pat
     config = CONFIG.model_copy(update={"epochs": 40, "patience": 2})
     _, result = tune(base, None, MixedFeed(tasks, wrong, 256, 64), config, sink)
     assert sum(e["kind"] == "epoch" for e in sink.events) == result.epoch + 2 < 40
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_layers_computed_again_give_the_same_weights(
+    rank: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = []
+    for again in (False, True):
+        base = opened(checkpoint, tmp_path / str(again))
+        config = CONFIG.model_copy(update={"rank": rank, "checkpointing": again, "epochs": 1, "precision": "bf16"})
+        model, _ = tune(base, trie_softmax(base, Trie.build(SIDS.codes)), feed(base), config, MemorySink())
+        found.append(values(model))
+        assert {t.dtype for t in found[-1].values()} == {torch.float32}
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
