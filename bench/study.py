@@ -63,7 +63,8 @@ class Study:
             raise ConfigError(f"--only {' '.join(strange)}: no such cell", f"cells: {', '.join(self.recipe.cells)}")
         if strange := sorted({*(seeds or ())} - {*self.recipe.seeds}):
             raise ConfigError(
-                f"--seeds {' '.join(map(str, strange))}: no such seed", f"seeds: {', '.join(map(str, self.recipe.seeds))}"
+                f"--seeds {' '.join(map(str, strange))}: no such seed",
+                f"seeds: {', '.join(map(str, self.recipe.seeds))}",
             )
         refuse_other_code(self.work)
         for seed in self.recipe.seeds if seeds is None else seeds:

@@ -77,11 +77,9 @@ class Offered:
         return cls(sids, items, texts)
 
     def same(self, other: "Offered") -> bool:
-        """Whether both offer the same items under the same IDs and texts."""
-        return (self.items, self.texts) == (
-            other.items,
-            other.texts,
-        ) and self.sids.fingerprint == other.sids.fingerprint
+        """Whether both offer the same items under the same IDs, and the same texts where both have them."""
+        same_texts = None in (self.texts, other.texts) or self.texts == other.texts
+        return same_texts and self.items == other.items and self.sids.fingerprint == other.sids.fingerprint
 
     def chosen(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The offered items among those `wanted` (None: all), and how many wanted ones are withdrawn."""

@@ -4,6 +4,9 @@ transformers reads them all; a GGUF file's blocks are unpacked to floating point
 an ordinary checkpoint.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -52,17 +55,18 @@ def read(
     place, options = _place(source)
     packed = "gguf_file" in options
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-            **(_unpacked() if packed else {}),
-            **loading,
-            **options,
-        )
+        with _quiet_unpacking():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                **(_unpacked() if packed else {}),
+                **loading,
+                **options,
+            )
         model, found = loaded
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -118,6 +122,19 @@ def _place(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
             f"{source} is a GGUF file, and the package that reads them is not installed", "pip install 'cladapt[gguf]'"
         )
     return file.absolute().parent, {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+
+
+@contextmanager
+def _quiet_unpacking() -> Iterator[None]:
+    """Without the progress bar of a GGUF file's tensors, which transformers' own switch leaves on."""
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    shown = unpacking.tqdm
+    unpacking.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        unpacking.tqdm = shown
 
 
 def _unpacked() -> dict[str, Any]:

@@ -18,7 +18,9 @@ RESTORE = "restore them, or start a new run from these"
 
 def open_inputs(run: Run[Any], learning: bool = False) -> tuple[Any, FittedBase]:
     """The stream as the run is to learn it, however it has grown since, and the base; whole, unless it is to learn."""
-    config = run.config if learning else run.config.model_copy(update={"sharding": "none"})
+    config = run.config
+    if not learning and hasattr(config, "sharding"):
+        config = config.model_copy(update={"sharding": "none"})
     stream, base = run.workload.open_inputs(config, partial(_known_part, run))
     return stream, base
 

@@ -101,12 +101,8 @@ class Fit:
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
         self._is_cut = any(map(is_cut, module.parameters()))  # which DDP cannot hold: gradients are averaged here
-        optimizer = self._make_optimizer()
-        self.module, self.optimizer = (
-            (module, self.accelerator.prepare(optimizer))
-            if self._is_cut
-            else self.accelerator.prepare(module, optimizer)
-        )
+        self.optimizer: Any = self.accelerator.prepare(self._make_optimizer())
+        self.module: nn.Module = module if self._is_cut else self.accelerator.prepare(module)
         self.best: dict[str, Tensor] = {}
         self.position = Position()
 

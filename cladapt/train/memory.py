@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cladapt import ops
-from cladapt.model.attention import block_mask
+from cladapt.model.attention import block_mask, compute_dtype, packed_attention
 from cladapt.model.checkpointing import set_checkpointing
 from cladapt.model.head import cross_entropy, head_logits
 from cladapt.model.packed import PackedLoss
@@ -78,13 +78,13 @@ class MicroBatch:
         device = next(loss.parameters()).device
         tokens, marked = batch[0].to(device), batch[-1].to(device).clone()
         marked[:, 0] = False
-        softmax = loss.softmax
+        softmax, (rows, length) = loss.softmax, tokens.shape
         if softmax is None:
-            return cls(*tokens.shape, targets=int(marked.sum()))
+            return cls(rows, length, int(marked.sum()))
         node = softmax.nodes(tokens)
         degree = torch.where(node < 0, 0, softmax.degree[node.clamp_min(0)])
         chosen = degree[marked & (degree > 1)]
-        return cls(*tokens.shape, targets=len(chosen), columns=len(softmax.rows), children=int(chosen.sum()))
+        return cls(rows, length, len(chosen), len(softmax.rows), int(chosen.sum()))
 
 
 def activation_bytes(
@@ -92,7 +92,7 @@ def activation_bytes(
     batch: MicroBatch,
     precision: ops.Precision,
     checkpointing: bool,
-    weights: Sequence[nn.Parameter] = (),
+    weights: Sequence[Tensor] = (),
 ) -> int:
     """Peak bytes beside the model of one micro-batch's forward and backward pass, gradients included.
 
@@ -107,14 +107,17 @@ def activation_bytes(
     allocations = Allocations()
     lm.train(not weights)
     set_checkpointing(lm, checkpointing)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with autocast:  # what it tries out on the device is no part of the trace
+        dense = packed_attention(device, compute_dtype(lm), lm.config)[0] == "dense"
     for weight in weights:
         weight.requires_grad_(True)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.random.fork_rng(devices=[]), allocations:
             model = [mode.from_tensor(tensor) for tensor in (*lm.parameters(), *lm.buffers())]
             allocations.given(model)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = _loss(lm, batch, device)
+            with autocast:
+                loss = _loss(lm, batch, device, dense)
             found = torch.autograd.grad(loss, [*weights]) if weights else loss.backward()
             del found, loss
     finally:
@@ -143,11 +146,11 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _loss(lm: "PreTrainedModel", batch: MicroBatch, device: torch.device) -> Tensor:
+def _loss(lm: "PreTrainedModel", batch: MicroBatch, device: torch.device, dense: bool) -> Tensor:
     """The mean loss of `batch`, by the operations of `PackedLoss` on positions that are known beforehand."""
     ones = torch.ones(batch.rows, batch.length, dtype=torch.int64, device=device)
-    # on a GPU attention makes no [S, S] tensor
-    mask = block_mask(ones, next(lm.parameters()).dtype) if device.type == "cpu" else None
+    # without a mask attention is causal, which keeps what attention of variable length does
+    mask = block_mask(ones, next(lm.parameters()).dtype) if dense else None
     backbone = getattr(lm, lm.base_model_prefix)
     hidden = backbone(input_ids=ones, attention_mask=mask, position_ids=ones, use_cache=False).last_hidden_state
     before = hidden[:, :-1].flatten(0, 1)[torch.zeros(batch.targets, dtype=torch.int64, device=device)]

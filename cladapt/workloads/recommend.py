@@ -50,7 +50,7 @@ from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, LeftOut, pack
 from cladapt.train.bases import make_base
 from cladapt.train.blocks import Examples
-from cladapt.train.feeds import PackedFeed
+from cladapt.train.feeds import PackedFeed, shard
 from cladapt.train.memory import MicroBatch, activation_bytes
 from cladapt.train.prompting import check_prompt, prompt_record
 from cladapt.train.sinks import Sink
@@ -175,7 +175,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
         feed = make_feed(stream, learned, form_of(config, base, stream), train)
         batches = feed.epoch([config.seed, 0])
-        size = MicroBatch.of(loss, max(batches, key=lambda batch: batch[0].numel()))
+        largest = max(batches, key=lambda batch: batch[0].numel())
+        size = MicroBatch.of(loss, shard(largest, 0, ranks.ranks()))
         precision = ops.precision(train.precision)
         peak = activation_bytes(loss.lm, size, precision, train.checkpointing)
         if method.weight_gradients:  # its pass before the first step, which adds up the gradients in float32

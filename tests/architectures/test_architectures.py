@@ -28,12 +28,22 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import (
+    AdapterConfig,
+    BaseConfig,
+    MethodConfig,
+    RunConfig,
+    SimulateConfig,
+    TaskWeights,
+    TokensConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.merge import probe_tokens
 from cladapt.model.adapter import quiet
+from cladapt.model.attention import block_mask
 from cladapt.model.load import load_base
-from cladapt.model.packed import block_mask
 from cladapt.model.saved import load_adapter
 from cladapt.pipeline import bases, evaluation, runs, ship, streams
 from cladapt.run import Run
@@ -58,6 +68,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
 }
 CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
 QUICK = BaseConfig(epochs=1)
+TUNE = TuneConfig(epochs=1, batch_tokens=256, row_tokens=64, tasks=TaskWeights(title_to_id=0.5, id_to_title=0.5))
 TEXT = ["which item comes next", "the next item of the list is an item"]
 
 
@@ -98,13 +109,16 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
 def world(request: pytest.FixtureRequest, stream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoint `source`, the `base` made of it, a `run` that is evaluated, and its exports."""
+    """A folder with the checkpoint `source`, what `base init` makes of it (`start`), the `base` that is tuned on block
+    1 (all weights of a tied one, a LoRA of an untied one), a `run` that is evaluated, and its exports."""
     family, tied = request.param
     folder = tmp_path_factory.mktemp(family)
     make_checkpoint(folder / "source", FAMILIES[family], tied)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        bases.init_base(str(folder / "source"), stream, folder / "base", "packed", QUICK, MemorySink())
+        bases.init_base(str(folder / "source"), stream, folder / "start", "packed", QUICK, MemorySink())
+        tune = TUNE.model_copy(update={"rank": 0 if tied else 2})
+        bases.tune_base(str(folder / "start"), stream, folder / "base", tune, MemorySink())
         config = RunConfig(
             data=str(stream),
             base=str(folder / "base"),
@@ -124,8 +138,8 @@ def tied(world: Path) -> bool:
     return bool(json.loads((world / "source" / "config.json").read_text())["tie_word_embeddings"])
 
 
-def test_the_base_has_the_source_s_weights_and_id_rows_beside_them(world: Path, tied: bool) -> None:
-    source, base = AutoModelForCausalLM.from_pretrained(world / "source"), load_base(world / "base")
+def test_init_gives_the_source_s_weights_and_id_rows_beside_them(world: Path, tied: bool) -> None:
+    source, base = AutoModelForCausalLM.from_pretrained(world / "source"), load_base(world / "start")
     known = len(AutoTokenizer.from_pretrained(world / "source"))
     new = set(sid_token_ids(base.tokenizer, base.sids).tolist())
     assert min(new) == known
@@ -137,6 +151,17 @@ def test_the_base_has_the_source_s_weights_and_id_rows_beside_them(world: Path, 
     ids = base.tokenizer.encode("next item " + base.sids.tokens[0], add_special_tokens=False)
     assert ids[-1] in new
     assert base.tokenizer.decode(ids[:-1]).strip() == "next item"
+
+
+def test_tuning_changes_every_layer_and_says_that_block_1_is_learned(world: Path, tied: bool) -> None:
+    start, base = load_base(world / "start"), load_base(world / "base")
+    assert (start.fitted_block, base.fitted_block) == (0, 1)
+    before, after = start.model.state_dict(), base.model.state_dict()
+    same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    norms = {name for name in before if "norm" in name or "bias" in name}
+    assert same <= norms
+    assert tied or norms <= same  # a LoRA is merged into linear layers alone
+    assert (base.model.get_input_embeddings().weight is base.model.get_output_embeddings().weight) == tied
 
 
 def test_packed_rows_have_the_hidden_states_of_single_ones(world: Path) -> None:
@@ -161,13 +186,13 @@ def test_packed_rows_have_the_hidden_states_of_single_ones(world: Path) -> None:
 
 def test_the_run_learned_every_linear_layer_and_was_measured(world: Path, tied: bool) -> None:
     run = Run.open(world / "run")
-    assert list(run.adapters) == [1, 2]
+    assert list(run.adapters) == [2]
     parameters = load_adapter(load_base(world / "base"), run.adapters[2]).state_dict()
     factors = {name: p for name, p in parameters.items() if ".lora_B." in name}
     assert len(factors) == 7 * SIZES["num_hidden_layers"] + (not tied)
     assert all(bool(p.abs().max() > 0) for p in factors.values())
     losses = [e["loss"] for e in map(json.loads, (run.path / "log.jsonl").read_text().splitlines()) if "loss" in e]
-    assert len(losses) >= 2
+    assert losses
     assert all(0.0 < loss < 20.0 for loss in losses)
     rows = pl.read_parquet(run.path / "users" / "block_002.parquet")
     assert rows["log_likelihood"].is_finite().all()

@@ -45,10 +45,12 @@ def test_a_checkpoint_in_half_precision_is_read_in_full(checkpoint: Checkpoint, 
 
 def test_pickled_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint(tmp_path)
-    torch.save(LlamaForCausalLM.from_pretrained(source).state_dict(), source / "pytorch_model.bin")
+    opened = tmp_path / "opened"
+    (source / "pytorch_model.bin").write_text(f"cos\nsystem\n(S'touch {opened}'\ntR.")  # unpickling it runs touch
     (source / "model.safetensors").unlink()
     with pytest.raises(DataError, match="cannot load a causal LM from"):
         open_source(str(source), 0)
+    assert not opened.exists()
 
 
 def test_random_weights_have_architecture_and_tokenizer_and_follow_the_seed(
