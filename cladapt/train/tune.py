@@ -100,7 +100,7 @@ def tune(
         cast(nn.Module, model).requires_grad_(True)
     settings = replace(fit_settings(config, config.seed, block=1), patience=config.patience)
     fit = Fit(PackedLoss(model, softmax), Finetune(), _context(model), feed, settings, sink)
-    result = fit.run(checkpoint, config.checkpoint_steps, resume)
+    result = fit.run(checkpoint, config.checkpoint_steps or len(fit.steps(0)), resume)
     if wrapped is not None:
         model = cast("PreTrainedModel", wrapped.merge_and_unload())
     model.requires_grad_(False)

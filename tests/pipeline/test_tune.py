@@ -176,6 +176,26 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_base(rank: int, world: P
     assert not work.exists()
 
 
+def test_an_epoch_is_not_lost_where_a_command_is_killed_later(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data, out = str(world / "source"), world / "stream", tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bases, "save_base", killed)  # all is learned, nothing is written
+        with pytest.raises(KeyboardInterrupt):
+            bases.tune_base(source, data, out, config(tasks={}), MemorySink())
+    rest, whole = MemorySink(), MemorySink()
+    bases.tune_base(source, data, out, config(tasks={}), rest)
+    bases.tune_base(source, data, tmp_path / "whole", config(tasks={}), whole)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert [e["kind"] for e in rest.events] == ["epoch"]  # no step is done again, the last epoch is judged
+    assert any(e["kind"] == "step" for e in whole.events)
+
+
 def test_what_was_begun_with_other_settings_is_not_gone_on_with(world: Path, tmp_path: Path) -> None:
     source, data, out = str(world / "source"), world / "stream", tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
