@@ -5,7 +5,7 @@ an ordinary checkpoint.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +55,7 @@ def read(
     place, options = _place(source)
     packed = "gguf_file" in options
     try:
-        with _quiet_unpacking():
+        with _quiet_unpacking() if packed else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place,
