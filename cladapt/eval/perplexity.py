@@ -54,7 +54,7 @@ class Windows:
 def read_text(path: Path) -> Text:
     """A text file in UTF-8; `DataError` where it is not there, is none, or is empty."""
     if not path.is_file():
-        raise DataError(f"no such file: {path}", "check the path")
+        raise DataError(f"{path} is no regular file" if path.exists() else f"no such file: {path}", "give a text file")
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -47,12 +47,12 @@ class Offered:
     def save(self, folder: Path) -> None:
         """Write the files; the IDs first, so that the catalogue never names an item without one."""
         self.sids.save(folder / SIDS)
-        if self.texts is not None:
-            write_parquet(folder / TEXTS, pl.DataFrame([self.sids.items, self.texts], schema=_TEXTS))
         self.save_items(folder)
 
     def save_items(self, folder: Path) -> None:
-        """Write the offered items alone."""
+        """Write the offered items, and the texts where prompts need them, to IDs that are there."""
+        if self.texts is not None:
+            write_parquet(folder / TEXTS, pl.DataFrame([self.sids.items, self.texts], schema=_TEXTS))
         write_parquet(folder / CATALOGUE, pl.DataFrame({"item": self.items}, schema={"item": pl.String()}))
 
     @classmethod

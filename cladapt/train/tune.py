@@ -17,7 +17,7 @@ from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.load import Base
 from cladapt.model.packed import PackedLoss, TrieSoftmax
 from cladapt.tokens.alignment import ITEM_TASKS, IdsToTitle, Items
-from cladapt.tokens.prompts import Document
+from cladapt.tokens.prompts import Document, warn_left_out
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train.blocks import fit_settings
 from cladapt.train.feeds import Feed, MixedFeed
@@ -54,7 +54,9 @@ def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
     validation = validation_documents(split, form)
     tasks: dict[str, tuple[Sequence[Document], float]] = {}
     if config.tasks.sequence:
-        tasks["sequence"] = training_documents(split, form), config.tasks.sequence
+        documents = training_documents(split, form)
+        warn_left_out(documents, "block 1")
+        tasks["sequence"] = documents, config.tasks.sequence
     if not alignment:
         return Lesson(tasks, validation, cut_texts=0)
     items = Items.encode(base.tokenizer, base.sids, base.item_tokens().numpy(), texts, config.title_tokens, *room)
