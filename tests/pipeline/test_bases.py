@@ -24,6 +24,7 @@ from cladapt.train.sinks import MemorySink
 from cladapt.workloads.recommend import Recommend
 
 QUICK = BaseConfig(epochs=3)
+pytestmark = pytest.mark.filterwarnings("ignore:.* ID tokens already:UserWarning")  # see `source`
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 
 
