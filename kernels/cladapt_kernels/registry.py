@@ -312,7 +312,7 @@ def write_routes(rows: Sequence[Row], gpu: str, folder: Path = routes.TABLES) ->
             keys = [(f"lora_linear {part}", str(size)) for part in WAYS]
             if all(key in best for key in keys):
                 writer.writerow([*size, "bfloat16", *(best[key][1] for key in keys)])
-    routes._table.cache_clear()
+    routes.forget()
     return path
 
 

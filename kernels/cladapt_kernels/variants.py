@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cladapt_kernels import adamw, gemm, retract_triton, shrink, skinny
+from cladapt_kernels import adamw, gemm, mask, retract_triton, shrink, skinny
 from cladapt_kernels.aot import Variant
 
 TOKENS, K, N, RANK = 8192, 1024, 4096, 16
@@ -47,6 +47,10 @@ def _skinny(r: int, dtype: torch.dtype = BF16, p: float = 0.0, hooks: bool = Fal
     skinny.skinny(s, x, s, dy, 2.0, da, db, p, _seed(), hooks, offsets, term, hooks)
 
 
+def _mask(dtype: torch.dtype) -> None:
+    mask.keep_mask(_seed(), TOKENS, K, 0.1, dtype)
+
+
 VARIANTS = (
     *(
         Variant(f"{name} factors, rank {r}, dropout {p}", partial(_shrink, factor, r, p), ("wgmma",))
@@ -74,6 +78,8 @@ VARIANTS = (
     Variant("factors, all hooks", partial(_skinny, RANK, hooks=True)),
     Variant("factors, odd sizes", partial(_skinny, RANK, odd=1)),
     Variant("factors, fp32, odd sizes", partial(_skinny, RANK, FP32, odd=1)),
+    Variant("mask", partial(_mask, BF16)),
+    Variant("mask, fp32", partial(_mask, FP32)),
     *adamw.variants(),
     *retract_triton.variants(),
 )
