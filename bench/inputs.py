@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from cladapt.config import (
     Settings,
     SimulateConfig,
     TokensConfig,
+    TuneConfig,
     VitConfig,
     resolve,
 )
@@ -58,8 +59,24 @@ class Recipe(Settings, ABC):
         """Make a base for a stream; what to say of it."""
 
 
+class LanguageBase(BaseConfig):
+    """How a causal LM becomes a base: from scratch, or a pretrained one with ID tokens, tuned on block 1."""
+
+    source: str = ""
+    """What `base init --from` takes; a path may be one below the data root. Empty = from scratch, of `preset` size."""
+    form: Literal["packed", "prompt"] = "packed"
+    """How the histories of a pretrained base become tokens."""
+    tune: TuneConfig | None = None
+    """`base tune` after `base init`, with the same seed; none leaves the pretrained weights as they are."""
+
+    @property
+    def own(self) -> BaseConfig:
+        """The settings of `base pretrain` or `base init`."""
+        return BaseConfig(**self.model_dump(include={*BaseConfig.model_fields}))
+
+
 class Interactions(Recipe):
-    """Interactions, imported or simulated: one stream for all seeds, a base from scratch for each."""
+    """Interactions, imported or simulated: one stream for all seeds, a base for each."""
 
     source: str = ""
     """Folder of real data below the data root; empty = simulate."""
@@ -68,7 +85,7 @@ class Interactions(Recipe):
     blocks: BlocksConfig = BlocksConfig()
     simulate: SimulateConfig = SimulateConfig()
     tokens: TokensConfig = TokensConfig()
-    base: BaseConfig = BaseConfig()
+    base: LanguageBase = LanguageBase()
     """How the bases are made; a cell's own `base` comes on top."""
 
     @property
@@ -90,12 +107,22 @@ class Interactions(Recipe):
             streams.build_tokens(folder, self.tokens, None)
         return folder
 
-    def base_settings(self, own: dict[str, Any], seed: int) -> BaseConfig:
+    def base_settings(self, own: dict[str, Any], seed: int) -> LanguageBase:
         values = merge(self.base.model_dump(mode="json"), own.pop("base", {}))
-        return resolve(BaseConfig, {**values, "seed": seed}, "base")
+        return resolve(LanguageBase, {**values, "seed": seed}, "base")
 
-    def make_base(self, folder: Path, data: Path, stream: Path, settings: BaseConfig) -> dict[str, Any]:
-        return bases.pretrain_base(stream, folder, settings, MemorySink())
+    def make_base(self, folder: Path, data: Path, stream: Path, settings: LanguageBase) -> dict[str, Any]:
+        if not settings.source:
+            return bases.pretrain_base(stream, folder, settings.own, MemorySink())
+        below = data / settings.source
+        source = str(below if below.exists() else settings.source)
+        if settings.tune is None:
+            return bases.init_base(source, stream, folder, settings.form, settings.own, MemorySink())
+        first = folder.parent / hash_value([stream.name, settings.model_dump(mode="json", exclude={"tune"})])
+        if not first.is_dir():
+            bases.init_base(source, stream, first, settings.form, settings.own, MemorySink())
+        tune = settings.tune.model_copy(update={"seed": settings.seed})
+        return bases.tune_base(str(first), stream, folder, tune, MemorySink())
 
 
 class Images(Recipe):

@@ -54,15 +54,20 @@ class Study:
     def __init__(self, name: str, recipe: Recipe, work: Path, data: Path) -> None:
         self.name, self.recipe, self.work, self.data = name, recipe, work, data
 
-    def cells(self, only: Sequence[str] | None = None) -> Iterator[Cell]:
-        """The grid (or the cells of some names), seed by seed so that a stopped study has whole seeds.
+    def cells(self, only: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> Iterator[Cell]:
+        """The grid (or the cells of some names or seeds), seed by seed so that a stopped study has whole seeds.
 
         The stream and the base of a cell are made where they are missing.
         """
         if strange := sorted({*(only or ())} - {*self.recipe.cells}):
             raise ConfigError(f"--only {' '.join(strange)}: no such cell", f"cells: {', '.join(self.recipe.cells)}")
+        if strange := sorted({*(seeds or ())} - {*self.recipe.seeds}):
+            raise ConfigError(
+                f"--seeds {' '.join(map(str, strange))}: no such seed",
+                f"seeds: {', '.join(map(str, self.recipe.seeds))}",
+            )
         refuse_other_code(self.work)
-        for seed in self.recipe.seeds:
+        for seed in self.recipe.seeds if seeds is None else seeds:
             for name in self.recipe.cells:
                 if only is None or name in only:
                     yield self.cell(name, seed)
@@ -230,9 +235,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="where the real data lies")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--only", nargs="*", default=None, metavar="CELL", help="run these cells alone")
+    parser.add_argument("--seeds", nargs="*", type=int, default=None, metavar="SEED", help="run these seeds alone")
     given = parser.parse_args()
     study = Study(given.recipe.stem, recipe_of(load_recipe(given.recipe), str(given.recipe)), given.work, given.data)
-    done = [(cell, study.run(cell)) for cell in study.cells(given.only)]
+    done = [(cell, study.run(cell)) for cell in study.cells(given.only, given.seeds)]
     write_tables(study.name, tables(study.recipe, done), given.results)
 
 

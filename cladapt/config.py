@@ -15,6 +15,7 @@ Width = Annotated[int, Field(ge=1, le=2**16)]
 Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0, le=100.0)]
 _TRACKER = "(tensorboard|wandb|trackio|mlflow)"
 Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
@@ -92,7 +93,19 @@ class TokensConfig(Settings):
     """Seed of k-means."""
 
 
-class BaseConfig(Settings):
+class StartConfig(Settings):
+    """How a pretrained checkpoint becomes a base with ID tokens."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random`: the checkpoint's architecture and tokenizer, its weights drawn anew: the control without knowledge."""
+    rows: Literal["meaning", "random"] = "meaning"
+    """Where the rows of new ID tokens start, with a little noise. `meaning`: at the mean of the rows of the words in
+    the texts of block 1's items that have the code; `random`: at the mean of all rows, as codes without words do."""
+    untie: bool = False
+    """Give a base whose head is its embedding table a head of its own, a copy, so that output rows can differ."""
+
+
+class BaseConfig(StartConfig):
     """How a base model is made."""
 
     shown_by = "config show --for pretrain"
@@ -155,13 +168,11 @@ class MethodConfig(Settings):
     """Options of the method; for several methods `<method>.<field>`."""
 
 
-class FitConfig(Settings):
-    """How one block is learned, whatever it holds."""
+class LearningConfig(Settings):
+    """How weights are learned, whatever they are."""
 
     lr: PositiveFloat = 2e-3
     """Peak learning rate on block 1."""
-    block_lr_factor: PositiveFloat = 1.0
-    """Factor on `lr` for every later block."""
     epochs: Positive = 6
     """Epochs per block."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -174,16 +185,35 @@ class FitConfig(Settings):
     """Largest gradient norm; 0 turns clipping off."""
     accumulation: Positive = 1
     """Micro-batches per optimiser step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision; adapter weights and optimiser state stay fp32 in both."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; adapter weights and optimiser state stay fp32 in both. `auto`: bf16 on a GPU that has it, else
+    fp32; a run records which."""
+    checkpointing: bool = False
+    """Keep of each layer its input alone, and compute the layer again in the backward pass: less memory, the same
+    gradients, about a third more time."""
     keep: Literal["best", "last"] = "best"
     """Which epoch's adapter a block keeps: best validation log-likelihood, or the last."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between checkpoints inside a block; 0 writes them at block ends only."""
 
+    def lr_of(self, block: int) -> float:
+        """Peak learning rate on a block."""
+        return self.lr
 
-class TrainConfig(FitConfig):
-    """How one block of interactions is learned."""
+
+class FitConfig(LearningConfig):
+    """How one block is learned, whatever it holds."""
+
+    block_lr_factor: PositiveFloat = 1.0
+    """Factor on `lr` for every later block."""
+
+    def lr_of(self, block: int) -> float:
+        """Peak learning rate on a block."""
+        return self.lr * (self.block_lr_factor if block > 1 else 1.0)
+
+
+class HistoriesConfig(Settings):
+    """How histories become rows of tokens, and what an item competes with."""
 
     batch_tokens: Positive = 2048
     """Tokens per micro-batch, padding included."""
@@ -193,17 +223,90 @@ class TrainConfig(FitConfig):
     """Most recent items that form a history."""
     form: Literal["packed", "prompt"] = "packed"
     """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
+    history: Literal["ids", "titles", "both"] = "ids"
+    """What a worded prompt names items by: semantic IDs, titles (the items' texts), or each ID with its title."""
+    history_tokens: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """Most tokens of a worded prompt's history, the oldest items are left out; 0: what a row has room for."""
     softmax: Literal["trie", "vocabulary"] = "trie"
     """`trie`: a code competes with what catalogue items have after the same prefix; `vocabulary`: with all tokens."""
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "HistoriesConfig":
+        if self.row_tokens > self.batch_tokens:
+            raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _worded(self) -> "HistoriesConfig":
+        if self.form != "prompt":
+            for key, value, default in (("history", self.history, "ids"), ("history_tokens", self.history_tokens, 0)):
+                if value != default:
+                    raise ValueError(f"{key}={value} needs form=prompt, form is {self.form}")
+        return self
+
+
+class TrainConfig(HistoriesConfig, FitConfig):
+    """How one block of interactions is learned."""
+
     held_out: Literal["never", "next"] = "never"
     """When validation and test events are learned: `never`, or with the `next` block, when they are past; figures of
     later models on them are then marked."""
 
+
+class TaskWeights(Settings):
+    """How many times an epoch goes through the documents of each task: 0.5 draws half of them anew each epoch."""
+
+    sequence: Weight = 1.0
+    """A history as `form` says -> ID of the next item: what epochs are judged by, and what adapters go on learning."""
+    title_to_id: Weight = 0.0
+    """Text of an item -> its ID."""
+    id_to_title: Weight = 0.0
+    """ID of an item -> its text."""
+    titles_to_id: Weight = 0.0
+    """Texts of a history -> ID of the next item."""
+    ids_to_title: Weight = 0.0
+    """IDs of a history -> text of the next item."""
+
+    @property
+    def alignment(self) -> dict[str, float]:
+        """The tasks that read or write texts and take part."""
+        weights: dict[str, float] = self.model_dump(exclude={"sequence"})
+        return {name: weight for name, weight in weights.items() if weight}
+
     @model_validator(mode="after")
-    def _rows_fit(self) -> "TrainConfig":
-        if self.row_tokens > self.batch_tokens:
-            raise ValueError(f"row_tokens={self.row_tokens} exceeds batch_tokens={self.batch_tokens}")
+    def _something_to_learn(self) -> "TaskWeights":
+        if not self.sequence and not self.alignment:
+            raise ValueError("all weights are 0, expected one above")
         return self
+
+
+class TuneConfig(HistoriesConfig, StartConfig, LearningConfig):
+    """How a pretrained base is tuned on block 1, before adapters start."""
+
+    shown_by = "config show --for tune"
+    seed: Seed = 0
+    """Seed of initialisation, order and dropout."""
+    rank: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """0: all weights learn; above: a LoRA of this rank in every linear layer but the head, merged at the end. The rows
+    of ID tokens learn either way."""
+    alpha: PositiveFloat = 16.0
+    """Scale of that LoRA: alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the input of that LoRA."""
+    tasks: TaskWeights = TaskWeights()
+    title_tokens: Positive = 24
+    """Most tokens of one item's text that a task reads or writes; the rest is cut and counted. Histories of titles are
+    instead cut to a row, the oldest items first."""
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate; a LoRA takes about ten times that of all weights."""
+    epochs: Positive = 10
+    """Most epochs over block 1."""
+    patience: Positive = 2
+    """Stop after this many epochs without a better validation log-likelihood of the sequence task."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW weight decay, on the matrices of linear layers alone."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between checkpoints; 0 writes one only when the command is stopped."""
 
 
 class ImageTrainConfig(FitConfig):
@@ -295,6 +398,12 @@ class RunConfig(RunSettings):
     """Base+tokens directory; empty = the embedded tiny base."""
     from_adapter: str = ""
     """Adapter directory that the first block starts from; empty = a fresh adapter."""
+    quantisation: Literal["none", "4bit"] = "none"
+    """`4bit`: the frozen base in bitsandbytes' NF4 while adapters learn and are measured (QLoRA); adapters are as
+    ever, and merging takes the base as it was saved. Needs the `quant` extra."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: of every layer of the frozen base each of several processes keeps a share while adapters learn (FSDP2);
+    adapters, embedding and head stay whole on each, and so does the base in evaluation."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 

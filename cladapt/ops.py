@@ -20,6 +20,9 @@ from cladapt_kernels.retract import Stiefel
 __all__ = ["Figures", "ProxAdamW", "Stiefel", "Term", "lora_linear", "lora_linear_dequantised"]
 
 Choice = Literal["auto", "triton", "reference"]
+Precision = Literal["fp32", "bf16"]
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What a base is loaded in for each precision."""
 KERNELS = ("lora_linear", "prox_adamw", "retract")
 """Ops with a Triton kernel."""
 REFERENCES = ("proximal_kl", "proximal_l2")
@@ -36,6 +39,14 @@ def compute_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def precision(configured: Literal["auto", "fp32", "bf16"]) -> Precision:
+    """The compute precision in force: `auto` is bf16 on a GPU that computes in it, else fp32."""
+    if configured != "auto":
+        return configured
+    capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if capable else "fp32"
 
 
 def requested(configured: Choice = "auto") -> Choice:

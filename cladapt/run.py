@@ -81,7 +81,11 @@ class Run(Generic[C]):
     @property
     def config_hash(self) -> str:
         """Identity of the settings that shape the adapters; inputs have fingerprints, wherever they lie."""
-        return hash_value(self.config.model_dump(mode="json", exclude={"eval", "track", *FOLDERS}))
+        left_out: dict[str, Any] = dict.fromkeys(("eval", "track", "sharding", *FOLDERS), True)
+        left_out["train"] = {"checkpointing"}  # which changes no value
+        if getattr(self.config, "quantisation", "none") == "none":  # runs from before there was this setting go on
+            left_out["quantisation"] = True
+        return hash_value(self.config.model_dump(mode="json", exclude=left_out))
 
     def config_at(self, block: int) -> C:
         """The configuration by which a block is learned."""

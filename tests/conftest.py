@@ -2,7 +2,10 @@
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +30,62 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the real data is not on this machine: no folder {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Callable[..., Path]:
+    """Writes a tiny random checkpoint with a byte-level tokenizer: `checkpoint(folder, family, tied, padding)`."""
+    return write_checkpoint
+
+
+def write_checkpoint(folder: Path, family: str = "llama", tied: bool = True, padding: int = 7) -> Path:
+    """`padding`: rows of the model beyond its tokenizer, as the Qwen family has."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(["which item next", "the next item of the list"], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    config: Any = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer) + padding,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        head_dim=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Peak:
+    """Bytes: the most that lived at one time of what was allocated inside."""
+
+    bytes = 0
+
+
+@pytest.fixture
+def measured() -> Callable[[], Any]:
+    """A context that gives the peak of what PyTorch allocates on the CPU inside, by its profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    @contextmanager
+    def inside() -> Iterator[Peak]:
+        found, now = Peak(), 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield found
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            found.bytes = max(found.bytes, now)
+
+    return inside

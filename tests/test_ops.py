@@ -16,6 +16,14 @@ def test_models_run_on_this_processs_gpu_or_on_the_cpu(monkeypatch: pytest.Monke
     assert ops.compute_device() == torch.device("cuda", 3)
 
 
+def test_the_precision_is_bf16_where_a_gpu_has_it_and_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, capable, auto in ((False, True, "fp32"), (True, False, "fp32"), (True, True, "bf16")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, c=capable: c)
+        assert ops.precision("auto") == auto
+        assert (ops.precision("fp32"), ops.precision("bf16")) == ("fp32", "bf16")
+
+
 def test_every_op_reports_its_implementation_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLADAPT_KERNELS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

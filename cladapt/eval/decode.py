@@ -10,13 +10,15 @@ The checkpoint's generation config plays no part.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cladapt.errors import CheckFailed, ConfigError, DataError
+from cladapt.model.head import head_logits, vocabulary_log_prob
 from cladapt.model.packed import Softmax, TrieSoftmax
 
 if TYPE_CHECKING:
@@ -80,27 +82,25 @@ class Decoder:
             extra = torch.empty(users, 0, dtype=torch.int64, device=self.device)
         else:
             extra = targets[:, :-1].to(self.device)
-        logits, cache = self._prefill(tokens, length, extra)
+        hidden, cache = self._prefill(tokens, length, extra)
         target_score = torch.full((users,), float("nan"), device=self.device)
         if targets is not None:
-            target_score = self._score_targets(logits, targets.to(self.device))
+            target_score = self._score_targets(hidden, targets.to(self.device))
 
         node = torch.zeros(users, 1, dtype=torch.int64, device=self.device)
         score = torch.zeros(users, 1, device=self.device)
-        ancestors = torch.zeros(users, 1, 0, dtype=torch.int64, device=self.device)
-        next_logits = logits[:, :1]
+        before = hidden[:, :1]
+        tree = TreeMask(real_columns(length, width), extra.shape[1], self.beams, self.levels - 1, self.dtype)
         blocked = None if seen is None else self._blocked(seen)
         for level in range(self.levels):
-            parent, code, node, score = self._expand(node, score, next_logits, level, blocked)
+            parent, code, node, score = self._expand(node, score, self._scores(before, level), level, blocked)
             if level == self.levels - 1:
                 break
-            alive = torch.gather(ancestors, 1, parent[:, :, None].expand(-1, -1, ancestors.shape[2]))
-            own = width + extra.shape[1] + level * self.beams + torch.arange(node.shape[1], device=self.device)
-            ancestors = torch.cat([alive, own.expand(users, -1)[:, :, None]], dim=2)
-            step = self.codes.token[level][code]
-            if step.shape[1] < self.beams:  # keep the column arithmetic of `own` right while the trie is narrow
-                step = torch.nn.functional.pad(step, (0, self.beams - step.shape[1]), value=self.pad)
-            next_logits = self._append(step, ancestors, length, width, level, cache)[:, : node.shape[1]]
+            missing = (0, self.beams - node.shape[1])  # while the trie is narrow
+            step = F.pad(self.codes.tokens[level][code], missing, value=self.pad)
+            position = (length + level)[:, None].expand_as(step)
+            mask = tree.grow(F.pad(parent, missing))
+            before = self._backbone(step, mask, position, cache)[:, : node.shape[1]]
         self._check_finite(score, seen, None if targets is None else target_score)
         return self._result(node, score, target_score)
 
@@ -115,67 +115,65 @@ class Decoder:
             raise ScoresNotFinite(wrong.nonzero()[:, 0].tolist())
 
     def _prefill(self, tokens: Tensor, length: Tensor, extra: Tensor) -> tuple[Tensor, Any]:
-        """Run histories and targets; logits at the last history token and after each target token."""
+        """Run histories and targets; hidden states at the last history token and after each target token."""
         from transformers import DynamicCache
 
         width, total = tokens.shape[1], tokens.shape[1] + extra.shape[1]
         column = torch.arange(total, device=self.device)
-        real = column[None, :] >= (width - length)[:, None]
-        seen = real[:, None, :] & (column[None, :] <= column[:, None])[None]
+        real = real_columns(length, width, total)
+        mask = additive(real[:, None, None, :] & (column[None, :] <= column[:, None]), self.dtype)
         position = (column[None, :] - (width - length)[:, None]).clamp_min(0)
         cache = DynamicCache(config=self.lm.config)
-        hidden = self._backbone(torch.cat([tokens, extra], dim=1), seen, position, cache)
-        return self._head(hidden[:, width - 1 :]), cache
+        return self._backbone(torch.cat([tokens, extra], dim=1), mask, position, cache)[:, width - 1 :], cache
 
-    def _append(self, step: Tensor, ancestors: Tensor, length: Tensor, width: int, level: int, cache: Any) -> Tensor:
-        """Run one token per beam; logits [users, beams, V]."""
-        users, beams = step.shape
-        total = cache.get_seq_length() + beams
-        column = torch.arange(total, device=self.device)
-        history = (column[None, :] < width) & (column[None, :] >= (width - length)[:, None])
-        seen = history[:, None, :].repeat(1, beams, 1)
-        seen[:, : ancestors.shape[1]].scatter_(2, ancestors, torch.ones_like(ancestors, dtype=torch.bool))
-        position = (length + level)[:, None].expand(users, beams)
-        return self._head(self._backbone(step, seen, position, cache))
+    def _backbone(self, tokens: Tensor, mask: Tensor, position: Tensor, cache: Any) -> Tensor:
+        return cast(
+            Tensor,
+            self.backbone(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=position,
+                use_cache=True,
+                **{self._cache_argument: cache},
+            ).last_hidden_state,
+        )
 
-    def _backbone(self, tokens: Tensor, seen: Tensor, position: Tensor, cache: Any) -> Tensor:
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
-        return self.backbone(
-            input_ids=tokens,
-            attention_mask=mask[:, None],
-            position_ids=position,
-            use_cache=True,
-            **{self._cache_argument: cache},
-        ).last_hidden_state
+    def _scores(self, hidden: Tensor, level: int) -> Tensor:
+        """Scores of the codes of one level after hidden [users, n, d]: float32 [users, n, codes].
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.lm.get_output_embeddings()(hidden).float()
-
-    def _score_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Log-likelihood of the targets [users, levels] from the logits before each of their tokens."""
+        Log-probabilities over the vocabulary, or logits that are yet to be normalised over the children in the trie.
+        """
+        head, rows = self.lm.get_output_embeddings(), self.codes.tokens[level]
+        flat = hidden.flatten(0, 1)
         if self.softmax == "vocabulary":
-            return logits.log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0].sum(dim=1)
+            scores = vocabulary_log_prob(head, flat, rows)
+        else:
+            scores = head_logits(head, flat, rows).float()
+        return scores.view(*hidden.shape[:2], len(rows))
+
+    def _score_targets(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-likelihood of the targets [users, levels] from the hidden states before each of their tokens."""
         node = self.codes.nodes(targets)
-        return self.codes.log_prob(logits.flatten(0, 1), node.flatten(), targets.flatten()).view_as(targets).sum(dim=1)
+        total = torch.zeros(len(targets), device=self.device)
+        for level in range(self.levels):
+            scores, token = self._scores(hidden[:, level : level + 1], level)[:, 0], targets[:, level]
+            if self.softmax == "vocabulary":
+                total += scores.gather(1, self.codes.code[token][:, None])[:, 0]
+            else:
+                total += self.codes.log_prob(scores, node[:, level], token)
+        return total
 
     def _expand(
-        self, node: Tensor, score: Tensor, logits: Tensor, level: int, blocked: Tensor | None
+        self, node: Tensor, score: Tensor, scores: Tensor, level: int, blocked: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Best children over all beams of each user: (parent beam, code, node, score), all [users, <= beams]."""
         users, width = node.shape
         codes = self.codes.sizes[level]
-        tokens = self.codes.token[level, :codes]
         row, code, child = self.trie.children(node.flatten().clamp_min(0))
         alive = node.flatten()[row] >= 0  # a place without a beam has no children
         row, code, child = row[alive], code[alive], child[alive]
-        logp = (
-            logits.flatten(0, 1)[:, tokens]
-            if self.softmax == "trie"
-            else logits.flatten(0, 1).log_softmax(-1)[:, tokens]
-        )
         grown = torch.full((users * width, codes), -torch.inf, device=self.device)
-        grown[row, code] = logp[row, code]
+        grown[row, code] = scores.flatten(0, 1)[row, code]
         if self.softmax == "trie":
             grown = grown.log_softmax(-1)
         grown = torch.where(node.view(-1, 1) >= 0, grown + score.view(-1, 1), -torch.inf)
@@ -217,13 +215,53 @@ class Decoder:
         leaf = torch.where(node >= 0, node - self.trie.first_leaf, -1)
         if leaf.shape[1] < self.beams:
             missing = self.beams - leaf.shape[1]
-            leaf = torch.nn.functional.pad(leaf, (0, missing), value=-1)
-            score = torch.nn.functional.pad(score, (0, missing), value=-torch.inf)
+            leaf = F.pad(leaf, (0, missing), value=-1)
+            score = F.pad(score, (0, missing), value=-torch.inf)
         ordered = leaf.sort(dim=1).values
         twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
         if twice or bool((leaf >= self.trie.n_leaves).any()):
             raise CheckFailed("a beam list holds a repeated or unknown semantic ID", "report this as a bug")
         return Beams(leaf, score, target)
+
+
+class TreeMask:
+    """Additive attention mask of one token per beam: it sees the history, its ancestors and itself.
+
+    One tensor [users, 1, beams, columns] for all levels: the `history` bool [users, width], `closed` columns that no
+    beam sees, then `beams` columns for each of `levels`. A level writes its own columns and reorders those of the
+    levels above it, not those of the history.
+    """
+
+    def __init__(self, history: Tensor, closed: int, beams: int, levels: int, dtype: torch.dtype) -> None:
+        users, width = history.shape
+        self._first = self._end = width + closed
+        self._mask = torch.full(
+            (users, 1, beams, self._end + beams * levels),
+            torch.finfo(dtype).min,
+            dtype=dtype,
+            device=history.device,
+        )
+        self._mask[..., :width] = additive(history, dtype)[:, None, None]
+        self._own = additive(torch.eye(beams, dtype=torch.bool, device=history.device), dtype)
+
+    def grow(self, parent: Tensor) -> Tensor:
+        """The mask of the next level, whose beams continue `parent` int64 [users, beams] of the level above."""
+        beams, tree = len(self._own), self._mask[..., self._first : self._end]
+        tree.copy_(tree.gather(2, parent[:, None, :, None].expand(-1, -1, -1, tree.shape[3])))
+        self._mask[..., self._end : self._end + beams] = self._own
+        self._end += beams
+        return self._mask[..., : self._end]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, the lowest value of `dtype` elsewhere: -inf would make a row that sees nothing NaN."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def real_columns(length: Tensor, width: int, total: int | None = None) -> Tensor:
+    """Which of `total` columns (`width` unless given) padding on the left leaves: bool [users, total]."""
+    column = torch.arange(width if total is None else total, device=length.device)
+    return column[None, :] >= (width - length)[:, None]
 
 
 def left_pad(prompts: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

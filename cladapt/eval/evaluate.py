@@ -14,7 +14,7 @@ from cladapt.eval.lists import Catalogue, decode_in_batches, make_decoder, place
 from cladapt.eval.metrics import ROWS
 from cladapt.model.load import Base
 from cladapt.model.packed import Softmax
-from cladapt.tokens.prompts import Form
+from cladapt.tokens.prompts import Form, read_all, warn_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,9 @@ class Evaluator:
             else:
                 cases = held_out_cases(self.stream, block, self.config.targets, seen, limit, self.seed)
             catalogue = Catalogue(self.base.sids, cases.catalogue)
-            prompts = [self.form.prompt(history) for history in cases.histories]
+            read = read_all(self.form, cases.histories)
+            warn_left_out(read, f"block {block}")
+            prompts = [prompt.tokens for prompt in read]
             leaves = [catalogue.consumed_leaves(history) for history in cases.histories] if seen else None
             self._prepared[block, first] = _Prepared(cases, catalogue, prompts, leaves)
         return self._prepared[block, first]

@@ -14,7 +14,7 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.eval.lists import Catalogue, decode_in_batches, make_decoder
 from cladapt.model.load import Base
 from cladapt.model.packed import Softmax
-from cladapt.tokens.prompts import Form
+from cladapt.tokens.prompts import Form, LeftOut, read_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,9 +142,10 @@ def recommend(
         raise DataError("no item of the catalogue file has a semantic ID in this base", "check the item ids")
     catalogue = Catalogue(base.sids, np.unique(np.fromiter(chosen, dtype=np.int64)))
     known = [np.array([index[i] for i in items if i in index], dtype=np.int64) for items in histories.values()]
+    prompts = read_all(form, known)
     beams_found = decode_in_batches(
         make_decoder(lm, base, catalogue, beams, softmax),
-        [form.prompt(items) for items in known],
+        [prompt.tokens for prompt in prompts],
         [catalogue.consumed_leaves(items) for items in known] if exclude_seen else None,
         None,
         batch,
@@ -168,6 +169,7 @@ def recommend(
             "score": pl.Series([r[4] for r in rows], dtype=pl.Float64),
         }
     )
+    left_out = LeftOut.of(prompts)
     return frame, {
         "users": len(histories),
         "recommendations": frame.height,
@@ -177,4 +179,7 @@ def recommend(
         "users_without_known_items": sum(not len(items) for items in known),
         "unknown_history_items": sum(map(len, histories.values())) - sum(map(len, known)),
         "unknown_catalogue_items": unknown_allowed,
+        "shortened_prompts": left_out.shortened,
+        "history_items_left_out": left_out.items,
+        "titles_cut": left_out.titles,
     }

@@ -154,6 +154,31 @@ def _left_out(base: Mapping[str, Any]) -> dict[str, str]:
     return {"generation settings left out (decoding is greedy)": settings} if settings else {}
 
 
+def _prompt(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The wording of a worded prompt, where there is one; JSON keeps its line breaks and spaces visible."""
+    prompt = provenance.get("prompt")
+    if not prompt:
+        return {}
+    named = {"ids": "their IDs", "titles": "their titles", "both": "each ID and its title"}[prompt["history"]]
+    budget = f"{prompt['history_tokens']} tokens" if prompt["history_tokens"] else "what a row has room for"
+    words = prompt["template"]
+    return {
+        "history names items by": f"{named}, within {budget}; the oldest are left out",
+        "prompt": f"{json.dumps(words['history'])}, items joined by {json.dumps(words['separator'])}",
+        "prompt without a history": json.dumps(words["empty"]),
+    }
+
+
+def _history(provenance: Mapping[str, Any]) -> str:
+    """The lines of code that open a history."""
+    if provenance.get("prompt"):
+        return """opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+prompt = "…"  # the one above, with the items of a history
+history = opening + tokenizer.encode(prompt, add_special_tokens=False)"""
+    opening = "history = [tokenizer.bos_token_id or tokenizer.eos_token_id]"
+    return opening + '  # then `tokenizer.encode("<a_1><b_2>…")` of each item'
+
+
 def _card(
     kind: str,
     front: dict[str, Any],
@@ -172,6 +197,7 @@ def _card(
         "method": provenance.get("method", UNKNOWN),
         "seed": provenance.get("seed", UNKNOWN),
         "history form": f"{provenance.get('form', UNKNOWN)}, at most {provenance.get('window', '?')} items",
+        **_prompt(provenance),
         "ID table": provenance.get("sids", UNKNOWN),
         "run configuration": provenance.get("config", UNKNOWN),
     }
@@ -199,7 +225,7 @@ In the folder of this card:
 
 ```python
 {loading}
-history = [tokenizer.bos_token_id or tokenizer.eos_token_id]  # then `tokenizer.encode("<a_1><b_2>…")` of each item
+{_history(provenance)}
 with torch.no_grad():
     next_token = model(input_ids=torch.tensor([history])).logits[0, -1]
 ```

@@ -1,4 +1,7 @@
-"""What an export recommends from: the semantic IDs of a stream's items, and the items that may be recommended now."""
+"""What an export recommends from: the semantic IDs of a stream's items, and the items that may be recommended now.
+
+An adapter whose prompts name items by their texts has these with it too.
+"""
 
 import os
 from collections.abc import Sequence
@@ -14,27 +17,38 @@ from cladapt.tokens.sids import SidTable
 
 SIDS = "sids.parquet"
 CATALOGUE = "catalogue.parquet"
+TEXTS = "texts.parquet"
+_TEXTS = {"item": pl.String(), "text": pl.String()}
 _AGAIN = "export the adapter again"
 
 
 @dataclass(frozen=True, eq=False)
 class Offered:
-    """The IDs of all items of a stream, and the items that are offered, in its order."""
+    """The IDs of all items of a stream, and the items that are offered, in its order.
+
+    `texts`: what describes each item of the ID table, where prompts need it.
+    """
 
     sids: SidTable
     items: tuple[str, ...]
+    texts: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, stream: Stream, sids: SidTable) -> "Offered":
-        """What may be recommended after the last block; `DataError` where every item is withdrawn."""
+    def of(cls, stream: Stream, sids: SidTable, texts: bool = False) -> "Offered":
+        """What may be recommended after the last block, with the `texts` of the items or without.
+
+        `DataError` where every item is withdrawn.
+        """
         items = tuple(stream.items["item"].gather(stream.offered()))
         if not items:
             raise DataError("every item of the stream is withdrawn", "put some back, or append a block")
-        return cls(sids, items)
+        return cls(sids, items, tuple(stream.items["text"]) if texts else None)
 
     def save(self, folder: Path) -> None:
-        """Write both files; the IDs first, so that the catalogue never names an item without one."""
+        """Write the files; the IDs first, so that the catalogue never names an item without one."""
         self.sids.save(folder / SIDS)
+        if self.texts is not None:
+            write_parquet(folder / TEXTS, pl.DataFrame([self.sids.items, self.texts], schema=_TEXTS))
         self.save_items(folder)
 
     def save_items(self, folder: Path) -> None:
@@ -54,11 +68,20 @@ class Offered:
             )
         if not items:
             raise DataError(f"{folder / CATALOGUE} offers no item", _AGAIN)
-        return cls(sids, items)
+        texts = None
+        if os.path.lexists(folder / TEXTS):
+            frame = read_parquet(folder / TEXTS, _TEXTS)
+            if tuple(frame["item"]) != sids.items or frame["text"].null_count():
+                raise DataError(f"{folder / TEXTS} has not one text for each item of {SIDS}, in its order", _AGAIN)
+            texts = tuple(frame["text"])
+        return cls(sids, items, texts)
 
     def same(self, other: "Offered") -> bool:
-        """Whether both offer the same items under the same IDs."""
-        return self.items == other.items and self.sids.fingerprint == other.sids.fingerprint
+        """Whether both offer the same items under the same IDs and texts."""
+        return (self.items, self.texts) == (
+            other.items,
+            other.texts,
+        ) and self.sids.fingerprint == other.sids.fingerprint
 
     def chosen(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The offered items among those `wanted` (None: all), and how many wanted ones are withdrawn."""

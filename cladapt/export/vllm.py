@@ -199,7 +199,8 @@ shares one copy of it. A request names the adapter as its model, and the base it
         -d '{{"model": "{names[-1]}", "prompt": [{prompt}], "max_tokens": 3, "temperature": 0, "logprobs": 20}}'
 
 The prompt is token ids: those of the history as the adapter was trained on it (`form` in its `cladapt.json`; `packed`
-is the token that opens a history, then the tokens of each item's ID in time order).
+is the token that opens a history, then the tokens of each item's ID in time order; `prompt` is the bos token, if the
+tokenizer has one, and the encoding of the words under `prompt` there, with IDs or titles in the place of `{{items}}`).
 
 - A new block needs no restart: start the server with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` (on trusted networks
   only) and post `{{"lora_name": "block_9", "lora_path": "/path/to/adapters/block_9"}}` to `/v1/load_lora_adapter`.

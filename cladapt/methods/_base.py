@@ -75,7 +75,8 @@ class Method:
 
     `Config` holds its options. `trains`: whether blocks are learned at all; `past_data`: whether a block is learned on
     the data of all blocks up to it; `parameters`: what of a module learns, see `cladapt.model.adapter.create_adapter`;
-    `history`: whether it puts frozen factors beside the adapter. State is named tensors only.
+    `history`: whether it puts frozen factors beside the adapter; `weight_gradients`: whether it takes gradients of the
+    base's own weights. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
@@ -83,6 +84,7 @@ class Method:
     past_data: ClassVar[bool] = False
     parameters: ClassVar[adapter.Parameters] = "factors"
     history: ClassVar[bool] = False
+    weight_gradients: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

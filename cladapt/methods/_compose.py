@@ -32,6 +32,10 @@ class Compose(Method):
     def history(self) -> bool:  # type: ignore[override]
         return any(method.history for _, method in self.methods)
 
+    @property
+    def weight_gradients(self) -> bool:  # type: ignore[override]
+        return any(method.weight_gradients for _, method in self.methods)
+
     def begin_block(self, ctx: Context) -> None:
         ctx.optimizer = None  # inside its step, a term would be hidden from the edits that come after
         for _, method in self.methods:

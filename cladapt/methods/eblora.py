@@ -57,6 +57,7 @@ class Eblora(WithHistory):
     Config = EbloraConfig
     config: EbloraConfig
     parameters = "directions"
+    weight_gradients = True
 
     def __init__(self, config: EbloraConfig | None = None) -> None:
         super().__init__(config)
@@ -175,8 +176,16 @@ def leading_directions(gradient: Tensor, protected: Tensor | None, rank: int) ->
         noise = torch.randn(vectors.shape, dtype=vectors.dtype).to(vectors.device)
         vectors[:, poor] = noise[:, poor] / len(vectors) ** 0.5
     for _ in range(2):  # what the first pass leaves of F is rounding of a small remainder
-        left = torch.linalg.qr(_outside(protected, left))[0]
-    return left, torch.linalg.qr(right)[0]
+        left = _orthonormal(_outside(protected, left))
+    # a pair of vectors has one sign, which must not hang on an entry that is rounding, as those of unused tokens are
+    sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
+    return left * sign, _orthonormal(right) * sign
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Q of vectors = Q R with a positive diagonal of R: orthonormal vectors stay as they are, sign included."""
+    q, r = torch.linalg.qr(vectors)
+    return torch.where(r.diagonal() < 0, -q, q)
 
 
 def grow_subspace(protected: Tensor | None, gradient: Tensor, energy: float, rank: int) -> Tensor | None:

@@ -20,6 +20,9 @@ from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.generation import greedy
 from cladapt.model.packed import TrieSoftmax
+from cladapt.model.quantise import Quantisation, packed_options, skeleton
+from cladapt.model.rows import tables
+from cladapt.model.source import Unloadable, check_supported, open_source, read
 from cladapt.model.weights import check_finite, saved_weights_hash, weights_hash
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
@@ -159,70 +162,26 @@ def new_model(
 
 
 def extend_model(
-    source: str, sids: SidTable, seed: int
+    source: str, sids: SidTable, seed: int, weights: Literal["pretrained", "random"] = "pretrained"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]":
-    """Any causal LM with the semantic-ID tokens added; also the ids of the new tokens.
+    """Any causal LM with the semantic-ID tokens added; also the ids of the new tokens. See `open_source`.
 
     New rows start at the mean of the old ones plus noise of a tenth of their spread, in the embedding and in an untied
     head, so that they are told apart but do not dominate the softmax.
     """
-    try:
-        tokenizer, model, _ = _pretrained(source, torch.float32)
-    except _Unloadable as error:
-        raise DataError(
-            f"cannot load a causal LM from {source!r}: {error}",
-            "give a local Hugging Face checkpoint directory, or a hub id that this machine can reach",
-        ) from error
-    check_supported(model)
+    model, tokenizer = open_source(source, seed, weights)
     before = len(tokenizer)
     add_sid_tokens(tokenizer, sids)
     new = [int(i) for i in sid_token_ids(tokenizer, sids) if i >= before]
     rows = max(int(model.config.vocab_size), len(tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    # a tied table once; a set would draw the noise of two tables in an order that changes from process to process
-    tables = dict.fromkeys([model.get_input_embeddings().weight, model.get_output_embeddings().weight])
     with torch.no_grad():
-        for table in tables:
+        for table in tables(model):
             old = table[:before].float()
             noise = torch.randn(len(new), table.shape[1], generator=generator) * 0.1 * old.std(dim=0)
             table[new] = (old.mean(dim=0) + noise).to(table.dtype)
     return model, tokenizer, new
-
-
-class _Unloadable(Exception):
-    """A checkpoint that transformers cannot load, or not whole."""
-
-
-def _pretrained(source: str | Path, dtype: torch.dtype) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, list[str]]":
-    """Tokenizer, model and the names of tensors that it has no place for.
-
-    Nothing pickled is read, no code of the checkpoint runs, and no tensor that it lacks is made up.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    local = isinstance(source, Path)
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=local,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        model, found = loaded
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a damaged checkpoint makes transformers fail in every way there is
-        raise _Unloadable(" ".join(str(error).split())[:300] or type(error).__name__) from error
-    if missing := sorted(found["missing_keys"]):
-        raise _Unloadable(f"it lacks {len(missing)} tensors, the first {missing[0]}")
-    return tokenizer, model, sorted(found["unexpected_keys"])
 
 
 def check_home(base: Base, stream: Stream, base_name: str, stream_name: str) -> None:
@@ -237,8 +196,11 @@ def check_home(base: Base, stream: Stream, base_name: str, stream_name: str) -> 
         )
 
 
-def check_form(base: Base, form: str) -> None:
-    """Warn where the ID rows of the base were fitted on another form of histories than the one to be learned."""
+def check_form(base: Base, form: str, history: str = "ids") -> None:
+    """Warn where the ID rows of the base were fitted on another form of histories than the one to be learned.
+
+    `history`: what a worded prompt names items by.
+    """
     fitted = base.provenance.get("form")
     if fitted is not None and fitted != form:
         warnings.warn(
@@ -246,18 +208,13 @@ def check_form(base: Base, form: str) -> None:
             f"the base with --form {form}, or train with train.form={fitted}",
             stacklevel=2,
         )
-
-
-def check_supported(model: nn.Module) -> None:
-    """Refuse a model whose logits are more than head(hidden): packed loss and decoder call the head directly."""
-    config = model.config
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, key, None)
-        if value not in (None, 1, 1.0):
-            raise ConfigError(
-                f"{type(model).__name__} transforms its logits ({key}={value})",
-                "use a model without it (the Llama, Qwen and Mistral families have none)",
-            )
+    named = base.provenance.get("history", history)
+    if named != history:
+        warnings.warn(
+            f"the base was tuned on histories of {named}, train.history is {history}: tune it with history={history}, "
+            f"or train with train.history={named}",
+            stacklevel=2,
+        )
 
 
 def save_base(
@@ -306,9 +263,10 @@ def base_provenance(folder: Path) -> dict[str, Any]:
     return read_record(folder / PROVENANCE, BaseRecord, "restore this file, or make the base again")
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(folder: Path, dtype: torch.dtype = torch.float32, quantisation: Quantisation = "none") -> Base:
     """Read a base+tokens directory; all parameters frozen, evaluation mode.
 
+    With `4bit` its linear layers, the head apart, are quantised and compute in `dtype`; see `cladapt.model.quantise`.
     `DataError` where a weight is not finite, or the files are not those that were written; see `verify_weights`.
     """
     if not (folder / PROVENANCE).is_file():
@@ -318,10 +276,10 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
         )
     provenance = base_provenance(folder)
     try:
-        tokenizer, model, strange = _pretrained(folder, dtype)
+        model, tokenizer, strange = read(folder, dtype, **packed_options(quantisation, dtype))
         if strange:
-            raise _Unloadable(f"it has no place for {len(strange)} of its tensors, the first {strange[0]}")
-    except _Unloadable as error:
+            raise Unloadable(f"it has no place for {len(strange)} of its tensors, the first {strange[0]}")
+    except Unloadable as error:
         raise DataError(f"{folder}: cannot load the model: {error}", "make the base again") from error
     sids = SidTable.load(folder / "sids.parquet")
     if sids.fingerprint != provenance["sids"]:
@@ -329,10 +287,21 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
             f"{folder / 'sids.parquet'} has the hash {sids.fingerprint}, the base was made with {provenance['sids']}",
             "restore the base directory",
         )
-    verify_weights(folder, model, sids.fingerprint, provenance["fingerprint"])
+    saved = model if quantisation == "none" else skeleton(model)
+    verify_weights(folder, saved, sids.fingerprint, provenance["fingerprint"])
     check_supported(model)
     model.requires_grad_(False)
     return Base(model.eval(), tokenizer, sids, provenance)
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and tokenizer of an ordinary checkpoint directory, in evaluation mode; `DataError` unless it is one."""
+    try:
+        model, tokenizer, _ = read(folder, dtype)
+    except Unloadable as error:
+        raise DataError(f"{folder}: cannot load the model: {error}", "restore the checkpoint") from error
+    check_supported(model)
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def verify_weights(folder: Path, model: nn.Module, meaning: str, recorded: str) -> None:

@@ -26,13 +26,22 @@ class _Fused(_Layer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.stock_reason(x):
             return super().forward(x, *args, **kwargs)
+        return self.fused(x)
+
+    def fused(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The op, for the outputs `rows` int64 [m] alone where they are given: [..., in] -> [..., out] or [..., m]."""
         (name,) = self.active_adapters
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         # drawn where x lives, without a wait for the device; a checkpoint that computes again draws it again
         seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
         down, up = (cast(nn.Linear, factors[name]).weight for factors in (self.lora_A, self.lora_B))
-        return self._product(self.get_base_layer(), x, down, up, self.scaling[name], p, seed)
+        base, scale = self.get_base_layer(), self.scaling[name]
+        if rows is None:
+            return self._product(base, x, down, up, scale, p, seed)
+        weight, up = (cast(Tensor, table).index_select(0, rows) for table in (base.weight, up))
+        bias = None if base.bias is None else cast(Tensor, base.bias).index_select(0, rows)
+        return ops.lora_linear(x, weight, bias, down, up, scale, p, seed)
 
     def _product(self, base: Any, x: Tensor, *factors: Any) -> Tensor:
         return ops.lora_linear(x, base.weight, base.bias, *factors)

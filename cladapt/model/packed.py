@@ -6,13 +6,14 @@ its probabilities over the catalogue sum to one. A decoder that masks the logits
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cladapt.errors import DataError
+from cladapt.model.attention import packed_mask
+from cladapt.model.head import cross_entropy, embedded, head_logits
 from cladapt.tokens.trie import Trie
 
 if TYPE_CHECKING:
@@ -24,21 +25,21 @@ Softmax = Literal["trie", "vocabulary"]
 class TrieSoftmax:
     """Log-probabilities of codes among their siblings in a trie.
 
-    `level_tokens`: the vocabulary id of every code, one int64 tensor [codes] per level.
+    `level_tokens`: the vocabulary id of every code, one int64 tensor [codes] per level. Their rows of the head, `rows`
+    int64 [ID tokens], are all that is multiplied, level after level: code c of level l is column first[l] + c.
     """
 
     def __init__(self, trie: Trie, level_tokens: Sequence[Tensor], vocabulary: int, device: torch.device) -> None:
         self.trie = trie.to(device)
         self.sizes = tuple(len(tokens) for tokens in level_tokens)
-        self.width = max(len(tokens) for tokens in level_tokens)
+        self.tokens = tuple(tokens.to(device) for tokens in level_tokens)
+        self.rows = torch.cat(self.tokens)
+        self.first = torch.tensor([0, *self.sizes[:-1]], device=device).cumsum(0)
         self.code = torch.zeros(vocabulary, dtype=torch.int64, device=device)
         self.level = torch.full((vocabulary,), -1, dtype=torch.int64, device=device)
-        self.token = torch.zeros(len(level_tokens), self.width, dtype=torch.int64, device=device)
-        for level, tokens in enumerate(level_tokens):
-            tokens = tokens.to(device)
+        for level, tokens in enumerate(self.tokens):
             self.code[tokens] = torch.arange(len(tokens), device=device)
             self.level[tokens] = level
-            self.token[level, : len(tokens)] = tokens
         self.degree = self.trie.child_start.diff()
 
     def nodes(self, tokens: Tensor) -> Tensor:
@@ -48,43 +49,39 @@ class TrieSoftmax:
         """
         level, code = self.level[tokens], self.code[tokens]
         node = torch.where(level == 0, 0, -1)
-        for depth in range(1, len(self.token)):
+        for depth in range(1, len(self.sizes)):
             child = self.trie.step(node[:, :-1], code[:, :-1])
             node[:, 1:] = torch.where(level[:, 1:] == depth, child, node[:, 1:])
         return torch.where(self.trie.step(node, code) >= 0, node, -1)
 
     def log_prob(self, logits: Tensor, node: Tensor, token: Tensor) -> Tensor:
-        """log softmax(logits over the children of node)[token]: [n, V], [n], [n] -> float32 [n].
+        """log softmax(logits over the children of node)[token]: [n, m], [n], [n] -> float32 [n].
 
-        A node with one child gives exactly 0.
+        Columns are those of `rows`, or of the one level that all tokens are of. The children of all nodes, e of them,
+        are one list: it takes O(e + n m) memory, whatever the vocabulary. A node with one child gives exactly 0.
         """
         if bool((node < 0).any()):
             raise DataError("a target's semantic ID is not in the catalogue", "use a catalogue that holds every target")
+        columns = logits.shape[1]
+        first = self.first[self.level[token]] if columns == len(self.rows) else torch.zeros_like(token)
         row, code, _ = self.trie.children(node)
-        level = self.level[token]
-        allowed = logits.new_full(logits.shape, -torch.inf, dtype=torch.float32)
-        allowed[row, self.token[level[row], code]] = 0.0
-        return -F.cross_entropy(logits.float() + allowed, token, reduction="none")
-
-
-def block_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask of packed rows: document [R, S] (0 = padding) -> [R, 1, S, S].
-
-    A token sees itself and the earlier tokens of its own document; others get the dtype's lowest value, not -inf, so
-    that a padding row stays finite.
-    """
-    size = document.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
-    seen = (document[:, :, None] == document[:, None, :]) & causal
-    mask = torch.zeros(seen.shape, dtype=dtype, device=document.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        children = logits.flatten().gather(0, row * columns + first[row] + code).float()
+        highest = children.new_full((len(node),), -torch.inf).scatter_reduce(0, row, children.detach(), "amax")
+        total = torch.zeros_like(highest).index_add(0, row, (children - highest[row]).exp())
+        own = logits.gather(1, (first + self.code[token])[:, None])[:, 0].float()
+        return own - highest - total.log()
 
 
 class PackedLoss(nn.Module):
     """Negative log-likelihood of the marked tokens of packed rows.
 
     `lm` is a causal LM with a `base_model_prefix` backbone and an output head; adapters inside it take part. Without
-    `softmax` it is `F.cross_entropy(head(backbone(tokens))[before], tokens[marked])`.
+    `softmax` it is `F.cross_entropy(head(backbone(tokens))[before], tokens[marked])`. With one, ID tokens compete with
+    their siblings in the trie alone; marked tokens outside an ID, such as words of a title, with the whole vocabulary.
+
+    Beside the backbone's activations a step takes O(n m + e) memory with a softmax, for n marked tokens, m ID tokens
+    and e children of the n nodes, and at most `head.CHUNK` logits over the vocabulary where tokens of text are marked
+    or there is no softmax: nothing grows with the vocabulary but the gradient of a head that learns itself.
     """
 
     def __init__(self, lm: "PreTrainedModel", softmax: TrieSoftmax | None = None) -> None:
@@ -96,17 +93,38 @@ class PackedLoss(nn.Module):
         """Losses in float32, one per marked token that has an alternative; all inputs [R, S], `loss` bool."""
         marked = loss.clone()
         marked[:, 0] = False
-        if self.softmax is not None:
-            node = self.softmax.nodes(tokens)
-            # an only child costs nothing: leave it out before the head is computed
-            marked &= (node < 0) | (self.softmax.degree[node.clamp_min(0)] > 1)
-        hidden = getattr(self.lm, self.lm.base_model_prefix)(
-            input_ids=tokens,
-            attention_mask=block_mask(document, next(self.lm.parameters()).dtype),
-            position_ids=position,
-            use_cache=False,
-        ).last_hidden_state
-        logits = self.lm.get_output_embeddings()(hidden[:, :-1][marked[:, 1:]])
-        if self.softmax is not None:
-            return -self.softmax.log_prob(logits, node[marked], tokens[marked])
-        return F.cross_entropy(logits.float(), tokens[marked], reduction="none")
+        if self.softmax is None:
+            before = self._hidden(tokens, document, position)[:, :-1][marked[:, 1:]]
+            return cross_entropy(self.lm.get_output_embeddings(), before, tokens[marked])
+        node = self.softmax.nodes(tokens)
+        # an only child costs nothing: leave it out before the head is computed
+        marked &= (node < 0) | (self.softmax.degree[node.clamp_min(0)] > 1)
+        before = self._hidden(tokens, document, position)[:, :-1][marked[:, 1:]]
+        return self._mixed(self.softmax, before, node[marked], tokens[marked])
+
+    def _mixed(self, softmax: TrieSoftmax, before: Tensor, node: Tensor, token: Tensor) -> Tensor:
+        """Losses of ID tokens by the trie and of others by the vocabulary, in order: [n, d], [n], [n] -> [n]."""
+        head = self.lm.get_output_embeddings()
+        text = softmax.level[token] < 0
+        if not bool(text.any()):
+            return -softmax.log_prob(head_logits(head, before, softmax.rows), node, token)
+        of_ids, of_text = (~text).nonzero()[:, 0], text.nonzero()[:, 0]
+        logits = head_logits(head, before[of_ids], softmax.rows)
+        losses = before.new_zeros(len(token), dtype=torch.float32)
+        losses = losses.index_copy(0, of_ids, -softmax.log_prob(logits, node[of_ids], token[of_ids]))
+        return losses.index_copy(0, of_text, cross_entropy(head, before[of_text], token[of_text]))
+
+    def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
+        """The backbone's last hidden states [R, S, d]."""
+        vectors = embedded(self.lm.get_input_embeddings(), tokens)
+        inputs = {"input_ids": tokens} if vectors is None else {"inputs_embeds": vectors}
+        backbone = getattr(self.lm, self.lm.base_model_prefix)
+        return cast(
+            Tensor,
+            backbone(
+                **inputs,
+                attention_mask=packed_mask(self.lm, document),
+                position_ids=position,
+                use_cache=False,
+            ).last_hidden_state,
+        )

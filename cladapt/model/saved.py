@@ -3,7 +3,8 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from cladapt.model.adapter import (
     CLASSIFIER,
     NAME,
     AdaptedBase,
+    adapted_lm,
     adapter_tensors,
     lora_config,
     names_module,
@@ -27,13 +29,14 @@ from cladapt.model.adapter import (
     use_kernel,
 )
 from cladapt.model.anchors import joined
-from cladapt.model.history import history_of
+from cladapt.model.history import history_of, unload
 from cladapt.model.load import PROVENANCE
 from cladapt.model.packed import Softmax
 from cladapt.model.weights import check_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -41,6 +44,23 @@ LEARNED = "held_out_blocks"
 """The key of an adapter's `cladapt.json` for the blocks whose held-out events it, or one before it, has learned."""
 RESTORE = "restore the adapter directory, or export it again"
 LOWER = "train the adapter again with a lower train.lr"
+
+
+class TemplateRecord(BaseModel, extra="forbid"):
+    """The words around a history; see `cladapt.tokens.prompts.Template`."""
+
+    history: str
+    empty: str
+    separator: str
+
+
+class PromptRecord(BaseModel):
+    """How the worded prompts of an adapter were made: what names items, its budget, the rows that 0 stands for."""
+
+    history: Literal["ids", "titles", "both"]
+    history_tokens: NonNegativeInt
+    row_tokens: PositiveInt
+    template: TemplateRecord
 
 
 class AdapterRecord(BaseModel):
@@ -51,6 +71,7 @@ class AdapterRecord(BaseModel):
     history_rank: NonNegativeInt = 0
     form: Literal["packed", "prompt"] = "packed"
     window: PositiveInt = 1
+    prompt: PromptRecord | None = None
     softmax: Softmax = "trie"
     stream: str = ""
     beams: PositiveInt = 1
@@ -217,6 +238,16 @@ def load_adapter(base: AdaptedBase, folder: Path) -> "PeftModel":
         raise DataError(f"{folder / CONFIG_FILE}: PEFT cannot apply it to this base: {reason}", RESTORE) from error
     place(model, base, tensors)
     return model.eval()
+
+
+@contextmanager
+def adapted(base: AdaptedBase, folder: Path) -> "Iterator[PreTrainedModel]":
+    """The base with a saved adapter, loaded anew: ranks may differ; at the end the base is as it was."""
+    model = load_adapter(base, folder)
+    try:
+        yield adapted_lm(model)
+    finally:
+        unload(model)
 
 
 def place(model: "PeftModel", base: AdaptedBase, tensors: Mapping[str, Tensor]) -> None:

@@ -3,12 +3,15 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cladapt import ops
 from cladapt.config import describe
 from cladapt.methods import available
 from cladapt.run import environment
+
+if TYPE_CHECKING:
+    import torch
 
 
 def doctor() -> dict[str, Any]:
@@ -29,7 +32,16 @@ def doctor() -> dict[str, Any]:
             {"op": op, "implementation": implementation, "reason": reason}
             for op, (implementation, reason) in ops.backends().items()
         ],
+        "attention_of_packed_rows": [_attention(dtype) for dtype in (torch.bfloat16, torch.float32)],
     }
+
+
+def _attention(dtype: "torch.dtype") -> dict[str, str]:
+    """Which attention packed rows take in a precision, and why."""
+    from cladapt.model.attention import packed_attention
+
+    kind, reason = packed_attention(ops.compute_device(), dtype)
+    return {"precision": str(dtype).removeprefix("torch."), "implementation": kind, "reason": reason}
 
 
 def list_methods() -> dict[str, Any]:

@@ -1,15 +1,20 @@
 """Base+tokens directories: from a pretrained causal LM, or from scratch on block 1."""
 
-from dataclasses import replace
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from cladapt.config import BaseConfig
+from cladapt.artifacts import hash_value
+from cladapt.config import BaseConfig, StartConfig, TuneConfig
 from cladapt.data.schema import Stream
-from cladapt.errors import ConfigError
+from cladapt.errors import ConfigError, DataError
 from cladapt.export.targets import refuse_existing
+from cladapt.lock import locked
 from cladapt.model.load import (
     LEFT_OUT,
     PROVENANCE,
@@ -20,15 +25,35 @@ from cladapt.model.load import (
     load_base,
     save_base,
 )
-from cladapt.ops import compute_device
+from cladapt.model.rows import start_by_meaning, untie
+from cladapt.model.weights import weights_hash
+from cladapt.ops import compute_device, precision
 from cladapt.tokens.build import load_sids
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train.bases import base_record, first_block, fitted_form, make_base
-from cladapt.train.loop import FitResult
+from cladapt.train.checkpoint import load_checkpoint, save_checkpoint
+from cladapt.train.loop import FitResult, Snapshot
 from cladapt.train.pretrain import fit_token_rows
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax
+from cladapt.train.tune import Lesson, lesson, tune
+
+UNFINISHED = ".unfinished"
+"""What the name of a base that is being tuned has more, for the folder of its checkpoints."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was made of a source before anything was learned.
+
+    `rows_by_meaning`: rows of new ID tokens that start at the words of their items; `head_bytes`: what a head of its
+    own adds to the weights.
+    """
+
+    new_tokens: int
+    rows_by_meaning: int
+    head_bytes: int
 
 
 def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict[str, Any]:
@@ -54,7 +79,7 @@ def init_base(
     whole = Stream.load(data)
     stream = whole.prefix(1)
     sids = load_sids(data, stream)
-    base, new = _start(source, sids, whole, config, str(data))
+    base, new, start = _start(source, sids, whole, config, config.seed, str(data))
     fitted = new
     if refit:
         fitted = sid_token_ids(base.tokenizer, sids).tolist()
@@ -69,26 +94,98 @@ def init_base(
         record |= fitted_form(form_name, config)
     fitted_block = int(record.get("fitted_block", 0))
     learned = str(record["stream"]) if fitted_block else stream.fingerprint
-    record |= {**base_record(learned, config, fitted_block), "source": source, "new_tokens": len(new)}
+    record |= {**base_record(learned, config, fitted_block), "source": source, **asdict(start)}
     save_base(out, base.model, base.tokenizer, base.sids, record)
     left_out = base_provenance(out)[LEFT_OUT]
     return {
         **_report(out, base, result),
-        "new_tokens": len(new),
+        **asdict(start),
         "fitted_tokens": len(fitted) if result else 0,
         LEFT_OUT: left_out,
     }
 
 
-def _start(source: str, sids: SidTable, stream: Stream, config: BaseConfig, data: str) -> tuple[Base, list[int]]:
-    """The model to begin with, and the ids of the tokens that it did not have."""
-    if not (Path(source) / PROVENANCE).is_file():
-        model, tokenizer, new = extend_model(source, sids, config.seed)
-        return Base(model, tokenizer, sids, {}), new
-    base = load_base(Path(source))
-    check_home(base, stream, source, data)
-    base.with_sids(sids)  # the same tokens must stand for the same items
-    return replace(base, provenance={**base.provenance, "parent_base": base.fingerprint}), []
+def tune_base(source: str, data: Path, out: Path, config: TuneConfig, sink: Sink) -> dict[str, Any]:
+    """Fit a pretrained model on block 1, on the next item and on what aligns its words with IDs, as base+tokens.
+
+    `source`: a base of `init_base`, or what that takes. A command that was stopped goes on from its last checkpoint, in
+    a folder beside `out`, when it is given again with the same settings.
+    """
+    refuse_existing(out)
+    config = config.model_copy(update={"precision": precision(config.precision)})  # the one that resuming goes on with
+    whole = Stream.load(data)
+    stream = whole.prefix(1)
+    sids = load_sids(data, stream)
+    base, _, start = _start(source, sids, whole, config, config.seed, str(data))
+    known = base.with_sids(sids)
+    learned = lesson(known, stream, config)
+    feed = learned.feed(config)
+    settings = config.model_dump(mode="json", exclude={"checkpoint_steps", "checkpointing"})
+    identity = hash_value([settings, weights_hash(base.model), sids.fingerprint, stream.fingerprint])
+    cast(nn.Module, base.model).to(compute_device())  # before the softmax, which lies beside the head
+    softmax = catalogue_softmax(known, stream, 1, config.softmax)
+    work = out.with_name(out.name + UNFINISHED)
+    with locked(work):
+        resume = _unfinished(work, identity, sink)
+        keep = partial(save_checkpoint, work, 1, identity, again="the same command again")
+        model, result = tune(known, softmax, feed, config, sink, keep, resume)
+        record: dict[str, Any] = {**base.provenance, **fitted_form(config.form, config)}
+        fitted_block = max(1, int(record.get("fitted_block", 0)))
+        home = str(record["stream"]) if record.get("fitted_block") else stream.fingerprint
+        record |= {**base_record(home, config, fitted_block), "source": source, **asdict(start)}
+        save_base(out, model, base.tokenizer, base.sids, record)
+        shutil.rmtree(work, ignore_errors=True)
+    return {
+        **_report(out, replace(base, model=model), result),
+        "start_log_likelihood": result.start_score,
+        **asdict(start),
+        "tasks": _tasks(learned),
+        "cut_texts": learned.cut_texts,
+        **feed.record,
+        LEFT_OUT: base_provenance(out)[LEFT_OUT],
+    }
+
+
+def _unfinished(work: Path, identity: str, sink: Sink) -> Snapshot | None:
+    """The last checkpoint of the same work, or None."""
+    try:
+        return load_checkpoint(work, 1, identity, lambda text: sink.emit({"kind": "note", "text": text}))
+    except DataError as error:
+        raise DataError(
+            error.message, f"give the source, the stream and the settings it began with, or remove {work} to begin anew"
+        ) from error
+
+
+def _tasks(learned: Lesson) -> list[dict[str, Any]]:
+    return [
+        {"task": name, "documents": len(documents), "weight": weight}
+        for name, (documents, weight) in learned.tasks.items()
+    ]
+
+
+def _start(
+    source: str, sids: SidTable, stream: Stream, config: StartConfig, seed: int, data: str
+) -> tuple[Base, list[int], Start]:
+    """The model to begin with, the ids of the tokens that it did not have, and what was made of it."""
+    new: Sequence[int] = []
+    meant = 0
+    if (Path(source) / PROVENANCE).is_file():
+        if config.weights == "random":
+            raise ConfigError(
+                f"weights=random: {source} is a base with ID tokens, whose rows would be lost with its weights",
+                "give the checkpoint that the base was made from",
+            )
+        base = load_base(Path(source))
+        check_home(base, stream, source, data)
+        base.with_sids(sids)  # the same tokens must stand for the same items
+        base = replace(base, provenance={**base.provenance, "parent_base": base.fingerprint})
+    else:
+        model, tokenizer, new = extend_model(source, sids, seed, config.weights)
+        if config.rows == "meaning":
+            meant = start_by_meaning(model, tokenizer, sids, stream.prefix(1).items["text"].to_list(), new)
+        base = Base(model, tokenizer, sids, {})
+    added = untie(base.model) if config.untie else 0
+    return base, list(new), Start(len(new), meant, added)
 
 
 def _report(out: Path, base: Base, result: FitResult | None) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What the methods cost and what the engine saves, measured on a simulated stream made in memory.
 
-Three comparisons, each interleaved in one process: packed training against one padded example per target, constrained
-decoding against transformers' `generate`, and a training step of every method against fine-tuning.
+Four comparisons, each interleaved in one process: packed training against one padded example per target, constrained
+decoding against transformers' `generate`, a training step of every method against fine-tuning, and training and
+decoding with a pretrained model's vocabulary against the same model with ID tokens alone.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from cladapt.model.load import Base, new_model
 from cladapt.model.packed import PackedLoss
 from cladapt.ops import compute_device
 from cladapt.pipeline.kernels import check_request
+from cladapt.pipeline.memory import peak_bytes
 from cladapt.tokens.build import build_sids
 from cladapt.tokens.prompts import Document, Form
 from cladapt.train.blocks import fit_settings
@@ -45,11 +47,21 @@ EPOCHS = 3  # of the base
 USERS = 64  # to decode
 FEW = 8  # of them at once where memory traffic rules: what `generate` is fastest with on a CPU
 STEPS = 4  # optimiser steps of one timed call
+VOCABULARY = 151_936  # Qwen2.5's
+LAYERS, HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS = 4, 576, 1536, 9, 3  # four layers of SmolLM2-135M
 TOLERANCE = 1e-3  # between two float32 computations of a log-likelihood
+LARGE, ALONE = "with a pretrained vocabulary", "ID tokens alone"
 TARGETS: Mapping[tuple[str, str], str] = {
     ("training", "packed"): ">= 4",
     ("decoding", "cladapt"): ">= 5",
     ("step", "peso"): "<= 1.05",
+    ("vocabulary: training step", LARGE): "<= 1.10",
+    ("vocabulary: decoding batch", LARGE): "<= 1.10",
+    ("vocabulary: memory of a training step", LARGE): "<= 1.10",
+    ("vocabulary: memory of a decoding batch", LARGE): "<= 1.10",
+    ("field training", "packed form"): ">= 8",
+    ("field training", "prompt form"): ">= 1.3",
+    ("field decoding", "cladapt"): ">= 8",
 }
 
 
@@ -63,18 +75,31 @@ class Case:
     split: BlockSplit
     train: TrainConfig
     device: torch.device
+    beams: int = BEAMS
 
 
-def methods(runs: int, out: Path | None, sink: Sink) -> dict[str, Any]:
-    """Measure all three comparisons; rows go to the csv file `out` as well where one is given."""
+def methods(runs: int, out: Path | None, sink: Sink, llm: Path | None = None) -> dict[str, Any]:
+    """Measure all comparisons; rows go to the csv file `out` as well where one is given.
+
+    `llm`: a pretrained causal LM on which the field's usual code is measured too; see `cladapt.pipeline.bench_llm`.
+    """
+    from cladapt.pipeline.bench_llm import field, open_llm  # which measures with what is here
+
     check_request(runs, out)
+    source = open_llm(llm, sink)
     sink.emit({"kind": "note", "text": "simulating a stream and training a base on its first block"})
     case = make_case(SimulateConfig(), TokensConfig())
     here = where(case.device)
     rows: list[Row] = []
-    for what, measure in (("training", bench_training), ("decoding", bench_decoding), ("steps", bench_steps)):
+    for what, measure in (
+        ("training", bench_training),
+        ("decoding", bench_decoding),
+        ("steps", bench_steps),
+        ("vocabulary", bench_vocabulary),
+    ):
         sink.emit({"kind": "note", "text": f"measuring {what}"})
         rows += measure(case, runs)
+    rows += field(source, runs, sink)
     if out is not None:
         with atomic_path(out) as temporary:
             write_rows(temporary, [{**row, **here} for row in rows])
@@ -171,6 +196,93 @@ def bench_steps(case: Case, runs: int) -> list[Row]:
     return compare("step", shape, providers, case.device, runs)
 
 
+def bench_vocabulary(case: Case, runs: int) -> list[Row]:
+    """A step of fine-tuning and a decoding batch, time and peak memory beyond the weights, with both vocabularies.
+
+    The two models have the same weights but for the rows of text, so their losses and lists must be equal.
+    """
+    alone = replace(case, base=wide_base(case, len(case.base.tokenizer)))
+    large = replace(case, base=wide_base(case, VOCABULARY))
+    cases = {ALONE: alone, f"{LARGE}, {VOCABULARY} tokens": large}
+    prompts = [case.form.prompt(case.split.history(int(i), before="test")) for i in case.split.test_users][:FEW]
+    documents = training_documents(case.split, case.form)
+    decoders = {name: decoding(some, prompts) for name, some in cases.items()}
+    check_equal(*(decode() for decode in decoders.values()))
+    check_losses(*(validation_losses(some) for some in cases.values()))
+    fits = {name: make_fit(some, BASELINE, documents) for name, some in cases.items()}
+    step: Mapping[str, Callable[[], object]] = {
+        name: partial(_steps, fit, fit.steps(0)[:1]) for name, fit in fits.items()
+    }
+    rows: list[Row] = []
+    for what, providers, size in (
+        ("training step", step, f"{case.train.batch_tokens} tokens"),
+        ("decoding batch", decoders, f"{len(prompts)} users, {BEAMS} beams"),
+    ):
+        shape = f"{LAYERS} layers, width {HIDDEN}, {len(case.base.sids.offsets) - 1} levels, {size}"
+        rows += compare(f"vocabulary: {what}", shape, providers, case.device, runs)
+        rows += _memory(f"vocabulary: memory of a {what}", shape, providers, case.device)
+    return rows
+
+
+def wide_base(case: Case, vocabulary: int) -> Base:
+    """Random weights of a pretrained model's proportions with a tied table of `vocabulary` rows, IDs among them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokens = len(case.base.tokenizer)
+    config = LlamaConfig(
+        vocab_size=tokens,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        initializer_range=0.1,  # lists that rounding cannot reorder
+        tie_word_embeddings=True,
+        pad_token_id=case.base.tokenizer.pad_token_id,
+    )
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    cast(torch.nn.Module, model).to(case.device).requires_grad_(False)
+    return Base(model, case.base.tokenizer, case.base.sids, {})
+
+
+@torch.no_grad()
+def validation_losses(case: Case) -> torch.Tensor:
+    """The base's losses on the first batch of the block's validation targets."""
+    loss = PackedLoss(case.base.model, catalogue_softmax(case.base, case.stream, case.split.block, case.train.softmax))
+    documents = validation_documents(case.split, case.form)
+    feed = PackedFeed(documents, documents, case.train.batch_tokens, case.train.row_tokens)
+    batch = next(feed.validation())
+    return cast(torch.Tensor, loss.eval()(*(t.to(case.device) for t in batch)))
+
+
+def check_losses(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """`CheckFailed` unless both vocabularies give the same losses."""
+    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("nan")
+    if not difference <= TOLERANCE:
+        raise CheckFailed(
+            f"losses with ID tokens alone and with {VOCABULARY} tokens differ by {difference:.1e}; no time is recorded",
+            "report this as a bug",
+        )
+
+
+def _memory(name: str, shape: str, providers: Mapping[str, Callable[[], object]], device: torch.device) -> list[Row]:
+    """Rows of the peak of one call of each provider, beyond what exists before it, over that of the first."""
+    peaks = {provider: peak_bytes(call, device) for provider, call in providers.items()}
+    baseline, *_ = peaks
+    common: Row = {"name": name, "shape": shape, "runs": 1}
+    rows: list[Row] = []
+    for provider, peak in peaks.items():
+        figures = [(f"peak memory over '{baseline}'", "ratio", peak / peaks[baseline]), ("peak memory", "bytes", peak)]
+        for metric, unit, value in figures:
+            quantile = dict.fromkeys(("q20", "q50", "q80"), value)
+            rows.append({**common, "provider": provider, "metric": metric, "unit": unit, **quantile})
+    return rows
+
+
 def _steps(fit: Fit, steps: Sequence[list[Batch]]) -> None:
     for step in steps:
         fit.step(step, 0.5)
@@ -217,9 +329,9 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 def decoding(case: Case, prompts: Sequence[np.ndarray]) -> Callable[[], Found]:
-    """Our decoder on all prompts at once: (token ids [users, BEAMS, levels], log-likelihoods [users, BEAMS])."""
+    """Our decoder on all prompts at once: (token ids [users, beams, levels], log-likelihoods [users, beams])."""
     catalogue = Catalogue(case.base.sids, case.stream.catalogue(case.split.block))
-    decoder = make_decoder(case.base.model, case.base, catalogue, BEAMS, case.train.softmax)
+    decoder = make_decoder(case.base.model, case.base, catalogue, case.beams, case.train.softmax)
     leaves = case.base.item_tokens().numpy()[[items[0] for items in catalogue.items_of_leaf]]
 
     def run() -> Found:
@@ -244,8 +356,8 @@ def generation(case: Case, prompts: Sequence[np.ndarray], at_once: int, scored: 
     allowed = {prefix: sorted(tokens) for prefix, tokens in below.items()}
     pad, levels = case.base.tokenizer.pad_token_id or 0, items.shape[1]
     settings = GenerationConfig(
-        num_beams=BEAMS,
-        num_return_sequences=BEAMS,
+        num_beams=case.beams,
+        num_return_sequences=case.beams,
         max_new_tokens=levels,
         length_penalty=0.0,
         renormalize_logits=case.train.softmax == "trie",
@@ -265,10 +377,10 @@ def generation(case: Case, prompts: Sequence[np.ndarray], at_once: int, scored: 
             generation_config=settings,
             prefix_allowed_tokens_fn=lambda _, sent: allowed[tuple(sent[width:].tolist())],
         )
-        leaves = found.sequences[:, width:].view(len(some), BEAMS, levels).cpu().numpy()
+        leaves = found.sequences[:, width:].view(len(some), case.beams, levels).cpu().numpy()
         if not scored:
             return leaves, np.full(leaves.shape[:2], np.nan)
-        return leaves, found.sequences_scores.view(len(some), BEAMS).cpu().numpy()
+        return leaves, found.sequences_scores.view(len(some), case.beams).cpu().numpy()
 
     def run() -> Found:
         leaves, scores = zip(

@@ -1,11 +1,11 @@
 """Evaluation of a run, whatever its task: measured where it was not before, and written beside its adapters."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from cladapt import ranks
 from cladapt.artifacts import atomic_dir, atomic_path, write_json, write_parquet
@@ -13,21 +13,19 @@ from cladapt.config import resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.expect import check_expected, read_expected
+from cladapt.eval.perplexity import Text, read_text
 from cladapt.lock import locked
 from cladapt.methods import build
-from cladapt.model.adapter import adapted_lm
-from cladapt.model.history import unload
-from cladapt.model.saved import LEARNED, adapter_block, adapter_provenance, load_adapter
+from cladapt.model.load import Base
+from cladapt.model.saved import LEARNED, adapted, adapter_block, adapter_provenance
 from cladapt.pipeline.evaluated import Evaluated
 from cladapt.pipeline.inputs import open_inputs, verify_inputs
+from cladapt.pipeline.language import earlier_text, measure_text, text_windows
 from cladapt.pipeline.measured import earlier_of, measured_of, refuse_mixture
 from cladapt.pipeline.report import METRICS, REPORT, run_report
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import FittedBase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["Evaluated", "evaluate", "evaluate_run"]
 METRICS_SCHEMA_VERSION = 2
@@ -42,11 +40,13 @@ def evaluate(
     data: Path | None = None,
     base: Path | None = None,
     everything: bool = False,
+    text: Path | None = None,
 ) -> dict[str, Any]:
     """Test every adapter of a run (by default the latest) on every block, or on one where the workload knows that.
 
     What an earlier evaluation has measured of the same models, blocks and settings is kept, unless `everything` is to
     be measured anew; with `block`, what it has of the others. `data` and `base`: where the stream and the base are now.
+    `text`: a file whose perplexity is measured under every model, for a base that is a language model.
     `expect`: a file of ranges, see `cladapt.eval.expect`; `CheckFailed`, after all is written, when a value is outside.
     """
     run = open_run(latest_run() if path is None else path, data, base)
@@ -56,10 +56,13 @@ def evaluate(
     if known_elsewhere := [f"--{key.replace('_', '-')}" for key in strange if key in ("block", "top_k", "beams")]:
         raise ConfigError(f"{', '.join(known_elsewhere)}: {run.path} is a run of --task {run.task}", "leave them out")
     config = resolve(type(run.config.eval), {**run.config.eval.model_dump(), **settings}, "eval")
+    if text is not None and not run.workload.language:
+        raise ConfigError(f"--text {text}: {run.path} is a run of --task {run.task}", "leave it out")
+    read = None if text is None else read_text(text)
     lines, columns = run.workload.table_names(run.config.method.name, config)
     expected = read_expected(expect, columns, lines) if expect else {}
     with locked(run.path):
-        done = _evaluate(run, config, block, sink, everything)
+        done = _evaluate(run, config, block, sink, everything, read)
     figures = done.metrics if block is None else run.workload.figures(done.on_block(block), done.stream)
     check_expected(expected, figures["table"])
     return {
@@ -68,6 +71,7 @@ def evaluate(
         "report": str(run.path / REPORT),
         "cells": {"measured": done.earlier.measured, "kept": done.earlier.kept},
         **run.workload.printed(figures),
+        **({} if read is None else {"text": done.metrics["text"]["rows"]}),
     }
 
 
@@ -91,7 +95,9 @@ class _Done:
         return self.run.workload.on_block(self.measures, block)
 
 
-def _evaluate(run: Run[Any], config: Any, block: int | None, sink: Sink, everything: bool = False) -> _Done:
+def _evaluate(
+    run: Run[Any], config: Any, block: int | None, sink: Sink, everything: bool = False, text: Text | None = None
+) -> _Done:
     stream, base = open_inputs(run)
     if block is not None and not 1 <= block <= stream.n_blocks:
         raise ConfigError(f"--block {block}: the stream has blocks 1 to {stream.n_blocks}", "choose one of them")
@@ -113,9 +119,19 @@ def _evaluate(run: Run[Any], config: Any, block: int | None, sink: Sink, everyth
         found = earlier_of(run, stream, base, adapters, learned, config, sink)
         return replace(found, blocks=[b for b in found.blocks if b != block]) if everything else found
 
+    if text is not None:
+        text_windows(text, cast(Base, base))  # what is no text for the base shows now
     earlier = ranks.once(known)  # the first process may have replaced the files when another comes to read them
     measures = measure(run, stream, base, config, block, sink, earlier)
-    metrics = ranks.once(lambda: _write(run, measures, stream, base, adapters))
+
+    def written() -> dict[str, Any]:
+        if text is None:
+            language = earlier_text(run, base.fingerprint, adapters, sink)
+        else:
+            language = measure_text(text, cast(Base, base), adapters, sink)
+        return _write(run, measures, stream, base, adapters, language)
+
+    metrics = ranks.once(written)
     return _Done(run, stream, measures, metrics, earlier)
 
 
@@ -150,6 +166,7 @@ def _checked_adapters(run: Run[Any], stream: Any, base: FittedBase, learned: int
         )
     adapters = _adapters(run, learned)
     for block, folder in run.adapters.items():
+        run.workload.check_adapter(run.config, folder)
         if (recorded := adapter_block(folder)) != block:
             raise DataError(f"{folder} holds the adapter of block {recorded}", "restore the adapter of its block")
     for folder in adapters.values():  # a damaged adapter shows now, not when those before it are measured
@@ -164,19 +181,16 @@ def _adapters(run: Run[Any], learned: int) -> dict[int, Path]:
     return {**({} if start is None else {learned: start}), **run.adapters}
 
 
-@contextmanager
-def adapted(base: FittedBase, folder: Path) -> "Iterator[PreTrainedModel]":
-    """The base with an adapter, each loaded anew: their ranks may differ; at the end it is as it was."""
-    model = load_adapter(base, folder)
-    try:
-        yield adapted_lm(model)
-    finally:
-        unload(model)
-
-
-def _write(run: Run[Any], measures: Any, stream: Any, base: FittedBase, adapters: Mapping[int, Path]) -> dict[str, Any]:
+def _write(
+    run: Run[Any],
+    measures: Any,
+    stream: Any,
+    base: FittedBase,
+    adapters: Mapping[int, Path],
+    text: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     """Rows, metrics.json and report.html; the content of metrics.json."""
-    html, result = run_report(run, measures, stream, base)  # first: it reads files that may be damaged
+    html, result = run_report(run, measures, stream, base, text)  # first: it reads files that may be damaged
     rows = run.path / run.workload.rows_folder
     with atomic_dir(rows) as folder:  # whole, so that no earlier rows stay
         for name, frame in run.workload.frames(measures).items():

@@ -16,9 +16,12 @@ from cladapt.workloads._base import FittedBase
 RESTORE = "restore them, or start a new run from these"
 
 
-def open_inputs(run: Run[Any]) -> tuple[Any, FittedBase]:
-    """The stream as the run is to learn it, however it has grown since, and the base."""
-    stream, base = run.workload.open_inputs(run.config, partial(_known_part, run))
+def open_inputs(run: Run[Any], learning: bool = False) -> tuple[Any, FittedBase]:
+    """The stream as the run is to learn it, however it has grown since, and the base; whole, unless it is to learn."""
+    config = run.config
+    if not learning and hasattr(config, "sharding"):
+        config = config.model_copy(update={"sharding": "none"})
+    stream, base = run.workload.open_inputs(config, partial(_known_part, run))
     return stream, base
 
 
@@ -41,7 +44,9 @@ def fingerprints(config: RunSettings, stream: Any, base: FittedBase) -> dict[str
 
 
 def _of_models(config: RunSettings, base: FittedBase) -> dict[str, str]:
-    found = {"base": base.fingerprint, "base weights": weights_hash(base.model)}
+    found = {"base": base.fingerprint}
+    if getattr(config, "quantisation", "none") == "none":  # packed weights differ between machines, the saved ones not
+        found["base weights"] = weights_hash(base.model)
     if (start := workloads.get(config.task).starts_from(config)) is not None:
         file = start / ADAPTER_FILE
         if not file.is_file():

@@ -18,8 +18,7 @@ from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.cells import Candidate
 from cladapt.eval.promotion import CURRENT, Decision, decide
 from cladapt.lock import locked
-from cladapt.model.saved import ADAPTER_FILE, LEARNED, adapter_provenance
-from cladapt.pipeline.evaluation import adapted
+from cladapt.model.saved import ADAPTER_FILE, LEARNED, adapted, adapter_provenance
 from cladapt.pipeline.inputs import open_inputs, verify_inputs
 from cladapt.run import Run, latest_run, open_run
 from cladapt.train.blocks import adapter_folder

@@ -24,10 +24,16 @@ SPECTRUM = (
     "(exponential of the entropy of their shares in the sum), largest over mean of those above 0 (1: all are equal), "
     "largest, smallest. own: of what the block itself has learned, without the history in its adapter."
 )
+TEXT_NOTE = (
+    "perplexity: exp of the mean negative log-likelihood of a token, over the whole vocabulary. bits_per_byte: the "
+    "same per byte of the text. Lower is better; a rise is what adapting to items costs the language."
+)
 
 
-def run_report(run: Run[Any], measures: Any, stream: Any, base: FittedBase) -> tuple[str, dict[str, Any]]:
-    """The HTML page and the content of metrics.json."""
+def run_report(
+    run: Run[Any], measures: Any, stream: Any, base: FittedBase, text: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The HTML page and the content of metrics.json; `text`: the record of a text's perplexities."""
     spectra = Spectra.read(run)
     figures = run.workload.figures(measures, stream)
     result: dict[str, Any] = {
@@ -38,6 +44,7 @@ def run_report(run: Run[Any], measures: Any, stream: Any, base: FittedBase) -> t
         "config": measures.config.model_dump(mode="json"),
         **figures,
         "spectrum": spectra.log(),
+        **({} if text is None else {"text": dict(text)}),
     }
     provenance = {
         "run": str(run.path),
@@ -48,6 +55,7 @@ def run_report(run: Run[Any], measures: Any, stream: Any, base: FittedBase) -> t
     }
     sections: list[Section] = [
         *run.workload.sections(measures, figures, stream, base),
+        *([] if text is None else [rows_table(f"Perplexity of {text['file']}", text["rows"], TEXT_NOTE)]),
         rows_table("What the method did", regulariser_log(run)),
         step_curves(run),
         *spectra.sections(),

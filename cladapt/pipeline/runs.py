@@ -1,11 +1,10 @@
 """The life of a run, whatever its task: it begins from checked inputs, learns block after block, and is continued."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cladapt import ops, ranks, workloads
 from cladapt.artifacts import recover
@@ -21,9 +20,13 @@ from cladapt.pipeline.inputs import fingerprints, open_inputs, verify_inputs
 from cladapt.run import FOLDERS, RUNS, Run, new_run_path, open_run
 from cladapt.train.checkpoint import clear_checkpoints
 from cladapt.train.loop import FitResult
+from cladapt.train.memory import weight_bytes
 from cladapt.train.sinks import Fan, JsonlSink, Sink
 from cladapt.train.track import require, tracking
 from cladapt.workloads._base import FittedBase
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
@@ -33,10 +36,11 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
     """
     if out is not None:
         ranks.once(lambda: Run.refuse_existing(out))
-    config = with_embedded(config, sink)
+    config = settled(with_embedded(config, sink))
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
-    _prepare(config, stream, base)
+    with _adapted(config, stream, base):  # mistakes show before anything is written
+        pass
     require(config.track)
     notes = []
     if not work.blocks(config, stream, base):
@@ -69,7 +73,7 @@ def resume(
         raise ConfigError(f"--task {task}: {path} is a run of --task {run.task}", "leave out --task")
     _refuse_changes(run, asked or {})
     with locked(run.path):
-        stream, opened = open_inputs(run)
+        stream, opened = open_inputs(run, learning=True)
         notes = verify_inputs(run, opened)
         return _finish(run, stream, opened, sink, notes, f"{run.path} is finished: there is nothing to continue")
 
@@ -168,6 +172,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Learn what is left; where nothing is, only the notes are said, and `finished`."""
     notes = [*notes, *ranks.once(lambda: _mend(run))]
+    for folder in run.adapters.values():
+        run.workload.check_adapter(run.config, folder)
     if not build(run.config.method).trains or set(run.workload.blocks(run.config, stream, base)) <= set(run.adapters):
         for text in (*notes, finished):
             sink.emit({"kind": "note", "text": text})
@@ -184,24 +190,32 @@ def plan(config: RunSettings) -> dict[str, Any]:
     """What a run would do: everything validated, examples and parameters counted, memory estimated, nothing written."""
     if not config.data or not config.base:
         raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+    config = settled(config)
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)
-    method, parameters = _prepare(config, stream, base)
-    trained = sum(p.numel() for p in parameters.values())
+    blocks = work.blocks(config, stream, base)
+    weights = weight_bytes(base.model, ranks.ranks() if getattr(config, "sharding", "none") == "full" else 1)
     total = sum(p.numel() for p in base.model.parameters())
-    activations = work.activation_bytes(config, base)
-    width = 2 if config.train.precision == "bf16" else 4
-    # weights, and the adapter with its gradient and two moments of Adam
-    memory = {} if activations is None else {"memory_bytes": width * total + 16 * trained + activations}
+    with _adapted(config, stream, base) as (method, model):
+        parameters = adapter_parameters(model)
+        state = method.state_bytes(parameters)
+        activations = work.activation_bytes(config, stream, base, model, blocks)
+    trained = sum(p.numel() for p in parameters.values())
+    # in float32: the adapter as it is, as it began and as it was best, and two moments of Adam
+    memory = {"weights": weights, "adapter": 12 * trained, "optimiser": 8 * trained, "method": state}
+    estimate = {}
+    if activations is not None:
+        memory["activations"] = activations
+        estimate = {"memory_bytes": sum(memory.values()), "memory": memory}
     return {
         "method": config.method.name,
         "base_parameters": total,
         "trained_parameters": trained,
         "adapted_modules": len({module_of(name) for name in parameters}),
-        "method_state_bytes": method.state_bytes(parameters),
-        **memory,
+        "method_state_bytes": state,
+        **estimate,
         "kernels": {op: implementation for op, (implementation, _) in ops.backends(config.kernels).items()},
-        "blocks": work.plan(config, stream, base, work.blocks(config, stream, base)),
+        "blocks": work.plan(config, stream, base, blocks),
     }
 
 
@@ -224,8 +238,32 @@ def with_embedded(config: RunSettings, sink: Sink) -> RunSettings:
     return config.model_copy(update={"data": str(stream), "base": str(base)})
 
 
-def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method, dict[str, torch.nn.Parameter]]:
-    """Method and adapter parameters of a run: mistakes in its settings show before anything is written."""
+def settled(config: RunSettings) -> RunSettings:
+    """The configuration with the precision that `auto` is on this machine; a run keeps it wherever it goes on.
+
+    `ConfigError` where the base is to be kept in a form that the method cannot work with.
+    """
+    forms = {key: getattr(config, key, "none") for key in ("quantisation", "sharding")}
+    asked = [f"{key}={form}" for key, form in forms.items() if form != "none"]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: bitsandbytes' packed weights are not cut", "use one of them")
+    for what in asked:
+        method, name = build(config.method), config.method.name
+        if method.weight_gradients:
+            raise _unfit(what, f"{name} takes gradients of the base's own weights, which are not there as a whole")
+        if method.parameters == "weights":
+            raise _unfit(what, f"{name} learns matrices as large as the base's own, which saves no memory")
+    precision = ranks.once(lambda: ops.precision(config.train.precision))
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def _unfit(what: str, reason: str) -> ConfigError:
+    return ConfigError(f"{what}: {reason}", f"use {what.split('=')[0]}=none, or another method")
+
+
+@contextmanager
+def _adapted(config: RunSettings, stream: Any, base: FittedBase) -> Iterator[tuple[Method, "PeftModel"]]:
+    """The run's method and its adapted model, which is the base again afterwards; mistakes in the settings show."""
     work = workloads.get(config.task)
     method = build(config.method)
     work.examples(config, stream, base)
@@ -233,9 +271,8 @@ def _prepare(config: RunSettings, stream: Any, base: FittedBase) -> tuple[Method
     if (start := work.starts_from(config)) is not None:
         adapter_block(start)
         start_from(model, start, base)
-    parameters = adapter_parameters(model)
+    yield method, model
     unload(model)
-    return method, parameters
 
 
 def _mend(run: Run[Any]) -> list[str]:
@@ -254,7 +291,9 @@ def _refuse_changes(run: Run[Any], asked: Mapping[str, Any]) -> None:
     changed = [
         f"{key}={wanted[key]!r}, the run has {value!r}"
         for key, value in own.items()
-        if wanted[key] != value and not (key in FOLDERS and value and _same_folder(wanted[key], value))
+        if wanted[key] != value
+        and not (key in FOLDERS and value and _same_folder(wanted[key], value))
+        and not (key == "train.precision" and wanted[key] == "auto")  # which is what the run made of it
     ]
     if changed:
         raise ConfigError(

@@ -32,7 +32,7 @@ from cladapt.pipeline.promote import current_block, read_current
 from cladapt.pipeline.report import METRICS
 from cladapt.run import Run
 from cladapt.tokens.build import load_sids
-from cladapt.train.stream import make_form
+from cladapt.train.prompting import names_by_text, recorded_form
 from cladapt.workloads._base import MetricsRecord
 
 
@@ -90,13 +90,14 @@ def offered_of(source: Source, data: Path | None = None) -> Offered | None:
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is not a stream directory", "say where the stream is now: --data DIR")
     stream = Stream.load(folder)
-    learned = adapter_provenance(source.adapter).get("stream")
+    record = adapter_provenance(source.adapter)
+    learned = record.get("stream")
     if stream.home_of(learned) is None:
         raise DataError(
             f"{source.adapter} has learned the stream {learned}, {folder} is the stream {stream.fingerprint}",
             "name the stream that it has learned: --data DIR",
         )
-    return Offered.of(stream, load_sids(folder, stream))
+    return Offered.of(stream, load_sids(folder, stream), names_by_text(record))
 
 
 def export(
@@ -214,8 +215,9 @@ def recommend(
     if lacking:
         raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
     model = load_adapter(base, source.adapter)
-    base, allowed, withdrawn = _catalogue(source, data, base, listed, catalogue)
-    form = make_form(record["form"], base, record["window"], row_tokens=1 << 16)
+    offered = _offered(source, data)
+    base, allowed, withdrawn = _catalogue(offered, base, listed, catalogue)
+    form = recorded_form(record, base, None if offered is None else offered.texts)
     frame, counts = recommend_items(
         adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, width, exclude_seen
     )
@@ -226,10 +228,8 @@ def recommend(
     return {"out": str(out), "adapter": str(source.adapter), "beams": width, **counts}
 
 
-def _catalogue(
-    source: Source, data: Path | None, base: Base, listed: list[str] | None, file: Path | None
-) -> tuple[Base, list[str] | None, int]:
-    """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
+def _offered(source: Source, data: Path | None) -> Offered | None:
+    """As `offered_of`, with a warning where an export has none."""
     offered = offered_of(source, data)
     if offered is None:
         warnings.warn(
@@ -237,6 +237,14 @@ def _catalogue(
             "new items are not known; export the adapter again, or name the stream with --data DIR",
             stacklevel=3,
         )
+    return offered
+
+
+def _catalogue(
+    offered: Offered | None, base: Base, listed: list[str] | None, file: Path | None
+) -> tuple[Base, list[str] | None, int]:
+    """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
+    if offered is None:
         return base, listed, 0
     allowed, withdrawn = offered.chosen(listed)
     if not allowed:

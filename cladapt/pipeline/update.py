@@ -58,7 +58,8 @@ def update(
     _check(run, target, held_out, index, out)
     stream = Path(run.config.data)
     with locked(path / ".update"):  # the stages lock run and stream for themselves
-        verify_inputs(run, open_inputs(run)[1])  # another stream or base is refused before the log is in it
+        # another stream or base is refused before the log is in it
+        verify_inputs(run, open_inputs(run, learning=True)[1])
         appended = growth.append_data(stream, source, dates=dates, late=late, rejects=rejects, least=least, items=items)
         extended = streams.extend_tokens(stream, index)
         learned = runs.continue_run(path, sink, data=data, base=base, held_out=held_out)

@@ -1,10 +1,13 @@
 """Item histories to token documents, and documents to rows of a fixed length.
 
-A form says how a history reads. `PackedForm` is one causal pass in which every item is a target at once; `PromptForm`
-is a worded instruction per target. Both give evaluation the prompt that training used.
+A form says how a history reads. `PackedForm` is one causal pass in which every item is a target at once; a `WordedForm`
+is an instruction per target, about semantic IDs (`PromptForm`) or titles (`cladapt.tokens.titles`). All give evaluation
+the prompt that training used.
 """
 
-from collections.abc import Sequence
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,11 +20,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class Prompt:
+    """Token ids int64 [n] before a target, and what the token budget left out of the history."""
+
+    tokens: np.ndarray
+    left_out: int = 0
+    """Items: the oldest."""
+    cut: bool = False
+    """Whether the title of the one item that is left was cut at its end."""
+
+
+@dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens int64 [n] that attend to each other alone; `loss` bool [n] marks those predicted and counted."""
+    """Tokens int64 [n] that attend to each other alone; `loss` bool [n] marks those predicted and counted.
+
+    `left_out` and `cut` are those of its prompt.
+    """
 
     tokens: np.ndarray
     loss: np.ndarray
+    left_out: int = 0
+    cut: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.tokens) or self.tokens.shape != self.loss.shape or self.loss[0]:
@@ -29,6 +48,29 @@ class Document:
                 f"a document of tokens {self.tokens.shape} and loss {self.loss.shape} cannot be learned from",
                 "give equal, non-empty shapes; the first token has nothing before it to be predicted from",
             )
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a token budget left out: `items` and the ends of `titles`, of the histories in `shortened` of `prompts`."""
+
+    prompts: int
+    shortened: int
+    items: int
+    titles: int
+
+    @classmethod
+    def of(cls, read: "Iterable[Prompt | Document]") -> "LeftOut":
+        """The sums over prompts or documents."""
+        found = [(p.left_out, p.cut) for p in read]
+        items, titles = sum(n for n, _ in found), sum(cut for _, cut in found)
+        return cls(len(found), sum(n > 0 or cut for n, cut in found), items, titles)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shortened} of {self.prompts} prompts are shortened to their token budget: {self.items} oldest "
+            f"items left out, {self.titles} titles cut"
+        )
 
 
 class Form(Protocol):
@@ -39,6 +81,18 @@ class Form(Protocol):
 
     def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
         """Documents in which each of items[first_target:] is a target exactly once, in order."""
+
+
+def read_all(form: Form, histories: Iterable[np.ndarray]) -> list[Prompt]:
+    """The prompts of histories, with what a worded form leaves out."""
+    return [form.read(h) if isinstance(form, WordedForm) else Prompt(form.prompt(h)) for h in histories]
+
+
+def warn_left_out(read: "Iterable[Prompt | Document]", what: str) -> None:
+    """Warn where a token budget has shortened prompts, with how many."""
+    found = LeftOut.of(read)
+    if found.shortened:
+        warnings.warn(f"{what}: {found}; raise train.history_tokens or train.row_tokens to keep more", stacklevel=3)
 
 
 class PackedForm:
@@ -102,11 +156,57 @@ class Template:
             )
 
 
-class PromptForm:
-    """A worded prompt per target, its semantic-ID tokens the response: the form of the LC-Rec and PESO family.
+class WordedForm(ABC):
+    """A worded prompt per target, the target's semantic-ID tokens the response: the form of the LC-Rec and PESO family.
 
-    The prompt opens with the tokenizer's bos token, if it has one. It is put together from token ids that the template
-    has between semantic IDs, which equals encoding the whole text because semantic-ID tokens are never split.
+    The prompt opens with the tokenizer's bos token, if it has one, and holds at most `limit` tokens. Of a history that
+    is longer the oldest items are left out.
+    """
+
+    def __init__(
+        self,
+        item_tokens: np.ndarray,
+        tokenizer: "PreTrainedTokenizerBase",
+        window: int,
+        template: Template,
+    ) -> None:
+        _check_window(window)
+        self.item_tokens, self.window, self.template = item_tokens.astype(np.int64), window, template
+        self.tokenizer = tokenizer
+        bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self.bos = np.array(bos, dtype=np.int64)
+        self.empty = self.encode(template.empty)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The bos token, if there is one, and the tokens of a text: int64."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.concatenate([self.bos, np.array(ids, dtype=np.int64)])
+
+    @abstractmethod
+    def read(self, history: np.ndarray) -> Prompt:
+        """The instruction about the last `window` items, or about an empty history, and what it leaves out."""
+
+    def prompt(self, history: np.ndarray) -> np.ndarray:
+        """The token ids of `read`."""
+        return self.read(history).tokens
+
+    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """One document per target: its prompt, then its tokens."""
+        documents = []
+        for place in range(first_target, len(items)):
+            prompt, response = self.read(items[:place]), self.item_tokens[items[place]]
+            tokens = np.concatenate([prompt.tokens, response])
+            loss = np.arange(len(tokens)) >= len(prompt.tokens)
+            documents.append(Document(tokens, loss, prompt.left_out, prompt.cut))
+        return documents
+
+
+class PromptForm(WordedForm):
+    """A worded prompt about semantic IDs.
+
+    It is put together from token ids that the template has between semantic IDs, which equals encoding the whole text
+    because semantic-ID tokens are never split. `history_tokens`: most tokens of IDs and separators; 0 has room for
+    `window` items, which a row must hold.
     """
 
     def __init__(
@@ -116,40 +216,42 @@ class PromptForm:
         window: int,
         row_tokens: int,
         template: Template | None = None,
+        history_tokens: int = 0,
     ) -> None:
-        _check_window(window)
-        self.item_tokens, self.window = item_tokens.astype(np.int64), window
-        template = template or Template()
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        head, self.separator, self.tail = _pieces(tokenizer, template, self.item_tokens[0])
-        self.head = np.concatenate([bos, head]).astype(np.int64)
-        self.empty = np.array(bos + tokenizer.encode(template.empty, add_special_tokens=False), dtype=np.int64)
-        levels = item_tokens.shape[1]
-        around = len(self.head) + len(self.tail) + (window - 1) * len(self.separator)
-        longest = max(len(self.empty), around + window * levels) + levels
-        if longest > row_tokens:
+        super().__init__(item_tokens, tokenizer, window, template or Template())
+        head, self.separator, self.tail = _pieces(tokenizer, self.template, self.item_tokens[0])
+        self.head = np.concatenate([self.bos, head]).astype(np.int64)
+        levels, between = item_tokens.shape[1], len(self.separator)
+        fitting = (history_tokens + between) // (levels + between) if history_tokens else window
+        if fitting < 1:
             raise ConfigError(
-                f"row_tokens={row_tokens} is less than the {longest} tokens of a prompt with window={window}",
-                f"use row_tokens of at least {longest}, or a smaller window",
+                f"history_tokens={history_tokens} holds no item of {levels} tokens",
+                f"use history_tokens of at least {levels}, or 0 for what a row has room for",
+            )
+        self.fitting = min(window, fitting)
+        around = len(self.head) + len(self.tail)
+        longest = max(len(self.empty), around + self.fitting * (levels + between) - between) + levels
+        if longest > row_tokens:
+            what, smaller = (
+                (f"history_tokens={history_tokens}", "smaller history_tokens")
+                if history_tokens
+                else (f"window={window}", "a smaller window")
+            )
+            raise ConfigError(
+                f"row_tokens={row_tokens} is less than the {longest} tokens of a prompt with {what}",
+                f"use row_tokens of at least {longest}, or {smaller}",
             )
 
-    def prompt(self, history: np.ndarray) -> np.ndarray:
-        """The instruction about the last `window` items, or about an empty history."""
-        history = _last(history, self.window)
-        if not len(history):
-            return self.empty
-        separators = np.broadcast_to(self.separator, (len(history), len(self.separator)))
-        items = np.concatenate([self.item_tokens[history], separators], axis=1).ravel()
-        return np.concatenate([self.head, items[: len(items) - len(self.separator)], self.tail])
-
-    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
-        """One document per target: its prompt, then its tokens."""
-        documents = []
-        for place in range(first_target, len(items)):
-            prompt, response = self.prompt(items[:place]), self.item_tokens[items[place]]
-            tokens = np.concatenate([prompt, response])
-            documents.append(Document(tokens, np.arange(len(tokens)) >= len(prompt)))
-        return documents
+    def read(self, history: np.ndarray) -> Prompt:
+        """The instruction about the last `window` items, or about an empty history, and what it leaves out."""
+        meant = _last(history, self.window)
+        if not len(meant):
+            return Prompt(self.empty)
+        kept = _last(meant, self.fitting)
+        separators = np.broadcast_to(self.separator, (len(kept), len(self.separator)))
+        items = np.concatenate([self.item_tokens[kept], separators], axis=1).ravel()
+        tokens = np.concatenate([self.head, items[: len(items) - len(self.separator)], self.tail])
+        return Prompt(tokens, left_out=len(meant) - len(kept))
 
 
 @dataclass(frozen=True, eq=False)

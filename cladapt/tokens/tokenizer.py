@@ -1,5 +1,6 @@
 """Semantic-ID tokens in a Hugging Face tokenizer: a vocabulary of them alone, or added to an existing one."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,3 +51,16 @@ def sid_token_ids(tokenizer: "PreTrainedTokenizerBase", sids: SidTable) -> np.nd
             "make a base with these tokens: `cladapt base init`",
         )
     return np.array([vocabulary[token] for token in sids.tokens], dtype=np.int64)
+
+
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], sids: SidTable) -> list[np.ndarray]:
+    """Token ids of the words of each text, as they stand inside a sentence: int64 [n] each, empty for a blank text.
+
+    A semantic ID or a special token spelt in a text is no word, nor is what the tokenizer does not know.
+    """
+    unknown = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
+    no_words = [*sid_token_ids(tokenizer, sids), *tokenizer.get_added_vocab().values(), *unknown]
+    spaced = [f" {' '.join(text.split())}" if text.strip() else "" for text in texts]
+    found = tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"] if spaced else []
+    words = [np.array(tokens, dtype=np.int64) for tokens in found]
+    return [tokens[~np.isin(tokens, no_words)] for tokens in words]

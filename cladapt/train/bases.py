@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from cladapt import ranks
-from cladapt.config import BaseConfig
+from cladapt.config import BaseConfig, TuneConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.model.load import Base, new_model, save_base
@@ -43,11 +43,14 @@ def first_block(stream: Stream, base: Base, form: str, config: BaseConfig) -> tu
     return training_documents(split, made), validation_documents(split, made)
 
 
-def base_record(stream: str, config: BaseConfig, fitted_block: int) -> dict[str, Any]:
+def base_record(stream: str, config: BaseConfig | TuneConfig, fitted_block: int) -> dict[str, Any]:
     """What the `cladapt.json` of a base says of how it was made; `stream`: fingerprint of the blocks it has learned."""
     return {"stream": stream, "fitted_block": fitted_block, "config": config.model_dump(mode="json")}
 
 
-def fitted_form(form: str, config: BaseConfig) -> dict[str, Any]:
+def fitted_form(form: str, config: BaseConfig | TuneConfig) -> dict[str, Any]:
     """How the histories looked that the ID rows were fitted on; empty where none were."""
-    return {"form": form, "window": config.window, "softmax": config.softmax} if config.epochs else {}
+    if not config.epochs:
+        return {}
+    found = {"form": form, "window": config.window, "softmax": config.softmax}
+    return found | ({"history": config.history} if isinstance(config, TuneConfig) else {})

@@ -15,7 +15,7 @@ from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
-from cladapt.config import FitConfig, RunSettings
+from cladapt.config import LearningConfig, RunSettings
 from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
 from cladapt.model.saved import (
@@ -27,6 +27,7 @@ from cladapt.model.saved import (
     save_adapter,
     start_from,
 )
+from cladapt.model.sharding import shard_base
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
 from cladapt.train.feeds import Feed
@@ -48,10 +49,10 @@ def adapter_folder(run: Path, block: int) -> Path:
     return run / "adapters" / f"block_{block:03d}"
 
 
-def fit_settings(config: FitConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
+def fit_settings(config: LearningConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
     """The loop's settings for one block: later blocks have their own learning-rate factor."""
     return FitSettings(
-        lr=config.lr * (config.block_lr_factor if block > 1 else 1.0),
+        lr=config.lr_of(block),
         epochs=config.epochs,
         seed=seed,
         accumulation=config.accumulation,
@@ -60,7 +61,8 @@ def fit_settings(config: FitConfig, seed: int, block: int, kernels: ops.Choice =
         weight_decay=config.weight_decay,
         clip=config.clip,
         keep=config.keep,
-        precision=config.precision,
+        precision=ops.precision(config.precision),
+        checkpointing=config.checkpointing,
         fold_terms=ops.uses_kernel("prox_adamw", kernels),
     )
 
@@ -84,6 +86,8 @@ def learn_blocks(
     if not method.trains:
         return {}
     model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
+    if getattr(config, "sharding", "none") == "full":
+        shard_base(model, ops.compute_device())
     initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     if start is not None:
         start_from(model, start, base)
@@ -103,13 +107,15 @@ def learn_blocks(
             parameter.requires_grad_(True)
         module, feed = examples(model, method.learned_with(block))
         ctx = replace(Context.of(model, block, initial, config.kernels), extra_parameters=base.extra_parameters)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
         result = results[block] = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
             checkpoint_steps=config.train.checkpoint_steps,
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
-        state, record = method.state_dict(), provenance(block)
+        state, record = method.state_dict(), {**provenance(block), **feed.record}
         ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))
         if ranks.is_main():
             spectra = saved_spectra(folder)
@@ -124,6 +130,8 @@ def learn_blocks(
                     "steps": result.steps,
                     feed.unit: result.used,
                     "seconds": result.seconds,
+                    **feed.record,
+                    **({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
                 }
             )
     return results

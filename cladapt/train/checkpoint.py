@@ -44,10 +44,11 @@ class _Record(BaseModel):
     state: _State
 
 
-def save_checkpoint(root: Path, block: int, config_hash: str, snapshot: Snapshot) -> None:
+def save_checkpoint(root: Path, block: int, config_hash: str, snapshot: Snapshot, again: str = "") -> None:
     """Write `root/block_<t>_step_<n>` and drop all but the newest two of this block.
 
-    Where it cannot be written, the `EnvironmentProblem` names the checkpoint from which the run will continue.
+    Where it cannot be written, the `EnvironmentProblem` names the checkpoint from which the work will continue, and the
+    command that does so: `again`, or that of a run.
     """
     target = root / f"block_{block:03d}_step_{snapshot.position.total_steps:08d}"
     try:
@@ -62,7 +63,7 @@ def save_checkpoint(root: Path, block: int, config_hash: str, snapshot: Snapshot
         last = f"the start of block {block}" if good is None else f"the last good checkpoint, {good}"
         raise EnvironmentProblem(
             f"{error.message}; the run can continue from {last}",
-            f"mend the permissions or free some space, then: cladapt train --resume {root.parent}",
+            f"mend the permissions or free some space, then: {again or f'cladapt train --resume {root.parent}'}",
         ) from error
     # what lies after this step was found damaged, or this block would stand there
     earlier = sorted(f for f in root.glob(f"block_{block:03d}_step_*") if f.name < target.name)

@@ -1,8 +1,9 @@
 """Blocks of classes as examples, and the vision bases that learn them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class ImageFeed:
     """Labelled images: (pixels [B, C, H, W], label [B], counted [B])."""
 
     unit = "images"
+    record: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(
         self, stream: ImageStream, train: np.ndarray, valid: np.ndarray, batch_images: int, warp: float = 0.0

@@ -4,14 +4,15 @@ A batch is a tuple of tensors with rows first; the last is bool and marks what c
 and gives a loss for each that does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cladapt.tokens.prompts import Document, PackedRows, pack
+from cladapt.tokens.prompts import Document, LeftOut, PackedRows, pack
 
 Batch = tuple[Tensor, ...]
 
@@ -21,6 +22,10 @@ class Feed(Protocol):
 
     unit: str
     """What `used` counts, in the plural."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the log and the adapter's `cladapt.json` say of how the examples were made."""
 
     def __len__(self) -> int:
         """Training examples."""
@@ -56,6 +61,12 @@ class PackedFeed:
         self.documents, self.held_out = documents, validation
         self.row_tokens, self.per_batch = row_tokens, max(1, batch_tokens // row_tokens)
 
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What a token budget has left out of the prompts to train on; empty where nothing was."""
+        found = LeftOut.of(self.documents)
+        return {"left_out": asdict(found)} if found.shortened else {}
+
     def __len__(self) -> int:
         return len(self.documents)
 
@@ -77,6 +88,39 @@ class PackedFeed:
 
     def used(self, batch: Batch) -> int:
         return int((batch[1] > 0).sum())
+
+
+class MixedFeed(PackedFeed):
+    """Documents of several tasks in the same rows; each epoch draws from every task anew, by its weight.
+
+    `tasks`: pairs of documents and weight. A weight of 2.5 gives every document twice and a random half of them once
+    more. Validation is the caller's, so that epochs are judged by one task alone.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[tuple[Sequence[Document], float]],
+        validation: Sequence[Document],
+        batch_tokens: int,
+        row_tokens: int,
+    ) -> None:
+        super().__init__([d for documents, _ in tasks for d in documents], validation, batch_tokens, row_tokens)
+        self.tasks = tasks
+
+    def epoch(self, seed: Sequence[int]) -> list[Batch]:
+        order = np.random.default_rng(seed)
+        drawn = [d for documents, weight in self.tasks for d in draw(documents, weight, order)]
+        return list(batches_of(pack(drawn, self.row_tokens, order), self.per_batch))
+
+
+def draw(examples: Sequence[Any], weight: float, order: np.random.Generator) -> list[Any]:
+    """All examples as often as `weight` has whole ones, and a random part of them for the rest, never none of it."""
+    whole, part = divmod(weight, 1.0)
+    drawn = list(examples) * int(whole)
+    if part and len(examples):
+        count = max(1, round(part * len(examples)))
+        drawn += [examples[i] for i in order.choice(len(examples), count, replace=False)]
+    return drawn
 
 
 def evenly(examples: Sequence[Any], share: float) -> Sequence[Any]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from cladapt import ops, ranks
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
+from cladapt.model.checkpointing import set_checkpointing
+from cladapt.model.sharding import is_cut
 from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import STOPS, deferred_interrupt
 from cladapt.train.sinks import Sink
@@ -39,7 +41,8 @@ class FitSettings:
     clip: float = 1.0
     keep: Literal["best", "last"] = "best"
     patience: int = 0  # epochs without improvement before stopping; 0 = never
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: ops.Precision = "fp32"
+    checkpointing: bool = False  # layers are computed again in the backward pass
     fold_terms: bool = False  # a method may put its proximal term inside the optimiser's step
 
 
@@ -94,9 +97,12 @@ class Fit:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
         self.method, self.ctx, self.feed, self.settings, self.sink = method, ctx, feed, settings, sink
         self.trained = {**ctx.parameters, **ctx.extra_parameters}
+        set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
-        self.module, self.optimizer = self.accelerator.prepare(module, self._make_optimizer())
+        self._is_cut = any(map(is_cut, module.parameters()))  # which DDP cannot hold: gradients are averaged here
+        self.optimizer: Any = self.accelerator.prepare(self._make_optimizer())
+        self.module: nn.Module = module if self._is_cut else self.accelerator.prepare(module)
         self.best: dict[str, Tensor] = {}
         self.position = Position()
 
@@ -224,7 +230,7 @@ class Fit:
             share = self.feed.targets(piece) / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
-            with self.accelerator.no_sync(self.module) if not last else nullcontext():
+            with nullcontext() if last or self._is_cut else self.accelerator.no_sync(self.module):
                 with self._autocast():
                     loss = self.module(*local).sum() / targets
                 terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
@@ -233,6 +239,8 @@ class Fit:
             total += loss.detach()
             for name, value in terms.items():
                 ctx.log[name] = ctx.log.get(name, 0.0) + share * value.item()
+        if self._is_cut:
+            self._average_gradients()
         if ctx.log:
             ctx.log.update(zip(ctx.log, self._over_ranks(list(ctx.log.values())), strict=True))
         self.method.edit_grads(ctx)
@@ -260,6 +268,13 @@ class Fit:
             }
         )
         return used
+
+    def _average_gradients(self) -> None:
+        """What DDP does after a step's last backward pass: every gradient becomes the mean over the processes."""
+        grads = [p.grad for p in self.trained.values() if p.grad is not None]
+        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
+        for grad, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def _emit(self, event: Mapping[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -18,6 +18,7 @@ from cladapt.train.loop import Fit, FitResult, FitSettings
 from cladapt.train.sinks import Sink
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -45,18 +46,23 @@ def fit_token_rows(
     sink: Sink,
 ) -> tuple["PreTrainedModel", FitResult]:
     """Train the embedding (and untied head) rows of `new_ids` alone and bake them into the model."""
+    wrapped = with_token_rows(model, new_ids)
+    parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    feed = PackedFeed(train, valid, config.batch_tokens, config.row_tokens)
+    loss = PackedLoss(cast("PreTrainedModel", wrapped.get_base_model()), softmax)
+    result = fit_base(loss, parameters, feed, config, sink)
+    return cast("PreTrainedModel", wrapped.merge_and_unload()), result
+
+
+def with_token_rows(model: "PreTrainedModel", ids: Sequence[int]) -> "PeftModel":
+    """The model with the rows of `ids` in its embedding, and in an untied head, as all that learns."""
     from peft import TrainableTokensConfig, get_peft_model
 
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     tables = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
     names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
     with quiet():
-        wrapped = get_peft_model(model, TrainableTokensConfig(token_indices=list(new_ids), target_modules=names))
-    parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    feed = PackedFeed(train, valid, config.batch_tokens, config.row_tokens)
-    loss = PackedLoss(cast("PreTrainedModel", wrapped.get_base_model()), softmax)
-    result = fit_base(loss, parameters, feed, config, sink)
-    return cast("PreTrainedModel", wrapped.merge_and_unload()), result
+        return get_peft_model(model, TrainableTokensConfig(token_indices=list(ids), target_modules=names))
 
 
 def fit_base(

@@ -1,29 +1,61 @@
 """A block of interactions as examples: histories as documents, and the softmax over the items known by then."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from cladapt.config import TrainConfig
 from cladapt.data.histories import FROM_END, BlockSplit, split_block
 from cladapt.data.schema import Stream
+from cladapt.errors import ConfigError
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import Softmax, TrieSoftmax
-from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm
+from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm, Template, warn_left_out
+from cladapt.tokens.titles import TitleForm
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
 
 
-def make_form(form: str, base: Base, window: int, row_tokens: int) -> Form:
-    """How histories become tokens for this base: `packed` or `prompt`."""
+class Learned(Protocol):
+    """What training reads of a form."""
+
+    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """Documents about items[first_target:]; see `Form`."""
+
+
+def make_form(
+    form: str,
+    base: Base,
+    window: int,
+    row_tokens: int,
+    history: str = "ids",
+    texts: Sequence[str] | None = None,
+    history_tokens: int = 0,
+    template: Template | None = None,
+) -> Form:
+    """How histories become tokens for this base: `packed` or `prompt`.
+
+    A worded prompt names items by `history`: `ids`, `titles` or `both`, of which the last two need `texts`, one per
+    item of the base's ID table; `history_tokens`: its budget. `template`: the words around, the default where None.
+    """
     tokens = base.item_tokens().numpy()
-    if form == "prompt":
-        return PromptForm(tokens, base.tokenizer, window=window, row_tokens=row_tokens)
-    return PackedForm(tokens, bos=base.bos(), window=window, row_tokens=row_tokens)
+    if form != "prompt":
+        if history != "ids" or history_tokens:
+            raise ConfigError(
+                f"history={history}, history_tokens={history_tokens} with form={form}", "use train.form=prompt"
+            )
+        return PackedForm(tokens, bos=base.bos(), window=window, row_tokens=row_tokens)
+    worded = {"window": window, "row_tokens": row_tokens, "history_tokens": history_tokens}
+    if history == "ids":
+        return PromptForm(tokens, base.tokenizer, template=template, **worded)
+    if texts is None:
+        raise ConfigError(f"history={history} without the items' texts", "name the stream with --data DIR")
+    return TitleForm(tokens, base.tokenizer, texts, ids=history == "both", template=template, **worded)
 
 
-def training_documents(split: BlockSplit, form: Form) -> list[Document]:
-    """Every training event of the block as a target once."""
+def training_documents(split: BlockSplit, form: Learned) -> list[Document]:
+    """Every training event of the block as a target once, or at most once where the form says so."""
     return [d for i in range(len(split.user)) for d in form.documents(*split.training(i))]
 
 
@@ -64,9 +96,9 @@ def passed(blocks: Sequence[int]) -> range:
 def make_feed(stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig) -> PackedFeed:
     """What is learned of `blocks`, judged by the validation events of the last of them."""
     validation = validation_documents(split_block(stream, blocks[-1]), form)
-    return PackedFeed(
-        learned_documents(stream, blocks, form, config), validation, config.batch_tokens, config.row_tokens
-    )
+    documents = learned_documents(stream, blocks, form, config)
+    warn_left_out([*documents, *validation], f"block {blocks[-1]}")
+    return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens)
 
 
 def catalogue_softmax(base: Base, stream: Stream, block: int, softmax: Softmax) -> TrieSoftmax | None:

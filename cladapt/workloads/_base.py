@@ -163,6 +163,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     """Folder of a run that holds the rows of its evaluation."""
     note: ClassVar[str]
     """What the figures and intervals of its tables are, for reports."""
+    language: ClassVar[bool] = False
+    """Whether its bases are language models, which have a text's perplexity."""
     one_block: ClassVar[bool] = False
     """Whether an evaluation of one block alone means something."""
     one_stream: ClassVar[bool] = True
@@ -212,6 +214,9 @@ class Workload(ABC, Generic[C, S, B, M]):
         """What the `cladapt.json` of a block's adapter says beside stream, configuration, method and seed."""
         return {}
 
+    def check_adapter(self, config: C, adapter: Path) -> None:
+        """`ConfigError` where an adapter was taught by inputs that `config` words otherwise, and so would misread."""
+
     @abstractmethod
     def base_recipe(self, folder: Path) -> tuple[str, Mapping[str, Any]]:
         """A base's fingerprint and how it was made, without what differs between seeds."""
@@ -258,8 +263,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     def plan(self, config: C, stream: S, base: B, blocks: Sequence[int]) -> list[dict[str, Any]]:
         """A line per block to learn: what it holds, and its optimiser steps."""
 
-    def activation_bytes(self, config: C, base: B) -> int | None:
-        """Estimated memory of the activations of one micro-batch; None where it is not known."""
+    def activation_bytes(self, config: C, stream: S, base: B, model: "PeftModel", blocks: Sequence[int]) -> int | None:
+        """Estimated memory that one micro-batch of `blocks` takes beside the adapted model; None where unknown."""
         return None
 
     # evaluation

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
-import torch
 from torch import nn
 
 from cladapt import ops, ranks
@@ -42,15 +41,18 @@ from cladapt.eval.protocol import (
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.eval.significance import Effect
 from cladapt.methods import build
-from cladapt.model.adapter import adapted_lm
+from cladapt.model.adapter import adapted_lm, adapted_weights
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import LEARNED, adapter_provenance
+from cladapt.model.sharding import refuse_one_process
 from cladapt.tokens.build import load_sids, save_sids
-from cladapt.tokens.prompts import Form, pack
+from cladapt.tokens.prompts import Form, LeftOut, pack
 from cladapt.train.bases import make_base
 from cladapt.train.blocks import Examples
-from cladapt.train.feeds import PackedFeed
+from cladapt.train.feeds import PackedFeed, shard
+from cladapt.train.memory import MicroBatch, activation_bytes
+from cladapt.train.prompting import check_prompt, prompt_record
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
 from cladapt.workloads._base import Group, Workload, whole
@@ -74,19 +76,24 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         "broken at random in expectation; a target that may not be recommended is a miss for every line. (ID): of the "
         "semantic ID alone. log_likelihood: of the item."
     )
+    language = True
     one_block = True
     same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
     same_rows = ("beams", "exclude_seen", "targets", "max_users")
     same_cells = ("scope", "next_block")
 
     def open_inputs(self, config: RunConfig, choose: Callable[[Stream], Stream] = whole) -> tuple[Stream, Base]:
+        if config.sharding != "none":
+            refuse_one_process()
         stream = choose(Stream.load(Path(config.data)))
-        base = load_base(Path(config.base), torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-        cast(nn.Module, base.model).to(ops.compute_device())
+        base = load_base(Path(config.base), ops.DTYPES[ops.precision(config.train.precision)], config.quantisation)
+        if config.sharding == "none":  # a base that is to be cut may not fit one device
+            cast(nn.Module, base.model).to(ops.compute_device())
         check_home(base, stream, config.base, config.data)
         if start := self.starts_from(config):
             check_start(start, stream, config.data)
-        check_form(base, config.train.form)
+            self.check_adapter(config, start)
+        check_form(base, config.train.form, config.train.history)
         return stream, base.with_sids(load_sids(Path(config.data), stream))
 
     def prefix(self, stream: Stream, fingerprint: str) -> Stream | None:
@@ -113,6 +120,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return {
             "form": config.train.form,
             "window": config.train.window,
+            **prompt_record(config.train),
             "softmax": config.train.softmax,
             "held_out": config.train.held_out,
             LEARNED: [*passed(learned)] if config.train.held_out == "next" else [],
@@ -120,12 +128,15 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             "beams": config.eval.beams,
         }
 
+    def check_adapter(self, config: RunConfig, adapter: Path) -> None:
+        check_prompt(adapter, config.train)
+
     def base_recipe(self, folder: Path) -> tuple[str, dict[str, Any]]:
         made = base_provenance(folder)
         return str(made.pop("fingerprint")), {key: value for key, value in made.items() if key != "cladapt"}
 
     def examples(self, config: RunConfig, stream: Stream, base: Base) -> Examples:
-        form = form_of(config, base)
+        form = form_of(config, base, stream)
 
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[PackedLoss, PackedFeed]:
             loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, blocks[-1], config.train.softmax))
@@ -134,11 +145,13 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return of_blocks
 
     def plan(self, config: RunConfig, stream: Stream, base: Base, blocks: Sequence[int]) -> list[dict[str, Any]]:
-        form, train = form_of(config, base), config.train
+        form, train = form_of(config, base, stream), config.train
         method = build(config.method)
         lines = []
         for block in blocks:
             documents = learned_documents(stream, method.learned_with(block), form, train)
+            found = LeftOut.of(documents)
+            left_out = {"items_left_out": found.items, "titles_cut": found.titles} if found.shortened else {}
             rows = pack(documents, train.row_tokens, None)
             batches = math.ceil(len(rows.tokens) / max(1, train.batch_tokens // train.row_tokens))
             lines.append(
@@ -149,17 +162,28 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
                     "tokens_per_epoch": int((rows.document > 0).sum()),
                     "filled": float((rows.document > 0).mean()),
                     "steps": train.epochs * math.ceil(batches / train.accumulation),
+                    **left_out,
                 }
             )
         return lines
 
-    def activation_bytes(self, config: RunConfig, base: Base) -> int:
-        settings = base.model.config
-        per_token = settings.num_hidden_layers * (10 * settings.hidden_size + 3 * settings.intermediate_size)
-        attention = settings.num_hidden_layers * settings.num_attention_heads * config.train.row_tokens
-        logits = 2 * settings.vocab_size
-        width = 2 if config.train.precision == "bf16" else 4
-        return int(config.train.batch_tokens * (width * (per_token + attention) + 4 * logits))
+    def activation_bytes(
+        self, config: RunConfig, stream: Stream, base: Base, model: "PeftModel", blocks: Sequence[int]
+    ) -> int:
+        method, train = build(config.method), config.train
+        learned = method.learned_with(blocks[-1] if blocks else stream.n_blocks)
+        loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
+        feed = make_feed(stream, learned, form_of(config, base, stream), train)
+        batches = feed.epoch([config.seed, 0])
+        largest = max(batches, key=lambda batch: batch[0].numel())
+        size = MicroBatch.of(loss, shard(largest, 0, ranks.ranks()))
+        precision = ops.precision(train.precision)
+        peak = activation_bytes(loss.lm, size, precision, train.checkpointing)
+        if method.weight_gradients:  # its pass before the first step, which adds up the gradients in float32
+            weights = [*adapted_weights(model).values()]
+            added = sum(4 * weight.numel() for weight in weights)
+            peak = max(peak, added + activation_bytes(loss.lm, size, precision, False, weights))
+        return peak
 
     def measure(
         self,
@@ -172,7 +196,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         earlier: Earlier[Measures],
         sink: Sink,
     ) -> Measures:
-        evaluator = Evaluator(stream, base, form_of(config, base), settings, config.train.softmax, config.seed)
+        form = form_of(config, base, stream)
+        evaluator = Evaluator(stream, base, form, settings, config.train.softmax, config.seed)
         blocks = range(1, stream.n_blocks + 1)
         asked = blocks if block is None else [block]
         rows, first = measure_run(
@@ -205,7 +230,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     ) -> dict[str, dict[str, Effect]]:
         changes = {"targets": "valid", "next_block": False, "bootstrap": settings.bootstrap}
         asked = config.eval.model_copy(update=changes)
-        evaluator = Evaluator(stream, base, form_of(config, base), asked, config.train.softmax, config.seed)
+        form = form_of(config, base, stream)
+        evaluator = Evaluator(stream, base, form, asked, config.train.softmax, config.seed)
         rows = {}
         for name, model in models.items():
             with model.open() as lm:
@@ -289,9 +315,13 @@ def check_start(adapter: Path, stream: Stream, data: str) -> None:
         )
 
 
-def form_of(config: RunConfig, base: Base) -> Form:
-    """How a run's histories become tokens."""
-    return make_form(config.train.form, base, config.train.window, config.train.row_tokens)
+def form_of(config: RunConfig, base: Base, stream: Stream) -> Form:
+    """How a run's histories become tokens; `stream` has the items of the base's IDs."""
+    train = config.train
+    texts = None if train.history == "ids" else stream.items["text"].to_list()
+    return make_form(
+        train.form, base, train.window, train.row_tokens, train.history, texts, history_tokens=train.history_tokens
+    )
 
 
 def truth_of(folder: Path) -> pl.DataFrame | None:

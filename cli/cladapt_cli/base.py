@@ -16,7 +16,9 @@ Out = Annotated[Path, typer.Option("--out", help="Base+tokens directory to write
 
 @verb(app)
 def init(
-    source: Annotated[str, typer.Option("--from", help="Hugging Face id or checkpoint directory of a causal LM.")],
+    source: Annotated[
+        str, typer.Option("--from", help="Hugging Face id, checkpoint directory or .gguf file of a causal LM.")
+    ],
     data: Data,
     out: Out,
     form: Annotated[str, typer.Option("--form", help="How histories become tokens: packed or prompt.")] = "packed",
@@ -31,6 +33,33 @@ def init(
 
     config = resolve(BaseConfig, overrides_of(override, "base"), "base init", "config show --for init")
     return bases.init_base(source, data, out, form, config, Progress(), refit)
+
+
+@verb(app)
+def tune(
+    source: Annotated[
+        str, typer.Option("--from", help="A base of `base init`, or a Hugging Face id, checkpoint or .gguf file.")
+    ],
+    data: Data,
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Tune a LoRA of this rank and the ID rows instead of all weights.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--form", help="Histories as packed or prompt.", show_default="packed")
+    ] = None,
+    override: Overrides = None,
+) -> dict[str, Any]:
+    """Fit a pretrained causal LM on block 1, before adapters start, and write a base+tokens directory.
+
+    A command that was stopped goes on where it was when it is given again.
+    """
+    from cladapt.config import TuneConfig, resolve
+    from cladapt.pipeline import bases
+
+    named = {key: value for key, value in (("rank", rank), ("form", form)) if value is not None}
+    config = resolve(TuneConfig, overrides_of(override, "tune") | named, "base tune")
+    return bases.tune_base(source, data, out, config, Progress())
 
 
 @verb(app)

@@ -15,11 +15,15 @@ app = typer.Typer(no_args_is_help=True, help="Measure throughput on this machine
 def methods(
     runs: Annotated[int, typer.Option("--runs", help="Interleaved runs behind each median.")] = 21,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the rows to this .csv file.")] = None,
+    llm: Annotated[
+        Path | None,
+        typer.Option("--llm", help="Measure a pretrained causal LM too: a checkpoint; skipped where it is not there."),
+    ] = None,
 ) -> dict[str, Any]:
-    """Measure packed against padded training, decoding against `generate`, every method's step against fine-tuning."""
+    """Measure training and decoding against transformers and PEFT, and every method's step against fine-tuning."""
     from cladapt.pipeline import bench
 
-    return bench.methods(runs, out, Progress())
+    return bench.methods(runs, out, Progress(), llm)
 
 
 @verb(app)

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "EvalConfig",
     "pretrain": "BaseConfig",
     "init": "BaseConfig",
+    "tune": "TuneConfig",
     "vision": "VitConfig",
     "tokens": "TokensConfig",
     "import": "BlocksConfig",

@@ -148,6 +148,10 @@ def evaluate(
         Path | None, typer.Option("--base", show_default="the run's own", help="Where its base is now.")
     ] = None,
     override: Overrides = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Also measure the perplexity of this text file under base and adapters."),
+    ] = None,
     expect: Annotated[
         Path | None,
         typer.Option("--expect", help="YAML or JSON {line: {metric: [low, high]}}; exit 5 when a value is outside."),
@@ -160,4 +164,4 @@ def evaluate(
     flags = {"top_k": None if top_k is None else f"[{top_k}]", "beams": beams}
     given = merge_overrides({}, [f"{key}={value}" for key, value in flags.items() if value is not None])
     settings = {**given, **overrides_of(override, "eval")}
-    return evaluation.evaluate(run, settings, block, Progress(), expect, data, base, everything)
+    return evaluation.evaluate(run, settings, block, Progress(), expect, data, base, everything, text)

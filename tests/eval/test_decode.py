@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from cladapt.errors import ConfigError, DataError
-from cladapt.eval.decode import Decoder, ScoresNotFinite, left_pad
+from cladapt.eval.decode import Decoder, ScoresNotFinite, TreeMask, left_pad
 from cladapt.model.packed import Softmax, TrieSoftmax
 from cladapt.tokens.trie import Trie
 
@@ -344,3 +344,42 @@ def test_a_list_is_as_long_as_what_is_unseen_allows() -> None:
     seen = [np.arange(14), np.arange(12), np.array([], dtype=np.int64)]
     beams = case.decoder(5).decode(prompts_of(case, 2, 3, 4), seen=seen)
     assert (beams.leaf >= 0).sum(dim=1).tolist() == [0, 2, 5]
+
+
+def test_the_tree_mask_shows_a_beam_the_history_its_ancestors_and_itself() -> None:
+    users, beams, levels, closed = 3, 4, 3, 2
+    generator = torch.Generator().manual_seed(0)
+    history = torch.rand(users, 5, generator=generator) < 0.7
+    tree = TreeMask(history, closed, beams, levels, torch.float32)
+    paths: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(users)]
+    for level in range(levels):
+        parent = torch.randint(beams, (users, beams), generator=generator)
+        mask = tree.grow(parent)
+        assert mask.shape == (users, 1, beams, 5 + closed + beams * (level + 1))
+        for user in range(users):
+            own = [5 + closed + level * beams + beam for beam in range(beams)]
+            paths[user] = [[*paths[user][int(p)], column] for p, column in zip(parent[user], own, strict=True)]
+            for beam in range(beams):
+                seen = (mask[user, 0, beam] == 0).nonzero()[:, 0].tolist()
+                assert seen == [*history[user].nonzero()[:, 0].tolist(), *paths[user][beam]]
+    assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
+
+
+@pytest.mark.parametrize(("softmax", "widest"), [("trie", 6), ("vocabulary", SPECIALS + 14)])
+def test_a_step_multiplies_the_head_rows_of_its_level_alone(
+    softmax: Softmax, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(random_codes((6, 5, 3), 40), (6, 5, 3))
+    weights = {len(module.weight) for module in case.lm.model.modules() if isinstance(module, torch.nn.Linear)}
+    rows: list[int] = []
+    multiply = torch.nn.functional.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.extend([len(weight)] * (len(weight) not in weights))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    case.decoder(4, softmax).decode(prompts_of(case, 3, 5), torch.tensor([case.leaves[i] for i in (0, 30)]))
+    assert max(rows) == widest
+    if softmax == "trie":  # the target's three, then the beams' three
+        assert rows == [6, 5, 3, 6, 5, 3]

@@ -80,6 +80,9 @@ def test_every_user_gets_the_ranking_of_plain_forward_passes(base: Base, exclude
         "recommendations": frame.height,
         "users_with_fewer": 3 if exclude_seen else 0,  # all but the user without a history
         "users_without_known_items": 1,
+        "shortened_prompts": 0,
+        "history_items_left_out": 0,
+        "titles_cut": 0,
         "unknown_history_items": 0,
         "unknown_catalogue_items": 0,
     }

@@ -170,6 +170,24 @@ def test_directions_are_those_of_the_dense_decomposition_outside_the_protected_s
     assert (protected.double().mT @ left).abs().max() < 1e-14
 
 
+def test_left_and_right_directions_are_pairs_whose_sign_rounding_cannot_turn() -> None:
+    # <G, U V^T> is the sum of the singular values; a token that never occurs has a row of zeros, here the first
+    gradient = random(20, 16) * torch.logspace(0, -2, 16, dtype=torch.float64)
+    gradient[0] = 0.0
+    values = torch.linalg.svdvals(gradient)[:3]
+    found = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        noise = 1e-9 * random(20, 16, seed=seed)
+        noise[0] = 0.0
+        left, right = leading_directions(gradient + noise, None, 3)
+        torch.testing.assert_close((right.mT @ gradient @ left).diagonal(), values, rtol=1e-5, atol=0)
+        found.append((left, right))
+    for left, right in found[1:]:
+        torch.testing.assert_close(left, found[0][0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(right, found[0][1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank_of_gradient", [0, 1, 2])
 def test_missing_directions_are_orthonormal_and_unprotected(rank_of_gradient: int) -> None:
     gradient = random(20, rank_of_gradient) @ random(rank_of_gradient, 16, seed=5)

@@ -1,18 +1,17 @@
 """Base+tokens: what a preset is, what adding tokens to a checkpoint leaves alone, and what a directory guarantees."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -36,38 +35,12 @@ from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.tokens.trie import Trie
 
 SIDS = SidTable(("x", "y", "z"), np.array([[0, 1], [2, 0], [2, 1]]), (3, 2))
-PADDING_ROWS = 7  # rows of the model beyond its tokenizer, as the Qwen family has
+Checkpoint = Callable[..., Path]
 FAMILIES: dict[str, Any] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-
-
-def checkpoint(folder: Path, family: str = "llama", tied: bool = True, padding: int = PADDING_ROWS) -> Path:
-    """A tiny random checkpoint with a byte-level BPE tokenizer, on disk."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], show_progress=False)
-    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(["which item next", "the next item of the list"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
-        vocab_size=len(tokenizer) + padding,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        head_dim=8,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model_class(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def tables(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +84,9 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens_leave_the_old_rows_as_they_were(tmp_path: Path, family: str, tied: bool) -> None:
+def test_new_tokens_leave_the_old_rows_as_they_were(
+    checkpoint: Checkpoint, tmp_path: Path, family: str, tied: bool
+) -> None:
     source = checkpoint(tmp_path, family, tied)
     before = FAMILIES[family][1].from_pretrained(source)
     model, tokenizer, new = extend_model(str(source), SIDS, seed=3)
@@ -135,22 +110,22 @@ def test_new_tokens_leave_the_old_rows_as_they_were(tmp_path: Path, family: str,
     assert [i for i in ids if i in new] == [new[2], new[4]]
 
 
-def test_the_model_grows_no_further_than_it_must(tmp_path: Path) -> None:
-    roomy = checkpoint(tmp_path / "roomy", padding=PADDING_ROWS)
+def test_the_model_grows_no_further_than_it_must(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    roomy = checkpoint(tmp_path / "roomy", padding=7)
     model, tokenizer, _ = extend_model(str(roomy), SIDS, seed=0)
-    assert len(tables(model)[0]) == len(tokenizer) - len(SIDS.tokens) + PADDING_ROWS
+    assert len(tables(model)[0]) == len(tokenizer) - len(SIDS.tokens) + 7
     tight = checkpoint(tmp_path / "tight", padding=0)
     model, tokenizer, _ = extend_model(str(tight), SIDS, seed=0)
     assert len(tables(model)[0]) == len(tokenizer) == model.config.vocab_size
 
 
-def test_new_rows_follow_the_seed(tmp_path: Path) -> None:
+def test_new_rows_follow_the_seed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = str(checkpoint(tmp_path, tied=False))
     first, again, other = (extend_model(source, SIDS, seed)[0] for seed in (0, 0, 1))
     assert weights_hash(first) == weights_hash(again) != weights_hash(other)
 
 
-def test_the_embedding_draws_its_noise_before_the_head(tmp_path: Path) -> None:
+def test_the_embedding_draws_its_noise_before_the_head(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint(tmp_path, tied=False)
     old = tables(LlamaForCausalLM.from_pretrained(source))
     model, tokenizer, new = extend_model(str(source), SIDS, seed=4)
@@ -162,7 +137,7 @@ def test_the_embedding_draws_its_noise_before_the_head(tmp_path: Path) -> None:
         torch.testing.assert_close(after[new], expected)
 
 
-def test_tokens_that_exist_already_are_not_new(tmp_path: Path) -> None:
+def test_tokens_that_exist_already_are_not_new(checkpoint: Checkpoint, tmp_path: Path) -> None:
     model, tokenizer, new = extend_model(str(checkpoint(tmp_path / "a")), SIDS, seed=0)
     model.save_pretrained(tmp_path / "b")
     tokenizer.save_pretrained(tmp_path / "b")
@@ -295,7 +270,7 @@ def test_eos_opens_a_history_where_there_is_no_bos(tmp_path: Path) -> None:
 def test_the_trie_softmax_speaks_the_vocabulary_of_the_base() -> None:
     model, tokenizer = new_model("tiny", SIDS, seed=0)
     softmax = trie_softmax(Base(model, tokenizer, SIDS, {}), Trie.build(SIDS.codes))
-    assert softmax.token.tolist() == [[4, 5, 6], [7, 8, 0]]
+    assert [tokens.tolist() for tokens in softmax.tokens] == [[4, 5, 6], [7, 8]]
     assert softmax.level.tolist() == [-1] * 4 + [0] * 3 + [1] * 2
     assert softmax.code.tolist() == [0] * 4 + [0, 1, 2, 0, 1]
 

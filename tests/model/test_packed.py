@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cladapt.config import AdapterConfig
 from cladapt.errors import DataError
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
+from cladapt.model.attention import block_mask
 from cladapt.model.load import Base
-from cladapt.model.packed import PackedLoss, TrieSoftmax, block_mask
+from cladapt.model.packed import PackedLoss, TrieSoftmax
 from cladapt.tokens.prompts import Document, PackedForm, PromptForm, Template, pack
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import make_tokenizer, sid_token_ids
@@ -78,18 +79,6 @@ def log_likelihood(base: Base, prompt: np.ndarray, item: int, catalogue: np.ndar
         among = logits[level, ids[base.sids.offsets[level] + siblings]].log_softmax(0)
         total += among[siblings.tolist().index(code[level])].item()
     return total
-
-
-def test_the_mask_is_causal_inside_a_document_and_closed_outside() -> None:
-    numbers = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0]])
-    mask = block_mask(numbers, torch.float32)
-    assert mask.shape == (2, 1, 6, 6)
-    for r in range(2):
-        for i in range(6):
-            for j in range(6):
-                seen = j <= i and numbers[r, i] == numbers[r, j]
-                assert mask[r, 0, i, j] == (0.0 if seen else torch.finfo(torch.float32).min)
-    assert block_mask(numbers, torch.bfloat16).isfinite().all()
 
 
 def test_a_document_is_blind_to_its_neighbours() -> None:
@@ -160,7 +149,9 @@ def test_log_probabilities_over_the_catalogue_sum_to_one_and_match_the_item_list
     prefixes = {tuple(c[:level]) for c in codes.tolist() for level in range(3)}
     after = {p: torch.from_numpy(rng.normal(size=len(base.tokenizer)) * 3).float() for p in sorted(prefixes)}
     logits = torch.stack([torch.stack([after[tuple(c[:level])] for level in range(3)]) for c in codes.tolist()])
-    log_prob = softmax.log_prob(logits.flatten(0, 1), softmax.nodes(tokens).flatten(), tokens.flatten()).view(n, 3)
+    log_prob = softmax.log_prob(
+        logits.flatten(0, 1)[:, softmax.rows], softmax.nodes(tokens).flatten(), tokens.flatten()
+    ).view(n, 3)
     assert log_prob.sum(dim=1).double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     for i in range(n):
         for level in range(3):
@@ -287,3 +278,121 @@ def test_a_worded_prompt_and_its_document_mean_the_same() -> None:
     for softmax_rows in (rows_of(documents, 40), rows_of(documents, 20)):
         total = PackedLoss(base.model, make_softmax(base))(*softmax_rows).sum().item()
         assert total == pytest.approx(-sum(separately), abs=1e-4)
+
+
+def adapted(base: Base, head: bool) -> tuple[torch.nn.Module, PreTrainedModel]:
+    """An adapter on a base with a head of its own, away from B = 0."""
+    lm = base.model
+    lm.lm_head = torch.nn.Linear(16, len(base.tokenizer), bias=False).requires_grad_(False)
+    targets = ("q_proj", "lm_head") if head else ("q_proj",)
+    model = create_adapter(base, AdapterConfig(rank=2, dropout=0.2, targets=targets), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in adapter_parameters(model).values():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return model, adapted_lm(model)
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_over_id_rows_is_that_over_masked_logits_of_the_whole_head(head: bool, training: bool) -> None:
+    base = make_base(table())
+    softmax = make_softmax(base)
+    rows = rows_of([document(base, [0, 4, 7, 2, 6], 1), document(base, [5, 1])], 24)
+
+    def masked(lm: PreTrainedModel) -> Tensor:
+        tokens, numbers, position, marked = rows
+        hidden = lm.model(
+            input_ids=tokens, attention_mask=block_mask(numbers, torch.float32), position_ids=position, use_cache=False
+        ).last_hidden_state
+        node = softmax.nodes(tokens)
+        marked = marked & (softmax.degree[node.clamp_min(0)] > 1)
+        logits = lm.get_output_embeddings()(hidden[:, :-1][marked[:, 1:]])
+        mask = torch.full_like(logits, -torch.inf)
+        for row, (n, token) in enumerate(zip(node[marked].tolist(), tokens[marked].tolist(), strict=True)):
+            _, code, _ = softmax.trie.children(torch.tensor([n]))
+            mask[row, softmax.tokens[int(softmax.level[token])][code]] = 0.0
+        return F.cross_entropy(logits + mask, tokens[marked], reduction="none")
+
+    model, lm = adapted(base, head)
+    model.train(training)
+    found = []
+    for losses in (lambda: PackedLoss(lm, softmax)(*rows), lambda: masked(lm)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        value = losses()
+        value.sum().backward()
+        found.append({"loss": value.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}})
+    assert len(found[0]["loss"]) > 10
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(
+            found[0][name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_text_is_scored_over_the_vocabulary_between_ids_scored_in_the_trie() -> None:
+    base = make_base(table())
+    form = PromptForm(
+        base.item_tokens().numpy(), base.tokenizer, window=3, row_tokens=40, template=Template("a {items} b", "c", ", ")
+    )
+    (prompt, *_) = form.documents(np.array([0, 4, 6, 1]), 3)
+    softmax = make_softmax(base)
+    rows = rows_of([Document(prompt.tokens, np.arange(len(prompt.tokens)) > 1), document(base, [2, 4])], 60)
+    tokens, numbers, position, marked = rows
+    of_text = marked & (softmax.level[tokens] < 0)
+    assert 2 < of_text.sum() < marked.sum() - 4
+    loss = PackedLoss(base.model, softmax)
+    mixed = loss(*rows)
+    branches = marked & (of_text | (softmax.degree[softmax.nodes(tokens).clamp_min(0)] > 1))
+    expected = torch.zeros(tokens.shape)
+    expected[branches & ~of_text] = loss(tokens, numbers, position, marked & ~of_text)
+    expected[of_text] = PackedLoss(base.model)(tokens, numbers, position, of_text)
+    torch.testing.assert_close(mixed, expected[branches], rtol=1e-5, atol=1e-6)
+    # a text alone, and an ID that the catalogue lacks beside a text
+    torch.testing.assert_close(loss(tokens, numbers, position, of_text), expected[of_text], rtol=1e-5, atol=1e-6)
+    with pytest.raises(DataError, match="not in the catalogue"):
+        PackedLoss(base.model, make_softmax(base, CODES[:3]))(*rows)
+
+
+def test_no_logits_outside_the_ids_are_computed_unless_text_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(table())
+    softmax = make_softmax(base)
+    products = []
+    multiply = F.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products.append((x.numel() // x.shape[-1], len(weight)))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", watched)
+    tokens, numbers, position, marked = rows_of([document(base, [0, 4, 7])], 12)
+    n = len(PackedLoss(base.model, softmax)(tokens, numbers, position, marked))
+    assert products[-1] == (n, sum(SIZES))
+    assert all(rows != len(base.tokenizer) for _, rows in products)
+
+
+@pytest.mark.parametrize("columns", ["all levels", "one level"])
+def test_log_probabilities_take_the_columns_of_all_levels_or_of_one(columns: str) -> None:
+    base = make_base(table())
+    softmax = make_softmax(base)
+    tokens = base.item_tokens()
+    node = softmax.nodes(tokens)
+    logits = torch.randn(len(tokens), 3, len(base.tokenizer), generator=torch.Generator().manual_seed(0))
+    whole = softmax.log_prob(logits.flatten(0, 1)[:, softmax.rows], node.flatten(), tokens.flatten()).view(-1, 3)
+    for level in range(3):
+        rows = softmax.rows if columns == "all levels" else softmax.tokens[level]
+        found = softmax.log_prob(logits[:, level][:, rows], node[:, level], tokens[:, level])
+        assert torch.equal(found, whole[:, level])
+
+
+def test_huge_logits_do_not_overflow_and_bfloat16_is_summed_in_float32() -> None:
+    base = make_base(table())
+    softmax = make_softmax(base)
+    tokens = base.item_tokens()[:3, :1]
+    node = softmax.nodes(tokens).flatten()
+    logits = torch.zeros(3, len(softmax.rows))
+    logits[0, 0], logits[1, 1], logits[2, :3] = 1e4, -1e4, 300.0
+    found = softmax.log_prob(logits.bfloat16(), node, tokens.flatten())
+    assert found.dtype == torch.float32
+    # codes 0, 1 and 2 follow the root; all three tokens are code 0
+    torch.testing.assert_close(found, torch.tensor([0.0, -math.log(2), -math.log(3)]))

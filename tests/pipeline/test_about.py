@@ -23,6 +23,10 @@ def test_doctor_names_versions_kernels_and_why(monkeypatch: pytest.MonkeyPatch, 
     rows = [(row["op"], row["implementation"], row["reason"]) for row in found["kernels"]]
     assert rows == [(op, implementation, reason) for op, (implementation, reason) in ops.backends().items()]
     assert all(reason for _, _, reason in rows)
+    attention = found["attention_of_packed_rows"]
+    assert [row["precision"] for row in attention] == ["bfloat16", "float32"]
+    assert all(row["implementation"] in ("dense", "varlen") and row["reason"] for row in attention)
+    assert attention[1]["implementation"] == "dense"
 
 
 def test_every_method_of_the_folder_is_listed_with_its_first_line() -> None:

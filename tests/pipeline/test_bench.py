@@ -13,13 +13,15 @@ from cladapt.data.histories import split_block
 from cladapt.errors import CheckFailed, ConfigError
 from cladapt.methods import available
 from cladapt.model.packed import PackedLoss
-from cladapt.pipeline import bench
+from cladapt.pipeline import bench, bench_llm
 from cladapt.pipeline.bench import Case, check_equal, decoding, generation, padded_batches, padded_documents
 from cladapt.tokens.prompts import PackedForm, pack
 from cladapt.train.feeds import batches_of
 from cladapt.train.sinks import MemorySink
 from cladapt.train.stream import catalogue_softmax, training_documents
 from cladapt_kernels.timing import COLUMNS, WHERE
+
+SMALL = {"VOCABULARY": 3000, "LAYERS": 1, "HIDDEN": 36, "INTERMEDIATE": 48}  # of the base with a large vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +106,29 @@ def test_the_csv_has_one_row_per_provider_and_the_one_schema(
 ) -> None:
     monkeypatch.setattr(bench, "make_case", lambda *_: case)
     monkeypatch.setattr(bench, "STEPS", 1)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench_llm, "field", lambda *_: [])
     sink = MemorySink()
     result = bench.methods(3, tmp_path / "methods.csv", sink)
     with (tmp_path / "methods.csv").open(newline="") as handle:
         reader = csv.DictReader(handle)
         assert tuple(reader.fieldnames or ()) == (*COLUMNS, *WHERE)
         rows = [row for row in reader if row["unit"] == "ratio"]
+    peaks = [row for row in rows if row["name"].startswith("vocabulary: memory")]
+    assert all(0.9 < float(row["q50"]) < 1.1 for row in peaks)
     training = {name for name, kind in available().items() if kind.trains}
     assert {row["provider"] for row in rows if row["name"] == "step"} == training
     by_provider = {(row["name"], row["provider"]): row for row in rows}
-    assert len(by_provider) == len(rows) == 5 + len(training)
+    assert len(by_provider) == len(rows) == 5 + len(training) + 8
     assert by_provider["step", "finetune"]["q50"] == "1.0"
     assert by_provider["training", "packed"]["metric"].startswith("interactions per second over")
     (ours,) = (row for row in rows if row["provider"].startswith("cladapt"))
     assert ours["metric"].startswith("users per second over")
     shown = {(row["name"], row["provider"].partition(",")[0]): row["target"] for row in result["measured"]}
-    assert {key: target for key, target in shown.items() if target} == bench.TARGETS
-    assert [event["kind"] for event in sink.events] == ["note"] * 4
+    own = {key: target for key, target in bench.TARGETS.items() if not key[0].startswith("field")}
+    assert {key: target for key, target in shown.items() if target} == own
+    assert [event["kind"] for event in sink.events] == ["note"] * 5
 
 
 def test_too_few_runs_and_other_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
@@ -128,3 +136,19 @@ def test_too_few_runs_and_other_files_are_refused_before_anything_is_measured(tm
         bench.methods(2, None, MemorySink())
     with pytest.raises(ConfigError, match=r"--out .*rows.txt: unknown kind of file '.txt'.*ends in .csv"):
         bench.methods(3, tmp_path / "rows.txt", MemorySink())
+
+
+def test_both_vocabularies_have_the_same_losses_and_lists(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(bench, name, value)
+    tokens = len(case.base.tokenizer)
+    alone, large = (replace(case, base=bench.wide_base(case, rows)) for rows in (tokens, 3000))
+    embedding, longer = (some.base.model.get_input_embeddings().weight for some in (alone, large))
+    assert (len(embedding), len(longer)) == (tokens, 3000)
+    assert torch.equal(embedding, longer[:tokens])
+    losses = bench.validation_losses(alone)
+    assert len(losses) > 10
+    bench.check_losses(losses, bench.validation_losses(large))
+    for other in (losses + 0.01, losses[1:], losses * torch.nan):
+        with pytest.raises(CheckFailed, match=r"differ by .*no time is recorded"):
+            bench.check_losses(losses, other)

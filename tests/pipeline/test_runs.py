@@ -36,7 +36,7 @@ from cladapt.workloads import recommend
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 PRETRAIN = BaseConfig(epochs=2)
-TRAIN = TrainConfig(epochs=3, batch_tokens=1024)
+TRAIN = TrainConfig(epochs=3, batch_tokens=1024, precision="fp32")
 EVAL: dict[str, Any] = {"bootstrap": 100}
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cladapt.tokens.prompts import Document, pack
-from cladapt.train.feeds import PackedFeed, batches_of, shard
+from cladapt.train.feeds import MixedFeed, PackedFeed, batches_of, draw, shard
 
 
 def documents(count: int, seed: int = 0, longest: int = 9) -> list[Document]:
@@ -45,3 +45,44 @@ def test_a_feed_counts_targets_and_tokens_and_samples_whole_documents() -> None:
     sampled = feed.sample(0.2)
     assert sum(map(feed.used, sampled)) == len(train[0].tokens) + len(train[9].tokens)
     assert sum(map(feed.used, feed.validation())) == sum(len(d.tokens) for d in valid)
+
+
+def numbered(first: int, count: int) -> list[Document]:
+    """Documents that are told apart by their second token."""
+    return [Document(np.array([0, k]), np.array([False, True])) for k in range(first, first + count)]
+
+
+def drawn(feed: MixedFeed, epoch: int) -> list[int]:
+    """The second token of every document of an epoch, in ascending order."""
+    return sorted(int(t) for tokens, *_, loss in feed.epoch([3, epoch]) for t in tokens[loss])
+
+
+def test_a_mixed_feed_draws_each_task_by_its_weight_anew_each_epoch() -> None:
+    main, half, more = numbered(100, 7), numbered(200, 10), numbered(300, 4)
+    feed = MixedFeed([(main, 1.0), (half, 0.5), (more, 2.25)], main[:2], batch_tokens=8, row_tokens=4)
+    epochs = [drawn(feed, epoch) for epoch in range(8)]
+    for found in epochs:
+        assert [t for t in found if t < 200] == list(range(100, 107))
+        chosen = [t for t in found if 200 <= t < 300]
+        assert len(chosen) == len(set(chosen)) == 5
+        counts = np.bincount([t - 300 for t in found if t >= 300], minlength=4)
+        assert sorted(counts) == [2, 2, 2, 3]
+    assert len({tuple(found) for found in epochs}) > 1
+    assert {t for found in epochs for t in found if 200 <= t < 300} == set(range(200, 210))
+    assert drawn(feed, 0) == epochs[0]  # a function of seed and epoch alone
+    assert (len(feed), feed.validation_targets) == (21, 2)
+
+
+def test_a_mixed_feed_of_one_whole_task_is_the_packed_feed() -> None:
+    documents = numbered(100, 9)
+    mixed = MixedFeed([(documents, 1.0)], documents, 8, 4)
+    packed = PackedFeed(documents, documents, 8, 4)
+    for ours, theirs in zip(mixed.epoch([1, 2]), packed.epoch([1, 2]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_small_weight_draws_at_least_one_document() -> None:
+    order = np.random.default_rng(0)
+    assert len(draw([1, 2, 3], 0.01, order)) == 1
+    assert draw([], 0.5, order) == []
+    assert draw([1, 2], 0.0, order) == []

@@ -1,0 +1,141 @@
+"""Where models come from: a hub id, a checkpoint folder, or a `.gguf` file. Nothing pickled is read, no code runs.
+
+transformers reads them all; a GGUF file's blocks are unpacked to floating point, and what is saved of it afterwards is
+an ordinary checkpoint.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from cladapt.errors import ConfigError, DataError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Unloadable(Exception):
+    """A checkpoint that transformers cannot load, or not whole."""
+
+
+def open_source(
+    source: str, seed: int, weights: Literal["pretrained", "random"] = "pretrained"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A causal LM in float32 and its tokenizer; `weights="random"` draws all weights anew by `seed`.
+
+    `DataError` for what is no causal LM, `ConfigError` for one whose logits are more than head(hidden).
+    """
+    try:
+        model, tokenizer = draw(source, seed) if weights == "random" else read(source, torch.float32)[:2]
+    except Unloadable as error:
+        raise DataError(
+            f"cannot load a causal LM from {source!r}: {error}",
+            "give a local Hugging Face checkpoint directory, a .gguf file, or a hub id that this machine can reach",
+        ) from error
+    check_supported(model)
+    return model, tokenizer
+
+
+def read(
+    source: str | Path, dtype: torch.dtype, **loading: Any
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]":
+    """Model, tokenizer and the names of tensors that the model has no place for; `loading`: more for transformers.
+
+    No tensor that the checkpoint lacks is made up. `Unloadable` where it cannot be read, a `Path` never from the hub.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place, options = _place(source)
+    packed = "gguf_file" in options
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            **(_unpacked() if packed else {}),
+            **loading,
+            **options,
+        )
+        model, found = loaded
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged checkpoint makes transformers fail in every way there is
+        raise _unloadable(error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise Unloadable(f"it lacks {len(missing)} tensors, the first {missing[0]}")
+    if packed:
+        _forget_packing(model)
+    return model, tokenizer, sorted(found["unexpected_keys"])
+
+
+def draw(source: str | Path, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A model of a checkpoint's architecture whose float32 weights depend on `seed` alone, and the tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place, options = _place(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        config = AutoConfig.from_pretrained(place, **options)
+        config.__dict__.pop("quantization_config", None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _unloadable(error) from error
+    return model, tokenizer
+
+
+def check_supported(model: torch.nn.Module) -> None:
+    """Refuse a model whose logits are more than head(hidden): packed loss and decoder call the head directly."""
+    config: Any = model.config
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, key, None)
+        if value not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{type(model).__name__} transforms its logits ({key}={value})",
+                "use a model without it (the Llama, Qwen and Mistral families have none)",
+            )
+
+
+def _place(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """What transformers is to load from, and how."""
+    if not str(source).endswith(".gguf"):
+        return source, {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+    file = Path(source)
+    if not file.is_file():
+        raise Unloadable("there is no such file")
+    if find_spec("gguf") is None:
+        raise EnvironmentProblem(
+            f"{source} is a GGUF file, and the package that reads them is not installed", "pip install 'cladapt[gguf]'"
+        )
+    return file.absolute().parent, {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+
+
+def _unpacked() -> dict[str, Any]:
+    """Options by which transformers unpacks a GGUF file, also where it has kernels for its blocks."""
+    from transformers import GgufConfig
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_packing(model: "PreTrainedModel") -> None:
+    """Make an unpacked model an ordinary one: its config would say that the saved weights are in a GGUF file."""
+    packed = [name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()]
+    if packed:
+        raise Unloadable(f"transformers did not unpack {len(packed)} tensors, the first {packed[0]}")
+    cast(Any, model).hf_quantizer = None
+    for key in ("quantization_config", "_name_or_path"):
+        model.config.__dict__.pop(key, None)
+
+
+def _unloadable(error: Exception) -> Unloadable:
+    return Unloadable(" ".join(str(error).split())[:300] or type(error).__name__)
