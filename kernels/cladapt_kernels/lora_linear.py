@@ -208,7 +208,8 @@ def forward_by(
         if way == "strip":
             return gemm.strip(x, weight.T, a, b.T, scale, 1.0, bias, drop_x=p, seed=seed)
         s = shrink.shrink(x, a, 1.0, p, seed)
-        return gemm.seeded(x, weight.T, s, b.T, scale, bias), s
+        product = gemm.described if way == "described" else gemm.seeded
+        return product(x, weight.T, s, b.T, scale, bias), s
 
 
 def backward_by(
@@ -230,14 +231,14 @@ def backward_by(
     dx, ds = None, None
     if need_dx or need_da:
         dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx)
-    if ds is not None and x is not None and s is not None and need_da and need_db and chosen.factors == "skinny":
-        from cladapt_kernels.skinny import skinny
+    if ds is not None and x is not None and s is not None and need_da and need_db and chosen.factors != "matmul":
+        from cladapt_kernels import skinny
         from cladapt_kernels.tiles import on_device_of
 
         # a and b may be transposed views, the kernel writes row by row
         da, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
         with on_device_of(x):
-            skinny(ds, x, s, dy, scale, da, db, p, seed)
+            (skinny.single if chosen.factors == "single" else skinny.skinny)(ds, x, s, dy, scale, da, db, p, seed)
         return dx, da, db
     da = db = None
     if need_da:
@@ -274,7 +275,8 @@ def _input_gradient(
         if way == "strip" and need_dx:
             return gemm.strip(dy, weight, b.T, a, 1.0, scale, drop_y=p, seed=seed)
         ds = shrink.shrink(dy, b.T, scale)
-        return gemm.seeded(dy, weight, ds, a, p=p, seed=seed) if need_dx else None, ds
+        product = gemm.described if way == "described" else gemm.seeded
+        return product(dy, weight, ds, a, p=p, seed=seed) if need_dx else None, ds
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

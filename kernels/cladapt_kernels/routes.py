@@ -3,7 +3,7 @@
 A table is `routes/<gpu>.csv`, written by the benchmark that timed every way at every shape. The rule stands where no
 table does. It is that of an H200: with 8192 rows `seeded` beats cuBLAS's addmm at every width from 1024 to 4096 and
 `strip` at none; with 2048 rows cuBLAS is five times as fast. Float32 has no tensor cores that keep its digits, and its
-products are cuBLAS's.
+products are cuBLAS's. The rule names no kernel that no GPU has timed: `described` and `single` wait for a table.
 """
 
 import csv
@@ -24,8 +24,10 @@ HIGHEST_RANK = 128
 HIGHEST_EXACT_RANK = 64
 """Of float32: above, the sums of dA and dB spill."""
 LOWEST_CAPABILITY = (8, 0)
-Gemm = Literal["addmm", "seeded", "strip"]
-Factors = Literal["matmul", "skinny"]
+FARTHEST = 4.0
+"""A measured shape speaks for those whose K, N and r are within this factor of its own."""
+Gemm = Literal["addmm", "seeded", "described", "strip"]
+Factors = Literal["matmul", "skinny", "single"]
 
 
 class Route(NamedTuple):
@@ -53,18 +55,19 @@ def _route(device: torch.device, dtype: torch.dtype, octave: int, k: int, n: int
     if not obstacle and dtype == torch.float64:
         obstacle = "no kernels in float64"
     rows, exact = 1 << octave >> 1, dtype == torch.float32
-    found = None if obstacle or exact else _nearest(_name(device), str(dtype).removeprefix("torch."), rows, k, n, r)
+    even = k % 16 == 0 and n % 16 == 0  # else loads are narrow and the kernels spill
+    measured = not obstacle and not exact and even
+    found = _nearest(_name(device), str(dtype).removeprefix("torch."), rows, k, n, r) if measured else None
     if not obstacle and found is None and rows < FEWEST_ROWS:
         obstacle = f"fewer than {FEWEST_ROWS} rows, which no table has"
     if obstacle:
         return Route("addmm", "addmm", "matmul", obstacle)
     if exact:
         return Route("addmm", "addmm", "skinny" if r <= HIGHEST_EXACT_RANK else "matmul", "float32")
-    even = k % 16 == 0 and n % 16 == 0  # else loads are narrow and the kernels spill
     if found is None:
         narrow = max(k, n) <= WIDEST[_capability(device) >= (9, 0)]
         gemm: Gemm = "seeded" if narrow and even else "addmm"
-        found = Route(gemm, gemm, "skinny", "no table of this GPU: the rule for shapes")
+        found = Route(gemm, gemm, "skinny", "no table near this shape: the rule")
     if drops and even and found.dx == "addmm":  # a mask in memory costs passes over it, the kernels draw it again
         found = found._replace(forward="seeded", dx="seeded", factors="skinny", reason=f"{found.reason}; dropout")
     return found
@@ -111,16 +114,17 @@ def has_triton() -> bool:
 
 
 def _nearest(gpu: str, dtype: str, m: int, k: int, n: int, r: int) -> Route | None:
-    """The measured row whose shape is nearest in octaves, of those with at most twice as many rows.
+    """The measured row whose shape is nearest in octaves, of those with at most twice as many rows; None of far ones.
 
     A kernel that wins with many rows loses with few of them, which leave processors idle.
     """
-    rows = {shape: found for shape, found in _table(gpu, dtype).items() if shape[0] <= 2 * m}
-    if not rows:
-        return None
-    wanted = (m, k, n, r)
-    shape = min(rows, key=lambda row: sum(abs(math.log2(a / b)) for a, b in zip(row, wanted, strict=True)))
-    return rows[shape]
+    octaves = {
+        shape: [abs(math.log2(own / other)) for own, other in zip(shape, (m, k, n, r), strict=True)]
+        for shape in _table(gpu, dtype)
+        if shape[0] <= 2 * m
+    }
+    near = [shape for shape, away in octaves.items() if max(away[1:]) <= math.log2(FARTHEST)]
+    return _table(gpu, dtype)[min(near, key=lambda shape: sum(octaves[shape]))] if near else None
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The LoRA linear by every route, against float64: values, gradients, dropout, odd shapes, registration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cladapt_kernels import lora_linear as op
-from cladapt_kernels import reference
+from cladapt_kernels import reference, tiles
 from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
-from cladapt_kernels.routes import Route
+from cladapt_kernels.routes import Factors, Route
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
+from cladapt_kernels import gemm, shrink, skinny
+from cladapt_kernels.descriptors import describable
+from cladapt_kernels.tiles import assuming
 
 WAYS = ("addmm", "seeded", "strip")
+FACTORS: dict[str, Factors] = {"addmm": "matmul", "described": "single"}  # "skinny" with all else
 SCALE = 0.5
 ON_GPU = torch.cuda.is_available()
 # on a GPU each shape compiles some 40 kernels, a second each: two ranks are quick there, the others slow
@@ -78,7 +83,7 @@ def check_way(case: Case, way: str, p: float, within_budget: Check, poisoned: Ca
     x, dy = poisoned(case.x), poisoned(case.dy)
     scale = SCALE / (1 - p)
     y, s = forward_by(way, x, case.weight, case.bias, case.a, case.b, scale, p, case.seed)
-    chosen = Route(way, way, "matmul" if way == "addmm" else "skinny", "asked for")
+    chosen = Route(way, way, FACTORS.get(way, "skinny"), "asked for")
     grads = backward_by(chosen, dy, x, case.weight, case.a, case.b, s, scale, p, case.seed)
     results = zip((y, *grads), case.truth(p), case.truth(p, x.dtype), absolute(case).truth(p), strict=True)
     named = dict(zip(("y", "dx", "da", "db"), results, strict=True))
@@ -89,7 +94,7 @@ def check_way(case: Case, way: str, p: float, within_budget: Check, poisoned: Ca
 
 @pytest.mark.skipif(not ON_GPU, reason="full tiles, groups and strips of a real size need a GPU")
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "described"])
 @pytest.mark.parametrize(("dtype", "r"), [(torch.bfloat16, 16), (torch.float32, 8)], ids=str)
 def test_every_way_at_a_real_size_is_as_near_to_float64_as_torch(
     dtype: torch.dtype, r: int, way: str, p: float, device: torch.device,
@@ -116,6 +121,79 @@ def test_every_way_is_as_near_to_float64_as_torch(
             continue
         for factors in (torch.float32, dtype):
             check_way(make(shape, dtype, device, factors), way, p, within_budget, poisoned)
+
+
+@pytest.mark.skipif(
+    ON_GPU and torch.cuda.get_device_capability() < (9, 0), reason="descriptors need compute capability 9.0"
+)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tiles_by_descriptors_are_as_near_to_float64_as_torch(
+    p: float, device: torch.device, dtypes: tuple[torch.dtype, ...], within_budget: Check,
+    poisoned: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if not ON_GPU:  # several tiles each way, groups of two, steps beyond the end
+        small = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
+        monkeypatch.setattr(gemm, "_described_tile", lambda *_, **__: small)
+        monkeypatch.setattr(gemm, "GROUP", 2)
+        monkeypatch.setattr(skinny, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(gemm, "seeded", None)  # nothing is left to it
+    case = make((100, 72, 136, 5), dtypes[1], device, torch.float32)
+    check_way(case, "described", p, within_budget, poisoned)
+
+
+def test_what_the_copy_engine_cannot_read_goes_by_pointers(device: torch.device) -> None:
+    good = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert describable(good, torch.zeros(8, 128, dtype=torch.bfloat16)[:, :40])
+    for name, bad in {
+        "float32": good.float(),
+        "a column of stride 2": torch.zeros(8, 128, dtype=torch.bfloat16)[:, ::2],
+        "transposed": torch.zeros(64, 8, dtype=torch.bfloat16).T,
+        "rows of 130 bytes": torch.zeros(8, 65, dtype=torch.bfloat16)[:, :64],
+        "a start off 16 bytes": torch.zeros(8, 72, dtype=torch.bfloat16)[:, 1:65],
+        "one row, expanded": torch.zeros(1, 64, dtype=torch.bfloat16).expand(8, 64),
+        "no rows": torch.zeros(0, 64, dtype=torch.bfloat16),
+    }.items():
+        assert not describable(bad), name
+        assert not describable(good, bad), name
+    with assuming(80):
+        assert not describable(good)
+    case = make((20, 24, 39, 4), torch.float32, device, torch.float32)
+    y, s = forward_by("described", case.x, case.weight, case.bias, case.a, case.b, SCALE)
+    expected, _ = forward_by("seeded", case.x, case.weight, case.bias, case.a, case.b, SCALE)
+    assert torch.equal(y, expected)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # triton launches on the current device, which with several GPUs may be another
+    case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
+    inside: list[int] = []
+    launched: list[str] = []
+    guarded = tiles.on_device_of
+
+    @contextmanager
+    def on_device_of(tensor: Tensor) -> Iterator[None]:
+        with guarded(tensor):
+            inside.append(1)
+            yield
+            inside.pop()
+
+    for module, names in ((gemm, ("seeded", "strip")), (shrink, ("shrink",)), (skinny, ("skinny", "single"))):
+        for name in names:
+
+            def watched(*args: Any, ordinary: Any = getattr(module, name), called: str = name, **more: Any) -> Any:
+                assert inside, called
+                launched.append(called)
+                return ordinary(*args, **more)
+
+            monkeypatch.setattr(module, name, watched)
+    monkeypatch.setattr(tiles, "on_device_of", on_device_of)
+    for way, factors in (("seeded", "skinny"), ("strip", "single")):
+        y, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
+        chosen = Route(way, way, factors, "asked for")
+        backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE)
+    assert {*launched} == {"seeded", "strip", "shrink", "skinny", "single"}
 
 
 def test_without_a_gradient_of_x_only_the_factors_are_computed(device: torch.device) -> None:
