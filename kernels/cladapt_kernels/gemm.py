@@ -17,7 +17,16 @@ from torch import Tensor
 
 from cladapt_kernels.descriptors import describable, describe
 from cladapt_kernels.reference import drop_threshold
-from cladapt_kernels.tiles import capability, grouped_tile, keep_tile, load_tile, padded, processors, store_tile
+from cladapt_kernels.tiles import (
+    capability,
+    grouped_tile,
+    keep_tile,
+    load_tile,
+    padded,
+    processors,
+    store_tile,
+    widened,
+)
 
 GROUP = 8
 FEW_ROWS = 2048
@@ -27,6 +36,7 @@ SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4}
 NARROW = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 EXACT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8}  # float32, which tensor cores would round
+EXACT_STRIP = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
 
 
 @triton.jit
@@ -103,7 +113,7 @@ def _described(
     )
     for inner in range(0, k, BLOCK_K):
         left = x.load([row, inner])
-        if TRANSPOSED:
+        if TRANSPOSED:  # noqa: SIM108 - settled as the kernel is compiled
             right = w.load([column, inner]).T
         else:
             right = w.load([inner, column])
@@ -169,6 +179,7 @@ def seeded(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tile = _seeded_tile(x, r, dropout=p > 0)
     if y.numel():
+        u = widened(x, u)
         _seeded[(triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
             x, w, s, u, bias, y, seed, m, n, k, r, *x.stride(), *w.stride(), *u.stride(), scale, drop_threshold(p),
             **tile, BLOCK_R=padded(r), GROUP=GROUP, DROPOUT=p > 0, BIAS=bias is not None, num_stages=STAGES,
@@ -226,6 +237,7 @@ def strip(
     tile = _strip_tile(x, masks_y=drop_y > 0)
     if y.numel():
         blocks, tiles = triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])
+        a, u = widened(x, a), widened(x, u)
         strips = min(max(1, processors(x.device) // blocks), tiles)
         _strip[(blocks * strips,)](
             x, w, a, u, bias, y, s, seed, m, n, k, r, strips, *x.stride(), *w.stride(), *a.stride(), *u.stride(),
@@ -252,6 +264,6 @@ def _described_tile(x: Tensor, n: int, r: int, dropout: bool) -> dict[str, int]:
 
 def _strip_tile(x: Tensor, masks_y: bool) -> dict[str, int]:
     if x.element_size() == 4:
-        return EXACT
+        return EXACT_STRIP
     # two accumulators: a tile of 256 columns spills everywhere, one of 128 where a mask or Ampere takes registers
     return NARROW if masks_y or capability(x.device) < 90 else SQUARE

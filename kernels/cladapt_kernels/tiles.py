@@ -54,6 +54,14 @@ def on_device_of(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+def widened(x: Tensor, factor: Tensor) -> Tensor:
+    """The factor as a kernel takes it that multiplies it by x: in float32 if x is, else as it is.
+
+    On sm_100 a float32 operand that was widened in the kernel is multiplied in TF32.
+    """
+    return factor.to(x.dtype) if x.dtype == torch.float32 else factor
+
+
 def padded(rank: int) -> int:
     """The rank as a tile's side: the next power of two, at least what tl.dot takes."""
     return max(SMALLEST_DOT, triton.next_power_of_2(rank))

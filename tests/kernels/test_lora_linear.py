@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_what_the_copy_engine_cannot_read_goes_by_pointers(device: torch.device)
     with assuming(80):
         assert not describable(good)
     case = make((20, 24, 39, 4), torch.float32, device, torch.float32)
-    y, s = forward_by("described", case.x, case.weight, case.bias, case.a, case.b, SCALE)
+    y, _ = forward_by("described", case.x, case.weight, case.bias, case.a, case.b, SCALE)
     expected, _ = forward_by("seeded", case.x, case.weight, case.bias, case.a, case.b, SCALE)
     assert torch.equal(y, expected)
 
@@ -179,18 +180,17 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
             yield
             inside.pop()
 
+    def watched(name: str, ordinary: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        assert inside, name
+        launched.append(name)
+        return ordinary(*args, **more)
+
     for module, names in ((gemm, ("seeded", "strip")), (shrink, ("shrink",)), (skinny, ("skinny", "single"))):
         for name in names:
-
-            def watched(*args: Any, ordinary: Any = getattr(module, name), called: str = name, **more: Any) -> Any:
-                assert inside, called
-                launched.append(called)
-                return ordinary(*args, **more)
-
-            monkeypatch.setattr(module, name, watched)
+            monkeypatch.setattr(module, name, partial(watched, name, getattr(module, name)))
     monkeypatch.setattr(tiles, "on_device_of", on_device_of)
     for way, factors in (("seeded", "skinny"), ("strip", "single")):
-        y, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
+        _, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
         chosen = Route(way, way, factors, "asked for")
         backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE)
     assert {*launched} == {"seeded", "strip", "shrink", "skinny", "single"}

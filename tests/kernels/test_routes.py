@@ -83,7 +83,13 @@ def test_a_shape_takes_the_ways_of_the_nearest_one(table: Path, shape: tuple[int
 
 @pytest.mark.parametrize(
     "shape",
-    [(4095, 1024, 1024, 16), (1, 1024, 1024, 16), (8192, 240, 1024, 16), (8192, 4096, 32000, 16), (8192, 1024, 1024, 65)],
+    [
+        (4095, 1024, 1024, 16),
+        (1, 1024, 1024, 16),
+        (8192, 240, 1024, 16),
+        (8192, 4096, 32000, 16),
+        (8192, 1024, 1024, 65),
+    ],
 )
 def test_no_row_speaks_for_fewer_rows_or_a_far_shape(table: Path, shape: tuple[int, int, int, int]) -> None:
     assert routes._nearest(GPU, "bfloat16", *shape) is None
