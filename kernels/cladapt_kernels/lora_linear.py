@@ -236,10 +236,10 @@ def backward_by(
         from cladapt_kernels.tiles import on_device_of
 
         # a and b may be transposed views, the kernel writes row by row
-        da, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
+        down, up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
         with on_device_of(x):
-            (skinny.single if chosen.factors == "single" else skinny.skinny)(ds, x, s, dy, scale, da, db, p, seed)
-        return dx, da, db
+            (skinny.single if chosen.factors == "single" else skinny.skinny)(ds, x, s, dy, scale, down, up, p, seed)
+        return dx, down, up
     da = db = None
     if need_da:
         da = _as(cast(Tensor, ds).T @ _dropped(cast(Tensor, x), p, seed), a.dtype)
