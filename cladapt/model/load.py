@@ -167,20 +167,28 @@ def extend_model(
     """Any causal LM with the semantic-ID tokens added; also the ids of the new tokens. See `open_source`.
 
     New rows start at the mean of the old ones plus noise of a tenth of their spread, in the embedding and in an untied
-    head, so that they are told apart but do not dominate the softmax.
+    head, so that they are told apart but do not dominate the softmax. So do those of the tokenizer's own tokens for
+    which the checkpoint has no rows, with a warning.
     """
     model, tokenizer = open_source(source, seed, weights)
-    before = len(tokenizer)
+    before, known = len(tokenizer), len(tables(model)[0])
     add_sid_tokens(tokenizer, sids)
     new = [int(i) for i in sid_token_ids(tokenizer, sids) if i >= before]
+    if known < before:
+        warnings.warn(
+            f"{source}: the tokenizer has {before} tokens, the model rows for {known}: the others, the first "
+            f"{tokenizer.convert_ids_to_tokens(known)!r}, get rows at the mean of those",
+            stacklevel=2,
+        )
+    made = [*range(known, before), *new]
     rows = max(int(model.config.vocab_size), len(tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for table in tables(model):
-            old = table[:before].float()
-            noise = torch.randn(len(new), table.shape[1], generator=generator) * 0.1 * old.std(dim=0)
-            table[new] = (old.mean(dim=0) + noise).to(table.dtype)
+            old = table[: min(before, known)].float()
+            noise = torch.randn(len(made), table.shape[1], generator=generator) * 0.1 * old.std(dim=0)
+            table[made] = (old.mean(dim=0) + noise).to(table.dtype)
     return model, tokenizer, new
 
 
@@ -208,8 +216,7 @@ def check_form(base: Base, form: str, history: str = "ids") -> None:
             f"the base with --form {form}, or train with train.form={fitted}",
             stacklevel=2,
         )
-    named = base.provenance.get("history", history)
-    if named != history:
+    elif (named := base.provenance.get("history", history)) != history:
         warnings.warn(
             f"the base was tuned on histories of {named}, train.history is {history}: tune it with history={history}, "
             f"or train with train.history={named}",

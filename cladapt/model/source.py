@@ -4,6 +4,10 @@ transformers reads them all; a GGUF file's blocks are unpacked to floating point
 an ordinary checkpoint.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
+from cladapt.model.weights import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,16 +30,28 @@ def open_source(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A causal LM in float32 and its tokenizer; `weights="random"` draws all weights anew by `seed`.
 
-    `DataError` for what is no causal LM, `ConfigError` for one whose logits are more than head(hidden).
+    A warning counts the tensors that the model has no place for. `DataError` for what is no causal LM, or has weights
+    that are not finite, `ConfigError` for one whose logits are more than head(hidden).
     """
+    left_out: list[str] = []
     try:
-        model, tokenizer = draw(source, seed) if weights == "random" else read(source, torch.float32)[:2]
+        if weights == "random":
+            model, tokenizer = draw(source, seed)
+        else:
+            model, tokenizer, left_out = read(source, torch.float32)
     except Unloadable as error:
         raise DataError(
             f"cannot load a causal LM from {source!r}: {error}",
             "give a local Hugging Face checkpoint directory, a .gguf file, or a hub id that this machine can reach",
         ) from error
     check_supported(model)
+    check_finite(source, dict(model.state_dict()), "give another checkpoint: this one is damaged")
+    if left_out:
+        warnings.warn(
+            f"{source}: {len(left_out)} of its tensors are left out, the first {left_out[0]}: a {type(model).__name__} "
+            "has no place for them",
+            stacklevel=3,
+        )
     return model, tokenizer
 
 
@@ -52,17 +69,18 @@ def read(
     place, options = _place(source)
     packed = "gguf_file" in options
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-            **(_unpacked() if packed else {}),
-            **loading,
-            **options,
-        )
+        with _quiet_unpacking() if packed else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                **(_unpacked() if packed else {}),
+                **loading,
+                **options,
+            )
         model, found = loaded
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -118,6 +136,19 @@ def _place(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
             f"{source} is a GGUF file, and the package that reads them is not installed", "pip install 'cladapt[gguf]'"
         )
     return file.absolute().parent, {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+
+
+@contextmanager
+def _quiet_unpacking() -> Iterator[None]:
+    """Without the progress bar of a GGUF file's tensors, which transformers' own switch leaves on."""
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    shown = unpacking.tqdm
+    unpacking.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        unpacking.tqdm = shown
 
 
 def _unpacked() -> dict[str, Any]:

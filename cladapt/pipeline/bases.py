@@ -1,7 +1,8 @@
 """Base+tokens directories: from a pretrained causal LM, or from scratch on block 1."""
 
-import shutil
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from cladapt.tokens.build import load_sids
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train.bases import base_record, first_block, fitted_form, make_base
-from cladapt.train.checkpoint import load_checkpoint, save_checkpoint
+from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
 from cladapt.train.loop import FitResult, Snapshot
 from cladapt.train.pretrain import fit_token_rows
 from cladapt.train.sinks import Sink
@@ -95,6 +96,7 @@ def init_base(
     fitted_block = int(record.get("fitted_block", 0))
     learned = str(record["stream"]) if fitted_block else stream.fingerprint
     record |= {**base_record(learned, config, fitted_block), "source": source, **asdict(start)}
+    refuse_existing(out)  # what came there meanwhile stays
     save_base(out, base.model, base.tokenizer, base.sids, record)
     left_out = base_provenance(out)[LEFT_OUT]
     return {
@@ -126,15 +128,25 @@ def tune_base(source: str, data: Path, out: Path, config: TuneConfig, sink: Sink
     softmax = catalogue_softmax(known, stream, 1, config.softmax)
     work = out.with_name(out.name + UNFINISHED)
     with locked(work):
+        refuse_existing(out)  # another command may have written it before this one had the lock
         resume = _unfinished(work, identity, sink)
         keep = partial(save_checkpoint, work, 1, identity, again="the same command again")
         model, result = tune(known, softmax, feed, config, sink, keep, resume)
-        record: dict[str, Any] = {**base.provenance, **fitted_form(config.form, config)}
+        record: dict[str, Any] = {**base.provenance, **fitted_form(config.form, config), **feed.record}
         fitted_block = max(1, int(record.get("fitted_block", 0)))
         home = str(record["stream"]) if record.get("fitted_block") else stream.fingerprint
         record |= {**base_record(home, config, fitted_block), "source": source, **asdict(start)}
+        refuse_existing(out)
         save_base(out, model, base.tokenizer, base.sids, record)
-        shutil.rmtree(work, ignore_errors=True)
+        clear_checkpoints(work, 1)
+    with suppress(OSError):  # what is not of this command stays
+        work.rmdir()
+    if result.score < result.start_score:
+        warnings.warn(
+            f"{out}: tuning has left the validation log-likelihood at {result.score:.4f}, it began at "
+            f"{result.start_score:.4f}: lower lr, or give the sequence task more weight",
+            stacklevel=2,
+        )
     return {
         **_report(out, replace(base, model=model), result),
         "start_log_likelihood": result.start_score,
@@ -181,6 +193,12 @@ def _start(
         base = replace(base, provenance={**base.provenance, "parent_base": base.fingerprint})
     else:
         model, tokenizer, new = extend_model(source, sids, seed, config.weights)
+        if taken := sorted({*sids.tokens} - {*tokenizer.convert_ids_to_tokens(list(new))}):
+            warnings.warn(
+                f"{source} has {len(taken)} of the {len(sids.tokens)} ID tokens already, the first {taken[0]}: their "
+                "rows stay what the source has made of them; `base init --refit` fits them too",
+                stacklevel=2,
+            )
         if config.rows == "meaning":
             meant = start_by_meaning(model, tokenizer, sids, stream.prefix(1).items["text"].to_list(), new)
         base = Base(model, tokenizer, sids, {})

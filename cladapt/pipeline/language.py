@@ -68,7 +68,10 @@ def weights_of(adapters: Mapping[int, Path]) -> dict[str, str]:
 def earlier_text(run: Run[Any], base: str, adapters: Mapping[int, Path], sink: Sink) -> dict[str, Any] | None:
     """What an earlier evaluation has measured of a text, while base and adapters are those that it was measured of."""
     file = run.path / METRICS
-    found = read_json(file) if file.is_file() else {}
+    try:
+        found = read_json(file) if file.is_file() else {}
+    except DataError:  # the evaluation that is kept, or not, says that this file is torn
+        return None
     record = found.get("text") if isinstance(found, dict) else None
     if record is None:
         return None

@@ -92,7 +92,7 @@ def warn_left_out(read: "Iterable[Prompt | Document]", what: str) -> None:
     """Warn where a token budget has shortened prompts, with how many."""
     found = LeftOut.of(read)
     if found.shortened:
-        warnings.warn(f"{what}: {found}; raise train.history_tokens or train.row_tokens to keep more", stacklevel=3)
+        warnings.warn(f"{what}: {found}; raise history_tokens or row_tokens to keep more", stacklevel=3)
 
 
 class PackedForm:

@@ -97,7 +97,7 @@ def make_feed(stream: Stream, blocks: Sequence[int], form: Form, config: TrainCo
     """What is learned of `blocks`, judged by the validation events of the last of them."""
     validation = validation_documents(split_block(stream, blocks[-1]), form)
     documents = learned_documents(stream, blocks, form, config)
-    warn_left_out([*documents, *validation], f"block {blocks[-1]}")
+    warn_left_out(documents, f"block {blocks[-1]}")
     return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens)
 
 

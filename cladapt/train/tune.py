@@ -17,7 +17,7 @@ from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.load import Base
 from cladapt.model.packed import PackedLoss, TrieSoftmax
 from cladapt.tokens.alignment import ITEM_TASKS, IdsToTitle, Items
-from cladapt.tokens.prompts import Document
+from cladapt.tokens.prompts import Document, warn_left_out
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train.blocks import fit_settings
 from cladapt.train.feeds import Feed, MixedFeed
@@ -54,7 +54,9 @@ def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
     validation = validation_documents(split, form)
     tasks: dict[str, tuple[Sequence[Document], float]] = {}
     if config.tasks.sequence:
-        tasks["sequence"] = training_documents(split, form), config.tasks.sequence
+        documents = training_documents(split, form)
+        warn_left_out(documents, "block 1")
+        tasks["sequence"] = documents, config.tasks.sequence
     if not alignment:
         return Lesson(tasks, validation, cut_texts=0)
     items = Items.encode(base.tokenizer, base.sids, base.item_tokens().numpy(), texts, config.title_tokens, *room)
@@ -100,7 +102,7 @@ def tune(
         cast(nn.Module, model).requires_grad_(True)
     settings = replace(fit_settings(config, config.seed, block=1), patience=config.patience)
     fit = Fit(PackedLoss(model, softmax), Finetune(), _context(model), feed, settings, sink)
-    result = fit.run(checkpoint, config.checkpoint_steps, resume)
+    result = fit.run(checkpoint, config.checkpoint_steps or len(fit.steps(0)), resume)
     if wrapped is not None:
         model = cast("PreTrainedModel", wrapped.merge_and_unload())
     model.requires_grad_(False)

@@ -26,7 +26,7 @@ SEVERAL_PROCESSES = ("train", "eval", "recommend")
 KEPT = {
     "eval": "the run keeps its adapters; this evaluation has to start again",
     "init": "no base is written",
-    "tune": "no base is written; the same command goes on from its last checkpoint",
+    "tune": "no base is written; the same command goes on from its last checkpoint, where it has written one",
     "vision": "no base is written",
     "pretrain": "no base is written",
     "update": "what was finished is kept; give the same command again",

@@ -50,10 +50,7 @@ def tune(
     ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Fit a pretrained causal LM on block 1, before adapters start, and write a base+tokens directory.
-
-    A command that was stopped goes on where it was when it is given again.
-    """
+    """Fit a pretrained causal LM on block 1 and write a base+tokens directory; stopped and given again, it goes on."""
     from cladapt.config import TuneConfig, resolve
     from cladapt.pipeline import bases
 

@@ -60,9 +60,11 @@ def drawings(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def made(study: Any, recipe: dict[str, Any], data: Path, only: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+def made(
+    study: Any, recipe: dict[str, Any], data: Path, only: list[str] | None = None, seeds: list[int] | None = None
+) -> tuple[Any, dict[str, Any]]:
     one = study.Study("mini", study.recipe_of(recipe, "mini.yaml"), Path("work"), data)
-    done = [(cell, one.run(cell)) for cell in one.cells(only)]
+    done = [(cell, one.run(cell)) for cell in one.cells(only, seeds)]
     return done, study.tables(one.recipe, done)
 
 
@@ -141,3 +143,30 @@ def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None
 def test_every_recipe_resolves(path: Path, study: Any) -> None:
     recipe = study.recipe_of(study.load_recipe(path), str(path))
     assert recipe.task == ("classify" if "omniglot" in path.stem else "recommend")
+
+
+def test_a_pretrained_base_is_tuned_once_for_its_cells(study: Any, checkpoint: Any, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "data" / "llm")
+    recipe = {
+        **INTERACTIONS,
+        "base": {"source": "llm", "epochs": 0, "tune": {"epochs": 1}},
+        "cells": {
+            "tuned": {"method": {"name": "finetune"}},
+            "again": {"method": {"name": "finetune"}, "train": {"lr": 1e-3}},
+            "drawn": {"method": {"name": "finetune"}, "base": {"weights": "random"}},
+            "by LoRA": {"method": {"name": "finetune"}, "base": {"tune": {"rank": 2}}},
+            "scratch": {"method": {"name": "finetune"}, "base": {"source": "", "tune": None, "epochs": 1}},
+        },
+        "references": ["tuned"],
+        "pairs": [],
+    }
+    done, tables = made(study, recipe, tmp_path / "data", seeds=[1])
+    bases = {cell.name: Path(cell.config.base) for cell, _ in done}
+    assert [cell.seed for cell, _ in done] == [1] * 5
+    assert bases["tuned"] == bases["again"]
+    assert len({*bases.values()}) == 4
+    assert {read_json(base / "cladapt.json")["fitted_block"] for base in bases.values()} == {1}
+    assert {cell.base for cell, _ in done if cell.name in ("tuned", "again")} == {done[0][0].base}
+    assert tables["differences"]["difference"].to_list()[0] == "again - tuned"
+    with pytest.raises(ConfigError, match="--seeds 7: no such seed"):
+        made(study, recipe, tmp_path / "data", seeds=[7])

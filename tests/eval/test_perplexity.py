@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cladapt.errors import DataError
 from cladapt.eval import perplexity as module
 from cladapt.eval.perplexity import WINDOW, perplexity, read_text, windows_of
+from cladapt.model import head
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import make_tokenizer
 
@@ -61,7 +62,7 @@ def written(folder: Path, content: str | bytes) -> Path:
 def test_it_is_the_mean_of_the_whole_cross_entropy(
     lm: LlamaForCausalLM, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(head, "CHUNK", chunk)
     monkeypatch.setattr(module, "AT_ONCE", 2)
     content = prose(1200)
     windows = windows_of(read_text(written(tmp_path, content)), TOKENIZER)

@@ -53,3 +53,15 @@ def test_withdrawn_items_of_a_list_are_left_out_and_counted() -> None:
     offered = Offered(SIDS, ("a", "c"))
     assert offered.chosen(None) == (["a", "c"], 0)
     assert offered.chosen(["c", "b", "unknown", "b"]) == (["c", "unknown"], 2)
+
+
+def test_texts_go_with_the_ids_and_are_compared_where_both_have_them(tmp_path: Path) -> None:
+    titled = Offered(SIDS, ("a", "c"), ("A", "B", "C"))
+    titled.save(tmp_path)
+    back = Offered.load(tmp_path)
+    assert back is not None
+    assert back.texts == ("A", "B", "C")
+    assert back.same(titled)
+    assert back.same(Offered(SIDS, ("a", "c")))
+    assert not back.same(Offered(SIDS, ("a", "c"), ("A", "B", "D")))
+    assert Offered.of(stream([]), SIDS, texts=True).texts == tuple(stream([]).items["text"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
@@ -45,10 +46,49 @@ def test_a_checkpoint_in_half_precision_is_read_in_full(checkpoint: Checkpoint, 
 
 def test_pickled_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint(tmp_path)
-    torch.save(LlamaForCausalLM.from_pretrained(source).state_dict(), source / "pytorch_model.bin")
+    opened = tmp_path / "opened"
+    (source / "pytorch_model.bin").write_text(f"cos\nsystem\n(S'touch {opened}'\ntR.")  # unpickling it runs touch
     (source / "model.safetensors").unlink()
     with pytest.raises(DataError, match="cannot load a causal LM from"):
         open_source(str(source), 0)
+    assert not opened.exists()
+
+
+def test_what_a_model_has_no_place_for_is_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path, tied=False)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.bias": torch.ones(len(tensors["lm_head.weight"]))}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 of its tensors are left out, the first lm_head\.bias: a LlamaForCausalLM"):
+        open_source(str(source), 0)
+
+
+def test_weights_that_are_not_finite_are_refused_when_they_are_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(DataError, match=r"1 of 16 values of model\.norm\.weight are not finite") as caught:
+        open_source(str(source), 0)
+    assert caught.value.hint == "give another checkpoint: this one is damaged"
+
+
+def test_tokens_without_rows_get_some_by_the_seed_and_are_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path, padding=-7)
+
+    def extended(seed: int) -> tuple[torch.Tensor, int]:
+        with pytest.warns(UserWarning, match=r"the tokenizer has 279 tokens, the model rows for 272: the others"):
+            model, _, new = extend_model(str(source), SIDS, seed)
+        return tables(model)[0].detach(), min(new)
+
+    (one, first), (again, _), (other, _) = extended(1), extended(1), extended(2)
+    assert first == 279
+    assert torch.equal(one, again)
+    assert torch.equal(one[:272], other[:272])
+    assert (one[272:] != other[272:]).all()
+    spread = one[:272].std(dim=0)
+    assert ((one[272:] - one[:272].mean(dim=0)).abs() < spread).all()  # a tenth of it by default
 
 
 def test_random_weights_have_architecture_and_tokenizer_and_follow_the_seed(
@@ -165,7 +205,10 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(gguf_file: Path, tmp_path: P
         tensor = tensors[f"{name}.weight"]
         return torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
 
-    model, tokenizer, _ = extend_model(str(gguf_file), SIDS, seed=0)
+    with pytest.warns(
+        UserWarning, match=r"65 tokens, the model rows for 64: .*'<\|endoftext\|>'"
+    ):  # of the pre-tokenizer
+        model, tokenizer, _ = extend_model(str(gguf_file), SIDS, seed=0)
     found: Any = model.model
     assert torch.equal(found.embed_tokens.weight[:64], unpacked("token_embd"))
     assert torch.equal(found.layers[0].mlp.down_proj.weight, unpacked("blk.0.ffn_down"))

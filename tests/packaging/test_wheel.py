@@ -81,8 +81,8 @@ def test_every_extra_is_used_by_the_sources(metadata: Message) -> None:
         if match := re.search(r"^([\w.-]+).*extra == '(\w+)'", line):
             extras.setdefault(match[2], []).append(match[1])
     del extras["dev"]
-    assert {*extras} == {"embed", "images", "track"}
-    used = re.compile(r"(?:import |from |: \"(?:torch\.utils\.)?)(\w+)")
+    assert {*extras} == {"embed", "gguf", "images", "quant", "track"}
+    used = re.compile(r"(?:import |from |find_spec\(\"|: \"(?:torch\.utils\.)?)(\w+)")
     imported = {*used.findall(sources)}
     assert [p for packages in extras.values() for p in packages if names.get(p, p) not in imported] == []
 

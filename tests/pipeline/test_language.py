@@ -19,6 +19,7 @@ from cladapt.model.saved import adapted
 from cladapt.pipeline import bases, evaluation, runs, streams
 from cladapt.run import Run, open_run
 from cladapt.train.sinks import MemorySink
+from cladapt_cli.app import run
 
 EVAL = {"bootstrap": 100, "beams": 5, "top_k": [5]}
 
@@ -44,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "source")
     rows = BaseConfig(epochs=0)
     bases.init_base(str(folder / "source"), folder / "stream", folder / "base", "packed", rows, MemorySink())
-    run = RunConfig(
+    config_of_run = RunConfig(
         data=str(folder / "stream"),
         base=str(folder / "base"),
         method=MethodConfig(name="finetune"),
@@ -52,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.train(run, folder / "run", MemorySink())
+        runs.train(config_of_run, folder / "run", MemorySink())
     return folder
 
 
@@ -64,20 +65,20 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_model_has_a_row_that_is_its_own_perplexity(world: Path) -> None:
     printed = evaluation.evaluate(world / "run", EVAL, None, MemorySink(), text=world / "text")
     rows = printed["text"]
-    run = Run.open(world / "run")
+    measured = Run.open(world / "run")
     assert [(r["model"], r["block"]) for r in rows] == [
         ("base", 0),
         (f"source {world / 'source'}", None),
         *(("adapter", b) for b in (1, 2, 3)),
     ]
-    record = read_json(run.path / "metrics.json")["text"]
+    record = read_json(measured.path / "metrics.json")["text"]
     assert (record["file"], record["hash"], record["rows"]) == ("text", hash_file(world / "text"), rows)
-    assert "Perplexity of text" in (run.path / "report.html").read_text()
+    assert "Perplexity of text" in (measured.path / "report.html").read_text()
     base, text = load_base(world / "base"), read_text(world / "text")
     expected = [perplexity(base.model, windows_of(text, base.tokenizer))]
     source = AutoModelForCausalLM.from_pretrained(world / "source")
     expected.append(perplexity(source, windows_of(text, AutoTokenizer.from_pretrained(world / "source"))))
-    for folder in run.adapters.values():
+    for folder in measured.adapters.values():
         with adapted(base, folder) as model:
             expected.append(perplexity(model, windows_of(text, base.tokenizer)))
     for row, values in zip(rows, expected, strict=True):
@@ -124,8 +125,13 @@ def test_what_is_no_text_is_refused_before_anything_is_measured(world: Path, tmp
         assert sink.events == []
 
 
+def test_the_command_takes_the_file(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", str(world / "run"), "--text", str(tmp_path / "gone")]) == 3
+    assert capsys.readouterr().err.startswith(f"error: no such file: {tmp_path / 'gone'}")
+
+
 def test_a_task_without_language_has_no_perplexity(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = open_run(world / "run")
-    monkeypatch.setattr(type(run.workload), "language", False)
+    opened = open_run(world / "run")
+    monkeypatch.setattr(type(opened.workload), "language", False)
     with pytest.raises(ConfigError, match=r"--text .* is a run of --task recommend"):
         evaluation.evaluate(world / "run", EVAL, None, MemorySink(), text=world / "text")

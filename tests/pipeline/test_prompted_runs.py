@@ -17,6 +17,7 @@ from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.evaluate import Evaluator
+from cladapt.model.load import check_form, load_base
 from cladapt.pipeline import bases, evaluation, runs, ship, streams
 from cladapt.run import Run
 from cladapt.tokens.prompts import Template
@@ -153,6 +154,18 @@ def test_recommend_uses_the_recorded_prompt_and_the_streams_titles(world: Path, 
     (tmp_path / "peft" / "texts.parquet").unlink()
     with pytest.raises(ConfigError, match=r"history=both without the items' texts.*--data DIR"):
         recommend(tmp_path / "peft", world / "base", tmp_path / "d.parquet", given)
+
+
+def test_a_merged_model_keeps_the_titles_and_says_what_it_has_learned(world: Path, tmp_path: Path) -> None:
+    ship.export(world / "run", "peft", tmp_path / "peft", None, None)
+    ship.export(world / "run", "merged", tmp_path / "merged", None, None)
+    texts = [pl.read_parquet(tmp_path / kind / "texts.parquet") for kind in ("peft", "merged")]
+    assert texts[0].equals(texts[1])
+    record = read_json(tmp_path / "merged" / "cladapt.json")
+    assert (record["form"], record["history"]) == ("prompt", "both")
+    check_form(load_base(tmp_path / "merged"), "prompt", "both")  # or warns
+    with pytest.warns(UserWarning, match="fitted on histories of the form 'prompt', train.form is 'packed'"):
+        check_form(load_base(tmp_path / "merged"), "packed")
 
 
 def test_the_recorded_words_are_those_of_recommend(world: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from cladapt import ops
+from cladapt.artifacts import read_json
 from cladapt.config import (
     BaseConfig,
     RunConfig,
@@ -24,8 +26,9 @@ from cladapt.config import (
 )
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
-from cladapt.model.load import load_base
+from cladapt.model.load import extend_model, load_base
 from cladapt.pipeline import bases, streams
+from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train import checkpoint as checkpoints
 from cladapt.train.sinks import MemorySink
@@ -176,6 +179,26 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_base(rank: int, world: P
     assert not work.exists()
 
 
+def test_an_epoch_is_not_lost_where_a_command_is_killed_later(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data, out = str(world / "source"), world / "stream", tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bases, "save_base", killed)  # all is learned, nothing is written
+        with pytest.raises(KeyboardInterrupt):
+            bases.tune_base(source, data, out, config(tasks={}), MemorySink())
+    rest, whole = MemorySink(), MemorySink()
+    bases.tune_base(source, data, out, config(tasks={}), rest)
+    bases.tune_base(source, data, tmp_path / "whole", config(tasks={}), whole)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert [e["kind"] for e in rest.events] == ["epoch"]  # no step is done again, the last epoch is judged
+    assert any(e["kind"] == "step" for e in whole.events)
+
+
 def test_what_was_begun_with_other_settings_is_not_gone_on_with(world: Path, tmp_path: Path) -> None:
     source, data, out = str(world / "source"), world / "stream", tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -198,6 +221,48 @@ def test_a_full_disk_names_the_command_to_give(world: Path, tmp_path: Path, monk
             str(world / "source"), world / "stream", tmp_path / "out", config(checkpoint_steps=1), MemorySink()
         )
     assert caught.value.hint.endswith("then: the same command again")
+
+
+def test_what_others_have_written_stays(world: Path, tmp_path: Path) -> None:
+    class Meanwhile(MemorySink):
+        """Another command writes OUT while this one learns."""
+
+        def emit(self, event: Mapping[str, Any]) -> None:
+            (tmp_path / "taken").mkdir(exist_ok=True)
+            (tmp_path / "taken" / "theirs").touch()
+
+    source, stream, quick = str(world / "init"), world / "stream", config(tasks={}, epochs=1)
+    with pytest.raises(ConfigError, match="taken exists and is not empty"):
+        bases.tune_base(source, stream, tmp_path / "taken", quick, Meanwhile())
+    assert [file.name for file in (tmp_path / "taken").iterdir()] == ["theirs"]
+    kept = tmp_path / "taken.unfinished"
+    assert len(list(kept.glob("block_*"))) == 1
+    (kept / "notes.txt").touch()
+    (tmp_path / "taken" / "theirs").unlink()
+    bases.tune_base(source, stream, tmp_path / "taken", quick, MemorySink())
+    assert [file.name for file in kept.iterdir()] == ["notes.txt"]
+
+
+def test_losses_that_tuning_makes_worse_are_told(world: Path, tmp_path: Path) -> None:
+    spoilt = config(tasks={}, epochs=1, lr=3.0)
+    with pytest.warns(UserWarning, match=r"tuning has left the validation log-likelihood at -\d+\.\d+, it began at -3"):
+        bases.tune_base(str(world / "init"), world / "stream", tmp_path / "out", spoilt, MemorySink())
+
+
+def test_shortened_prompts_are_told_and_recorded(world: Path, tmp_path: Path) -> None:
+    short = config(tasks={}, epochs=1, form="prompt", history="titles", history_tokens=12)
+    with pytest.warns(UserWarning, match=r"block 1: \d+ of \d+ prompts are shortened .* raise history_tokens"):
+        report = bases.tune_base(str(world / "init"), world / "stream", tmp_path / "out", short, MemorySink())
+    assert report["left_out"] == read_json(tmp_path / "out" / "cladapt.json")["left_out"]
+
+
+def test_id_tokens_that_a_source_has_already_are_counted(world: Path, tmp_path: Path) -> None:
+    model, tokenizer, _ = extend_model(str(world / "source"), SidTable(("x",), np.array([[0, 1]]), (1, 2)), 0)
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    start = BaseConfig(epochs=0)
+    with pytest.warns(UserWarning, match=r"has 3 of the 24 ID tokens already, the first <a_0>: their rows stay"):
+        bases.init_base(str(tmp_path / "source"), world / "stream", tmp_path / "out", "packed", start, MemorySink())
 
 
 def test_texts_are_needed_by_alignment_tasks_alone(world: Path, tmp_path: Path) -> None:
