@@ -85,7 +85,7 @@ def _four_bit_layer() -> type | None:
     class Lora4bit(_Fused, Linear4bit):
         def _product(self, base: Any, x: Tensor, *factors: Any) -> Tensor:
             def dequantise() -> Tensor:
-                return cast(Tensor, dequantize_4bit(base.weight.data, base.weight.quant_state)).to(x.dtype)
+                return cast(Tensor, dequantize_4bit(base.weight.data, base.weight.quant_state))
 
             return ops.lora_linear_dequantised(x, dequantise, base.bias, *factors)
 

@@ -9,8 +9,9 @@ step takes from its predecessor: while the new values are in registers, each pro
     s0 = E_q[d],  s1 = E_q[exp d - 1 - d],  s2 = E_q[d (exp d - 1)]       E_p[d] = (s0 + s2) / (1 + s0 + s1)
 
 and every program of the next step folds its group's parts, in order. c is E_q[d] one step ago, so s0 is small, s1 and
-s2 are of second order, and KL = E_p[d] - log1p(s0 + s1) keeps its digits. Two buffers take turns by the parity of the
-step, which lives on the device like all that a CUDA graph may change.
+s2 are of second order, and KL = E_p[d] - log1p(s0 + s1) keeps its digits. Where an entry moved so far that q exp d
+passes 1, s1 and s2 are kept times exp -h, h = max log (q exp d) of the group, so that nothing overflows.
+Two buffers take turns by the parity of the step, which lives on the device like all that a CUDA graph may change.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cladapt_kernels.optim import Term
+from cladapt_kernels.tiles import on_device_of
 
 if TYPE_CHECKING:
     from cladapt_kernels.aot import Variant
@@ -54,47 +56,71 @@ def _chunk(chunks, sizes, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _folded(parts, ranges, group, FOLD: tl.constexpr):
-    """s0, s1, s2 of a group: its chunks' parts, in order."""
-    first, last = tl.load(ranges + 2 * group), tl.load(ranges + 2 * group + 1)
-    s0, s1, s2 = tl.zeros((FOLD,), tl.float32), tl.zeros((FOLD,), tl.float32), tl.zeros((FOLD,), tl.float32)
-    for start in range(first, last, FOLD):
-        chunk = start + tl.arange(0, FOLD)
-        s0 += tl.load(parts + 3 * chunk, mask=chunk < last, other=0.0)
-        s1 += tl.load(parts + 3 * chunk + 1, mask=chunk < last, other=0.0)
-        s2 += tl.load(parts + 3 * chunk + 2, mask=chunk < last, other=0.0)
-    return tl.sum(s0), tl.sum(s1), tl.sum(s2)
+def _exp(x):
+    """exp x within two units in the last place.
+
+    The hardware has 2^x alone, and x log2(e) in one product would lose a digit at |x| = 10.
+    """
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4  # ln 2 in two parts, the first exact
+    return tl.exp2(rest * 1.4426950408889634) * tl.exp2(whole)
 
 
 @triton.jit
-def _pull(value, anchor, fisher, q, inverse_tau, centre, s0, s1, s2, KIND: tl.constexpr):
+def _folded(parts, ranges, group, FOLD: tl.constexpr):
+    """s0, s1, s2 and h of a group: its chunks' parts, in order, brought to the largest h."""
+    first, last = tl.load(ranges + 2 * group), tl.load(ranges + 2 * group + 1)
+    s0, s1, s2 = tl.zeros((FOLD,), tl.float32), tl.zeros((FOLD,), tl.float32), tl.zeros((FOLD,), tl.float32)
+    peak = tl.zeros((FOLD,), tl.float32)
+    for start in range(first, last, FOLD):
+        chunk = start + tl.arange(0, FOLD)
+        peak = tl.maximum(peak, tl.load(parts + 4 * chunk + 3, mask=chunk < last, other=0.0))
+    h = tl.max(peak)
+    for start in range(first, last, FOLD):
+        chunk = start + tl.arange(0, FOLD)
+        share = _exp(tl.load(parts + 4 * chunk + 3, mask=chunk < last, other=0.0) - h)
+        s0 += tl.load(parts + 4 * chunk, mask=chunk < last, other=0.0)
+        s1 += share * tl.load(parts + 4 * chunk + 1, mask=chunk < last, other=0.0)
+        s2 += share * tl.load(parts + 4 * chunk + 2, mask=chunk < last, other=0.0)
+    return tl.sum(s0), tl.sum(s1), tl.sum(s2), h
+
+
+@triton.jit
+def _pull(value, anchor, fisher, lift, q_peak, inverse_tau, centre, s0, s1, s2, h, KIND: tl.constexpr):
     """dR/dv of a chunk."""
     pull = value - anchor
     if KIND == "fisher":
         pull = fisher * pull
     if KIND == "kl":
         d = pull * inverse_tau - centre
-        total = 1.0 + s0 + s1
-        pull = q * tl.exp(d) * (d - (s0 + s2) / total) * (inverse_tau / total)
+        unit = _exp(-h)
+        total = unit * (1.0 + s0) + s1
+        pull = q_peak * _exp(lift + d - h) * (d - tl.div_rn(unit * s0 + s2, total)) * tl.div_rn(inverse_tau, total)
     return pull
 
 
 @triton.jit
 def _write_parts(
-    parts, centres, ranges, group, value, anchor, fisher, q, own, inverse_tau, centre, KIND: tl.constexpr
+    parts, centres, ranges, group, value, anchor, fisher, lift, q_peak, own, inverse_tau, centre, KIND: tl.constexpr
 ):  # fmt: skip
     """A chunk's part of its group's statistics at `value`; of L2 and Fisher, of R itself."""
-    entry = parts + 3 * tl.program_id(0)
+    entry = parts + 4 * tl.program_id(0)
     d = value - anchor
     if KIND == "kl":
         d = d * inverse_tau - centre
         # the series of exp d - 1 - d, which the difference would lose
         series = 1.0 / 120.0 + d * (1.0 / 720.0 + d * (1.0 / 5040.0 + d * (1.0 / 40320.0)))
         series = d * d * (0.5 + d * (1.0 / 6.0 + d * (1.0 / 24.0 + d * series)))
-        second = tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - 1.0 - d)
+        h = tl.maximum(tl.max(tl.where(own, lift + d, float("-inf"))) + tl.log(q_peak), 0.0)
+        # in one exponent: exp d alone overflows where q is small
+        q, p, unit = q_peak * _exp(lift), q_peak * _exp(lift + d - h), _exp(-h)
+        near = tl.abs(d) < 0.5
+        s1 = tl.where(near, q * series * unit, p - q * (1.0 + d) * unit)
+        s2 = d * tl.where(near, q * (series + d) * unit, p - q * unit)
         tl.store(entry, tl.sum(tl.where(own, q * d, 0.0)))
-        tl.store(entry + 1, tl.sum(tl.where(own, q * second, 0.0)))
-        tl.store(entry + 2, tl.sum(tl.where(own, q * d * (second + d), 0.0)))
+        tl.store(entry + 1, tl.sum(tl.where(own, s1, 0.0)))
+        tl.store(entry + 2, tl.sum(tl.where(own, s2, 0.0)))
+        tl.store(entry + 3, h)
         if tl.program_id(0) == tl.load(ranges + 2 * group):
             tl.store(centres + group, centre)
     else:
@@ -106,25 +132,25 @@ def _write_parts(
 def _term(
     addresses, tensor, tensors, i, own, group, constants, KIND: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Anchor, Fisher diagonal, q and 1 / tau of a chunk, zeros where the term has none."""
+    """Anchor, Fisher diagonal, log (q / q_peak), q_peak and 1 / tau of a chunk; what the term lacks is not used."""
     anchor = tl.load(_place(addresses, 4, tensor, tensors, i, ALIGNED), mask=own, other=0.0)
-    fisher, q, inverse_tau = anchor, anchor, 0.0
+    fisher, lift, q_peak, inverse_tau = anchor, anchor, 0.0, 0.0
     if KIND == "fisher":
         fisher = tl.load(_place(addresses, 5, tensor, tensors, i, ALIGNED), mask=own, other=0.0)
     if KIND == "kl":
         inverse_tau, peak = tl.load(constants + 3 * group), tl.load(constants + 3 * group + 1)
-        q = tl.exp(anchor * inverse_tau - peak) * tl.load(constants + 3 * group + 2)
-    return anchor, fisher, q, inverse_tau
+        lift, q_peak = anchor * inverse_tau - peak, tl.load(constants + 3 * group + 2)
+    return anchor, fisher, lift, q_peak, inverse_tau
 
 
 @triton.jit
 def _carried(parts, centres, ranges, group, n_chunks, n_groups, turn, KIND: tl.constexpr, FOLD: tl.constexpr):
-    """Centre, s0, s1 and s2 of a group as buffer `turn` has them."""
-    centre, s0, s1, s2 = 0.0, 0.0, 0.0, 0.0
+    """Centre, s0, s1, s2 and h of a group as buffer `turn` has them."""
+    centre, s0, s1, s2, h = 0.0, 0.0, 0.0, 0.0, 0.0
     if KIND == "kl":
         centre = tl.load(centres + turn * n_groups + group)
-        s0, s1, s2 = _folded(parts + turn * 3 * n_chunks, ranges, group, FOLD)
-    return centre, s0, s1, s2
+        s0, s1, s2, h = _folded(parts + turn * 4 * n_chunks, ranges, group, FOLD)
+    return centre, s0, s1, s2, h
 
 
 @triton.jit
@@ -145,17 +171,20 @@ def _step(
     if KIND != "none":
         n_chunks = tl.num_programs(0)
         turn = count.to(tl.int32) % 2
-        anchor, fisher, q, inverse_tau = _term(addresses, tensor, tensors, i, own, group, constants, KIND, ALIGNED)
-        centre, s0, s1, s2 = _carried(parts, centres, ranges, group, n_chunks, n_groups, 1 - turn, KIND, FOLD)
-        grad += tl.load(strength) * _pull(value, anchor, fisher, q, inverse_tau, centre, s0, s1, s2, KIND)
+        anchor, fisher, lift, q_peak, inverse_tau = _term(
+            addresses, tensor, tensors, i, own, group, constants, KIND, ALIGNED
+        )
+        centre, s0, s1, s2, h = _carried(parts, centres, ranges, group, n_chunks, n_groups, 1 - turn, KIND, FOLD)
+        grad += tl.load(strength) * _pull(value, anchor, fisher, lift, q_peak, inverse_tau, centre, s0, s1, s2, h, KIND)
     grad *= tl.load(clip)
     # in float64: of 1 - beta^step float32 would keep four digits
     correction1 = (1.0 - tl.exp(count.to(tl.float64) * log_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp(count.to(tl.float64) * log_beta2)).to(tl.float32)
     first = tl.full((), beta1, tl.float32) * first + tl.full((), rest1, tl.float32) * grad
     second = tl.full((), beta2, tl.float32) * second + tl.full((), rest2, tl.float32) * grad * grad
-    root = tl.sqrt(second) / tl.sqrt(correction2) + tl.full((), eps, tl.float32)
-    value = value * (1.0 - lr * tl.full((), weight_decay, tl.float32)) - (lr / correction1) * (first / root)
+    root = tl.div_rn(tl.sqrt_rn(second), tl.sqrt_rn(correction2)) + tl.full((), eps, tl.float32)
+    rate_of_mean = tl.div_rn(lr, correction1)
+    value = value * (1.0 - lr * tl.full((), weight_decay, tl.float32)) - rate_of_mean * tl.div_rn(first, root)
     tl.store(value_at, value, mask=own)
     tl.store(first_at, first, mask=own)
     tl.store(second_at, second, mask=own)
@@ -170,8 +199,8 @@ def _step(
         tl.store(place, value.to(place.dtype.element_ty), mask=own)
     if KIND != "none":
         _write_parts(
-            parts + turn * 3 * n_chunks, centres + turn * n_groups, ranges, group, value, anchor, fisher, q, own,
-            inverse_tau, centre + s0, KIND,
+            parts + turn * 4 * n_chunks, centres + turn * n_groups, ranges, group, value, anchor, fisher, lift,
+            q_peak, own, inverse_tau, centre + s0, KIND,
         )  # fmt: skip
 
 
@@ -185,14 +214,16 @@ def _refresh(
     n_chunks = tl.num_programs(0)
     turn = tl.load(step).to(tl.int32) % 2
     value = tl.load(_place(addresses, 0, tensor, tensors, i, ALIGNED), mask=own, other=0.0)
-    anchor, fisher, q, inverse_tau = _term(addresses, tensor, tensors, i, own, group, constants, KIND, ALIGNED)
+    anchor, fisher, lift, q_peak, inverse_tau = _term(
+        addresses, tensor, tensors, i, own, group, constants, KIND, ALIGNED
+    )
     centre = 0.0
     if RECENTRE:
-        _, centre, _, _ = _carried(parts, centres, ranges, group, n_chunks, n_groups, 1 - turn, KIND, FOLD)
+        _, centre, _, _, _ = _carried(parts, centres, ranges, group, n_chunks, n_groups, 1 - turn, KIND, FOLD)
     else:
         turn = 1 - turn
     _write_parts(
-        parts + turn * 3 * n_chunks, centres + turn * n_groups, ranges, group, value, anchor, fisher, q, own,
+        parts + turn * 4 * n_chunks, centres + turn * n_groups, ranges, group, value, anchor, fisher, lift, q_peak, own,
         inverse_tau, centre, KIND,
     )  # fmt: skip
 
@@ -208,9 +239,11 @@ def _measure(
     turn = tl.load(step).to(tl.int32) % 2
     value = tl.load(_place(addresses, 0, tensor, tensors, i, ALIGNED), mask=own, other=0.0)
     grad = tl.load(_place(addresses, 1, tensor, tensors, i, ALIGNED), mask=own, other=0.0)
-    anchor, fisher, q, inverse_tau = _term(addresses, tensor, tensors, i, own, group, constants, KIND, ALIGNED)
-    centre, s0, s1, s2 = _carried(parts, centres, ranges, group, n_chunks, n_groups, turn, KIND, FOLD)
-    pull = tl.load(strength) * _pull(value, anchor, fisher, q, inverse_tau, centre, s0, s1, s2, KIND)
+    anchor, fisher, lift, q_peak, inverse_tau = _term(
+        addresses, tensor, tensors, i, own, group, constants, KIND, ALIGNED
+    )
+    centre, s0, s1, s2, h = _carried(parts, centres, ranges, group, n_chunks, n_groups, turn, KIND, FOLD)
+    pull = tl.load(strength) * _pull(value, anchor, fisher, lift, q_peak, inverse_tau, centre, s0, s1, s2, h, KIND)
     pull = tl.where(own, pull, 0.0)
     entry = sums + 5 * tl.program_id(0)
     tl.store(entry, tl.sum((grad + pull) * (grad + pull)))
@@ -267,7 +300,7 @@ class FusedStep:
         self._ranges = torch.stack([ends - torch.tensor(counts), ends], 1).to(torch.int32).to(self.device)
         self._group_of_chunk = self._chunks[:, 2].long()
         self._vector = all(size % 4 == 0 for size in sizes)
-        self._parts = torch.zeros(2, self._n_chunks, 3, device=self.device)
+        self._parts = torch.zeros(2, self._n_chunks, 4, device=self.device)
         self._centres = torch.zeros(2, self._n_groups, device=self.device)
 
     def _group_constants(self, groups: Sequence[int]) -> Tensor:
@@ -303,12 +336,13 @@ class FusedStep:
         rests = [1.0 - beta for beta in betas]
         logs = torch.tensor(betas, dtype=torch.float64).log().tolist()
         if self._n_chunks:
-            _step[(self._n_chunks,)](
-                addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-                step, self._scalar(lr), self._strength, self._one if clip is None else clip,
-                len(self.parameters), self._n_groups, *betas, *rests, *logs, eps, weight_decay,
-                KIND=self._kind, COPY=self._copy, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
-            )  # fmt: skip
+            with on_device_of(self._parts):
+                _step[(self._n_chunks,)](
+                    addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
+                    step, self._scalar(lr), self._strength, self._one if clip is None else self._scalar(clip),
+                    len(self.parameters), self._n_groups, *betas, *rests, *logs, eps, weight_decay,
+                    KIND=self._kind, COPY=self._copy, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
+                )  # fmt: skip
         written = [*self.parameters, *first, *second, *(self.copies or ())]
         torch.autograd.graph.increment_version(written)
         self._versions = [p._version for p in self.parameters]
@@ -323,11 +357,12 @@ class FusedStep:
 
     def _take(self, step: Tensor, recentre: bool) -> None:
         addresses, aligned = self._point()
-        _refresh[(self._n_chunks,)](
-            addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-            step, len(self.parameters), self._n_groups,
-            RECENTRE=recentre, KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
-        )  # fmt: skip
+        with on_device_of(self._parts):
+            _refresh[(self._n_chunks,)](
+                addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
+                step, len(self.parameters), self._n_groups,
+                RECENTRE=recentre, KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
+            )  # fmt: skip
 
     def measure(self, grads: Sequence[Tensor], step: Tensor) -> Tensor:
         """||g + t||^2, ||g||^2, ||t||^2, <g, t>, ||v - a||^2 before a step, t the term's gradient: float64 [5]."""
@@ -336,26 +371,33 @@ class FusedStep:
         self.check_fresh()
         addresses, aligned = self._point(grads)
         sums = torch.empty(self._n_chunks, FIGURES, device=self.device)
-        _measure[(self._n_chunks,)](
-            addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-            sums, step, self._strength, len(self.parameters), self._n_groups,
-            KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
-        )  # fmt: skip
+        with on_device_of(self._parts):
+            _measure[(self._n_chunks,)](
+                addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
+                sums, step, self._strength, len(self.parameters), self._n_groups,
+                KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
+            )  # fmt: skip
         return sums.double().sum(0)
 
     def statistics(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last step or refresh left: s0, s1, s2 [G, 3] and centre [G], float64; see the module."""
+        """What the last step or refresh left: s0, s1 exp -h, s2 exp -h, h [G, 4] and centre [G], float64; see above."""
         self.check_fresh()
         turn = step.long().remainder(2).reshape(1)
         parts = self._parts.index_select(0, turn)[0].double()
-        folded = torch.zeros(self._n_groups, 3, dtype=torch.float64, device=self.device)
-        folded.index_add_(0, self._group_of_chunk, parts)
+        folded = torch.zeros(self._n_groups, 4, dtype=torch.float64, device=self.device)
+        h = folded[:, 3].scatter_reduce_(0, self._group_of_chunk, parts[:, 3], "amax")
+        parts[:, 1:3] *= (parts[:, 3] - h[self._group_of_chunk]).exp()[:, None]
+        folded[:, :3].index_add_(0, self._group_of_chunk, parts[:, :3])
         return folded, self._centres.index_select(0, turn)[0].double()
 
     def value(self, step: Tensor) -> Tensor:
         """R of each group [G], float64, after `step` steps."""
-        s0, s1, s2 = self.statistics(step)[0].unbind(1)
-        return (s0 + s2) / (1 + s0 + s1) - torch.log1p(s0 + s1) if self._kind == "kl" else s0
+        s0, s1, s2, h = self.statistics(step)[0].unbind(1)
+        if self._kind != "kl":
+            return s0
+        unit = (-h).exp()
+        total = unit * (1 + s0) + s1
+        return (unit * s0 + s2) / total - torch.where(h == 0, torch.log1p(s0 + s1), total.log() + h)
 
     def changed(self) -> int | None:
         """The first parameter that changed since the statistics were taken, None where they hold."""
@@ -406,7 +448,10 @@ class FusedStep:
         return self._tables[use][1:]
 
     def _scalar(self, value: float | Tensor) -> Tensor:
-        return value if isinstance(value, Tensor) else torch.full((), value, device=self.device)
+        """float32 [] on the parameters' device: a kernel reads an address, which of a CPU's scalar it cannot."""
+        if not isinstance(value, Tensor):
+            return torch.full((), value, device=self.device)
+        return value.to(self.device, torch.float32)
 
 
 def variants() -> "list[Variant]":

@@ -23,12 +23,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cladapt_kernels.tiles import assuming
 
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program
 FAMILIES = {"wgmma": r"\bwgmma\.", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync", "cp.async": r"\bcp\.async\.c"}
+FAMILIES |= {"tma": r"\bcp\.async\.bulk\.tensor"}
 FAMILIES |= {"atom": r"\b(atom|red)\.[\w.:]*\.(b?f16|f32|f64)"}  # of floats, whose order would show
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -39,16 +41,17 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-COLUMNS = ("variant", "kernel", "sm", "registers", "spills", "shared", "instructions", "expects", "triton")
+COLUMNS = ("variant", "kernel", "sm", "registers", "spills", "shared", "instructions", "expects", "forbids", "triton")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A call of a launcher, and the instructions that its kernels must have on sm_90."""
+    """A call of a launcher, the instructions that its kernels must have on sm_90, and those they must have nowhere."""
 
     name: str
     call: Callable[[], object]
     expects: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,11 @@ def _source(launch: Launch) -> ASTSource:
     attributes: dict[tuple[int], Any] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
             signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -118,7 +124,7 @@ def _source(launch: Launch) -> ASTSource:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -145,7 +151,7 @@ def budgets(variants: Sequence[Variant], capabilities: Sequence[int] = CAPABILIT
                 built = compile_launch(launch, capability)
                 where = (variant.name, launch.kernel.__name__, capability)
                 figures = (built.registers, built.spills, built.shared)
-                families = (" ".join(built.instructions), " ".join(variant.expects))
+                families = map(" ".join, (built.instructions, variant.expects, variant.forbids))
                 rows.append(dict(zip(COLUMNS, (*where, *figures, *families, triton.__version__), strict=True)))
     return rows
 

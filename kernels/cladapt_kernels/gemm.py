@@ -1,7 +1,8 @@
 """The LoRA linear as GEMMs with the low-rank term inside: `seeded` in two launches with `shrink`, `strip` in one.
 
-    seeded   Y = scale keep * (S U) + bias + X W       S is given; the accumulator starts from the low-rank term
-    strip    the same, and S = inner_scale (keep * X) A^T is made on the way, so X is read once
+    seeded     Y = scale keep * (S U) + bias + X W     S is given; the accumulator starts from the low-rank term
+    described  the same, whose tiles of X, W and Y are moved by the copy engine of sm_90 and later
+    strip      the same, and S = inner_scale (keep * X) A^T is made on the way, so X is read once
 
 Forward: W^T and U = B^T. Gradient of X: W and U = A, where the strip's S is dS = scale dY B. A strip is a block of rows
 and every g-th tile of columns: its first tile multiplies each block of X by W and by A, S stays on the chip for all its
@@ -14,11 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cladapt_kernels.descriptors import describable, describe
 from cladapt_kernels.reference import drop_threshold
-from cladapt_kernels.tiles import capability, grouped_tile, keep_tile, load_tile, padded, store_tile
+from cladapt_kernels.tiles import (
+    capability,
+    grouped_tile,
+    keep_tile,
+    load_tile,
+    padded,
+    processors,
+    store_tile,
+    widened,
+)
 
 GROUP = 8
-PROCESSORS = 132  # of an H100 and an H200
 FEW_ROWS = 2048
 STAGES = 3
 WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
@@ -26,6 +36,7 @@ SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4}
 NARROW = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 EXACT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8}  # float32, which tensor cores would round
+EXACT_STRIP = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
 
 
 @triton.jit
@@ -56,11 +67,16 @@ def _product(
 
 
 @triton.jit
+def _biased(total, bias, column, n, BLOCK_N: tl.constexpr):
+    columns = column + tl.arange(0, BLOCK_N)
+    return total + tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _finish(total, bias, y, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr):
     """Add the bias and store."""
     if BIAS:
-        columns = column + tl.arange(0, BLOCK_N)
-        total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+        total = _biased(total, bias, column, n, BLOCK_N)
     store_tile(y, total, row, column, m, n, n, 1, BLOCK_M, BLOCK_N)
 
 
@@ -80,6 +96,31 @@ def _seeded(
         x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
     _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
+
+
+@triton.jit
+def _described(
+    x, w, s, u, bias, y, seed, m, n, k, r, u_row, u_column, scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """x, w and y are descriptors: w of W, or of W^T where TRANSPOSED."""
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
+    row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+    low = load_tile(s, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
+    total = _low_rank(
+        low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT
+    )
+    for inner in range(0, k, BLOCK_K):
+        left = x.load([row, inner])
+        if TRANSPOSED:  # noqa: SIM108 - settled as the kernel is compiled
+            right = w.load([column, inner]).T
+        else:
+            right = w.load([inner, column])
+        total = tl.dot(left, right, total)
+    if BIAS:
+        total = _biased(total, bias, column, n, BLOCK_N)
+    y.store([row, column], total.to(x.dtype))
 
 
 @triton.jit
@@ -138,10 +179,39 @@ def seeded(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tile = _seeded_tile(x, r, dropout=p > 0)
     if y.numel():
+        u = widened(x, u)
         _seeded[(triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
             x, w, s, u, bias, y, seed, m, n, k, r, *x.stride(), *w.stride(), *u.stride(), scale, drop_threshold(p),
             **tile, BLOCK_R=padded(r), GROUP=GROUP, DROPOUT=p > 0, BIAS=bias is not None, num_stages=STAGES,
         )  # fmt: skip
+    return y
+
+
+def described(
+    x: Tensor,
+    w: Tensor,
+    s: Tensor,
+    u: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`seeded`, its arguments and its result, by descriptors; `seeded` itself where x or w is not `describable`."""
+    (m, k), (r, n) = x.shape, u.shape
+    transposed = w.stride(1) != 1
+    stored = w.T if transposed else w
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if not describable(x, stored, y):
+        return seeded(x, w, s, u, scale, bias, p, seed)
+    tile = _described_tile(x, n, r, dropout=p > 0)
+    rows, columns, depth = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    _described[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
+        describe(x, rows, depth), describe(stored, *((columns, depth) if transposed else (depth, columns))),
+        s, u, bias, describe(y, rows, columns), seed, m, n, k, r, *u.stride(), scale, drop_threshold(p),
+        **tile, BLOCK_R=padded(r), GROUP=GROUP, TRANSPOSED=transposed, DROPOUT=p > 0, BIAS=bias is not None,
+        num_stages=STAGES,
+    )  # fmt: skip
     return y
 
 
@@ -167,7 +237,8 @@ def strip(
     tile = _strip_tile(x, masks_y=drop_y > 0)
     if y.numel():
         blocks, tiles = triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])
-        strips = min(max(1, PROCESSORS // blocks), tiles)
+        a, u = widened(x, a), widened(x, u)
+        strips = min(max(1, processors(x.device) // blocks), tiles)
         _strip[(blocks * strips,)](
             x, w, a, u, bias, y, s, seed, m, n, k, r, strips, *x.stride(), *w.stride(), *a.stride(), *u.stride(),
             scale, inner_scale, drop_threshold(max(drop_x, drop_y)), **tile, BLOCK_R=padded(r),
@@ -185,8 +256,14 @@ def _seeded_tile(x: Tensor, r: int, dropout: bool) -> dict[str, int]:
     return SQUARE if dropout or r > 64 or capability(x.device) < 90 else WIDE
 
 
+def _described_tile(x: Tensor, n: int, r: int, dropout: bool) -> dict[str, int]:
+    wide = triton.cdiv(x.shape[0], WIDE["BLOCK_M"]) * triton.cdiv(n, WIDE["BLOCK_N"])
+    # fewer wide tiles than processors leave some idle; a mask over 256 columns would spill, a high rank would not fit
+    return SQUARE if dropout or r > 64 or wide < processors(x.device) else WIDE
+
+
 def _strip_tile(x: Tensor, masks_y: bool) -> dict[str, int]:
     if x.element_size() == 4:
-        return EXACT
+        return EXACT_STRIP
     # two accumulators: a tile of 256 columns spills everywhere, one of 128 where a mask or Ampere takes registers
     return NARROW if masks_y or capability(x.device) < 90 else SQUARE

@@ -1,4 +1,4 @@
-"""The LoRA linear as one op: autograd, autocast and tracing see `cladapt::lora_linear`, the route is a detail inside.
+"""The LoRA linear: an autograd function in eager mode, the op `cladapt::lora_linear` wherever something traces.
 
     Y  = X W^T + bias + scale (keep * X) A^T B^T        S = (keep * X) A^T is kept for the backward pass
     dS = scale dY B,  dX = dY W + keep * (dS A),  dA = dS^T (keep * X),  dB = scale dY^T S
@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from cladapt_kernels.reference import keep_mask
-from cladapt_kernels.routes import Factors, Gemm, Route, route
+from cladapt_kernels import reference
+from cladapt_kernels.routes import Gemm, Route, route, runs_kernels
 
 LIBRARY = "cladapt"
 
@@ -32,13 +33,19 @@ def lora_linear(
 ) -> Tensor:
     """x [..., K], weight [N, K], bias [N], a [r, K], b [N, r] -> [..., N]; dropout `p` before A, from `seed` int64 [1].
 
-    `scale` is alpha / r; 1 / (1 - p) is applied here. `ValueError` for shapes that do not fit, weights that are not
-    frozen, and dropout without a seed.
+    `scale` is alpha / r; 1 / (1 - p) is applied here. Under autocast x, weight and bias are cast, the factors are not.
+    `ValueError` for shapes that do not fit, weights that are not frozen, and dropout without a seed.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(x, weight, bias, a, b, scale, p, seed)
     _check(x, weight, bias, a, b, p, seed)
-    rows = x.reshape(-1, x.shape[-1])
-    y, _ = torch.ops.cladapt.lora_linear(rows, weight, bias, a, b, scale / (1.0 - p), p, seed)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if _is_traced(x):
+        rows = x.reshape(-1, x.shape[-1])
+        y, _ = torch.ops.cladapt.lora_linear(rows, weight, bias, a, b, scale / (1.0 - p), p, seed)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    return cast(Tensor, _LoraLinear.apply(x, weight, None, bias, a, b, scale / (1.0 - p), p, seed))
 
 
 def lora_linear_dequantised(
@@ -51,41 +58,131 @@ def lora_linear_dequantised(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = _Dequantised.apply(rows, a, b, bias, scale / (1.0 - p), p, seed, dequantise)
-    return cast(Tensor, y).view(*x.shape[:-1], b.shape[0])
+    """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them.
+
+    Weight and bias are cast to the dtype of x, which under autocast is autocast's.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = _autocast(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear_dequantised(x, dequantise, bias, a, b, scale, p, seed)
+    bias = None if bias is None else _as(bias, x.dtype)
+    return cast(Tensor, _LoraLinear.apply(x, None, dequantise, bias, a, b, scale / (1.0 - p), p, seed))
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """In autocast's dtype; float64 stays, as in torch."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a compiler, an export, a dispatch mode or a tensor subclass looks on."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, p: float, seed: Tensor | None) -> None:
-    (n, k), r = weight.shape, a.shape[0]
-    shapes = {"x": (*x.shape[:-1], k), "a": (r, k), "b": (n, r), "bias": (n,)}
-    for name, tensor in {"x": x, "a": a, "b": b, "bias": bias}.items():
-        if tensor is not None and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {shapes[name]} beside weight {(n, k)}")
+    n, k = weight.shape
+    r = a.shape[0]
+    if x.shape[-1] != k or a.shape != (r, k) or b.shape != (n, r) or (bias is not None and bias.shape != (n,)):
+        shapes = {"x": (*x.shape[:-1], k), "a": (r, k), "b": (n, r), "bias": (n,)}
+        for name, tensor in {"x": x, "a": a, "b": b, "bias": bias}.items():
+            if tensor is not None and tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {shapes[name]} for weight {(n, k)}")
     if r < 1:
         raise ValueError("rank 0: a and b are empty")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias must be frozen: they get no gradient here")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout p={p}, expected 0 <= p < 1")
-    if p > 0 and seed is None:
-        raise ValueError(f"dropout p={p} without a seed")
+    if p:
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout p={p}, expected 0 <= p < 1")
+        if seed is None:
+            raise ValueError(f"dropout p={p} without a seed")
 
 
-@torch.library.custom_op(f"{LIBRARY}::lora_linear", mutates_args=())
-def _forward(
-    x: Tensor,
+class _LoraLinear(torch.autograd.Function):
+    """Of a `weight`, or of one that `dequantise` makes for each pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        dequantise: Callable[[], Tensor] | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        whole = weight
+        if whole is None:
+            whole = _as(cast(Callable[[], Tensor], dequantise)(), x.dtype)
+            _check(x, whole, bias, a, b, p, seed)
+        shape = x.shape
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        if torch.compiler.is_compiling():
+            y, s = torch.ops.cladapt.lora_linear(rows, whole, bias, a, b, scale, p, seed)
+        else:
+            chosen = route(rows, shape[-1], whole.shape[0], a.shape[0], p)
+            y, s = forward_by(chosen.forward, rows, whole, bias, a, b, scale, p, seed)
+        need_a, need_b = ctx.needs_input_grad[4:6]
+        ctx.save_for_backward(rows if need_a else None, weight, a, b, s if need_b else None, seed)
+        ctx.scale, ctx.p, ctx.dequantise, ctx.shape = scale, p, dequantise, shape
+        return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # what the decorator does costs as much as a product where no graph of the gradients is asked for
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, *grads)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, a, b, s, seed = ctx.saved_tensors
+    if weight is None:
+        weight = _as(ctx.dequantise(), dy.dtype)
+    shape = ctx.shape
+    if len(shape) != 2:
+        dy = dy.reshape(-1, dy.shape[-1])
+    need_dx, _, _, _, need_da, need_db, _, _, _ = ctx.needs_input_grad
+    dx, da, db = _gradients(dy, x, weight, a, b, s, ctx.scale, ctx.p, seed, need_dx, need_da, need_db)
+    if dx is not None and len(shape) != 2:
+        dx = dx.view(shape)
+    return dx, None, None, None, da, db, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
+    s: Tensor | None,
     scale: float,
     p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    chosen = route(x, weight.shape[0], a.shape[0], p)
-    return forward_by(chosen.forward, x, weight, bias, a, b, scale, p, seed)
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA and dB, None where not needed; what was cast in the forward pass is not cast again here."""
+    if torch.is_autocast_enabled(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _gradients(dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+    dy = dy.contiguous()
+    if torch.compiler.is_compiling():
+        needs = (need_dx, need_da, need_db)
+        found = torch.ops.cladapt.lora_linear_backward(dy, x, weight, a, b, s, scale, p, seed, *needs)
+        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))  # type: ignore[return-value]
+    chosen = route(dy, weight.shape[1], weight.shape[0], a.shape[0], p)
+    return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db)
 
 
 def forward_by(
@@ -102,55 +199,58 @@ def forward_by(
     """Y and S by one way; all ways give the same within their dtype's rounding."""
     if way == "addmm":
         y = functional.linear(x, weight, bias)
-        s = _dropped(x, p, seed) @ a.T.to(x.dtype)
-        return y.addmm_(s, b.T.to(x.dtype), alpha=scale), s
+        s = functional.linear(_dropped(x, p, seed), _as(a, x.dtype))
+        return y.addmm_(s, _as(b, x.dtype).T, alpha=scale), s
     from cladapt_kernels import gemm, shrink
+    from cladapt_kernels.tiles import on_device_of
 
-    if way == "strip":
-        return gemm.strip(x, weight.T, a, b.T, scale, 1.0, bias, drop_x=p, seed=seed)
-    s = shrink.shrink(x, a, 1.0, p, seed)
-    return gemm.seeded(x, weight.T, s, b.T, scale, bias), s
-
-
-@torch.library.custom_op(f"{LIBRARY}::lora_linear_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    s: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = route(x, weight.shape[0], a.shape[0], p)
-    return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx)
+    with on_device_of(x):
+        if way == "strip":
+            return gemm.strip(x, weight.T, a, b.T, scale, 1.0, bias, drop_x=p, seed=seed)
+        s = shrink.shrink(x, a, 1.0, p, seed)
+        product = gemm.described if way == "described" else gemm.seeded
+        return product(x, weight.T, s, b.T, scale, bias), s
 
 
 def backward_by(
     chosen: Route,
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     a: Tensor,
     b: Tensor,
-    s: Tensor,
+    s: Tensor | None,
     scale: float,
     p: float = 0.0,
     seed: Tensor | None = None,
     need_dx: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX (empty when not needed), dA and dB by one route."""
-    dx, ds = _input_gradient(chosen.dx, dy, x, weight, a, b, scale, p, seed, need_dx)
-    return dx, *_factor_gradients(chosen.factors, ds, x, s, dy, a, b, scale, p, seed)
+    need_da: bool = True,
+    need_db: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA and dB by one route, None where not needed; x may be None without dA, s without dB."""
+    dx, ds = None, None
+    if need_dx or need_da:
+        dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx)
+    if ds is not None and x is not None and s is not None and need_da and need_db and chosen.factors != "matmul":
+        from cladapt_kernels import skinny
+        from cladapt_kernels.tiles import on_device_of
+
+        # a and b may be transposed views, the kernel writes row by row
+        down, up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
+        with on_device_of(x):
+            (skinny.single if chosen.factors == "single" else skinny.skinny)(ds, x, s, dy, scale, down, up, p, seed)
+        return dx, down, up
+    da = db = None
+    if need_da:
+        da = _as(cast(Tensor, ds).T @ _dropped(cast(Tensor, x), p, seed), a.dtype)
+    if need_db:
+        db = _as(_scaled(scale, dy.T, cast(Tensor, s)), b.dtype)
+    return dx, da, db
 
 
 def _input_gradient(
     way: Gemm,
     dy: Tensor,
-    x: Tensor,
     weight: Tensor,
     a: Tensor,
     b: Tensor,
@@ -158,66 +258,102 @@ def _input_gradient(
     p: float,
     seed: Tensor | None,
     need_dx: bool,
-) -> tuple[Tensor, Tensor]:
-    """dX and dS = scale dY B."""
-    nothing = x.new_empty(0)
+) -> tuple[Tensor | None, Tensor]:
+    """dX, None where not needed, and dS = scale dY B."""
     if way == "addmm":
-        ds = scale * (dy @ b.to(dy.dtype))
+        ds = _scaled(scale, dy, _as(b, dy.dtype))
         if not need_dx:
-            return nothing, ds
-        dx = dy @ weight
+            return None, ds
+        dx, down = dy @ weight, _as(a, dy.dtype)
         if p == 0:
-            return dx.addmm_(ds, a.to(dy.dtype)), ds
-        return dx.addcmul_(ds @ a.to(dy.dtype), _keep(x, p, seed).to(dy.dtype)), ds
+            return dx.addmm_(ds, down), ds
+        return dx.addcmul_(ds @ down, _keep(dx, p, seed)), ds
     from cladapt_kernels import gemm, shrink
+    from cladapt_kernels.tiles import on_device_of
 
-    if way == "strip" and need_dx:
-        return gemm.strip(dy, weight, b.T, a, 1.0, scale, drop_y=p, seed=seed)
-    ds = shrink.shrink(dy, b.T, scale)
-    return gemm.seeded(dy, weight, ds, a, p=p, seed=seed) if need_dx else nothing, ds
-
-
-def _factor_gradients(
-    way: Factors,
-    ds: Tensor,
-    x: Tensor,
-    s: Tensor,
-    dy: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if way == "matmul":
-        return (ds.T @ _dropped(x, p, seed)).to(a.dtype), (scale * (dy.T @ s)).to(b.dtype)
-    from cladapt_kernels.skinny import skinny
-
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    skinny(ds, x, s, dy, scale, da, db, p, seed)
-    return da, db
+    with on_device_of(dy):
+        if way == "strip" and need_dx:
+            return gemm.strip(dy, weight, b.T, a, 1.0, scale, drop_y=p, seed=seed)
+        ds = shrink.shrink(dy, b.T, scale)
+        product = gemm.described if way == "described" else gemm.seeded
+        return product(dy, weight, ds, a, p=p, seed=seed) if need_dx else None, ds
 
 
-def _keep(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _scaled(scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """scale left @ right in one call: with beta = 0 torch never reads the sum that it adds to."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+
+
+def _keep(like: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """The mask of X, which has the shape of `like`, in its dtype."""
     if seed is None:
         raise ValueError(f"dropout p={p} without a seed")
-    return keep_mask(seed, x.shape[0], x.shape[1], p)
+    rows, columns = like.shape
+    if not runs_kernels(like.device):
+        return reference.keep_mask(seed, rows, columns, p).to(like.dtype)
+    from cladapt_kernels.mask import keep_mask
+
+    return keep_mask(seed, rows, columns, p, like.dtype)
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x if p == 0 else x * _keep(x, p, seed)
 
 
-@_forward.register_fake
+@torch.library.custom_op(f"{LIBRARY}::lora_linear", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    chosen = route(x, weight.shape[1], weight.shape[0], a.shape[0], p)
+    return forward_by(chosen.forward, x, weight, bias, a, b, scale, p, seed)
+
+
+@torch.library.custom_op(f"{LIBRARY}::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An empty tensor stands for what is not needed: an op cannot return None."""
+    chosen = route(dy, weight.shape[1], weight.shape[0], a.shape[0], p)
+    found = backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in found)  # type: ignore[return-value]
+
+
+@_forward_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
-@_backward.register_fake
+@_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, s: Tensor, scale: Any, p: Any, seed: Any, need_dx: bool
+    dy: Tensor, x: Any, weight: Tensor, a: Tensor, b: Tensor, s: Any, scale: Any, p: Any, seed: Any, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (x.new_empty(x.shape) if need_dx else x.new_empty(0)), torch.empty_like(a), torch.empty_like(b)
+    shapes = ((dy, (dy.shape[0], weight.shape[1])), (a, a.shape), (b, b.shape))
+    found = (
+        like.new_empty(shape) if need else dy.new_empty(0) for (like, shape), need in zip(shapes, needs, strict=True)
+    )
+    return tuple(found)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -232,60 +368,10 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     if dy is None:
         return (None,) * 8
     x, weight, a, b, s, seed = ctx.saved_tensors
-    need_dx = ctx.needs_input_grad[0]
-    dx, da, db = torch.ops.cladapt.lora_linear_backward(
-        dy.contiguous(), x, weight, a, b, s, ctx.scale, ctx.p, seed, need_dx
-    )
-    return dx if need_dx else None, None, None, da, db, None, None, None
+    needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
+    found = torch.ops.cladapt.lora_linear_backward(dy.contiguous(), x, weight, a, b, s, ctx.scale, ctx.p, seed, *needs)
+    dx, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return dx, None, None, da, db, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Dequantised(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        p: float,
-        seed: Tensor | None,
-        dequantise: Callable[[], Tensor],
-    ) -> Tensor:
-        weight = dequantise()
-        _check(x, weight, bias, a, b, p, seed)
-        y, s = torch.ops.cladapt.lora_linear(x, weight, bias, a, b, scale, p, seed)
-        ctx.scale, ctx.p, ctx.dequantise = scale, p, dequantise
-        ctx.save_for_backward(x, a, b, s, seed)
-        return cast(Tensor, y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, a, b, s, seed = ctx.saved_tensors
-        need_dx = ctx.needs_input_grad[0]
-        dx, da, db = torch.ops.cladapt.lora_linear_backward(
-            dy.contiguous(), x, ctx.dequantise(), a, b, s, ctx.scale, ctx.p, seed, need_dx
-        )
-        return dx if need_dx else None, da, db, None, None, None, None, None
-
-
-def _under_autocast(device: str, keys: torch._C.DispatchKeySet) -> Any:
-    """X, W and bias in autocast's dtype, the factors as they are: they are cast where they are loaded."""
-
-    def below(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            wide = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-            return torch.ops.cladapt.lora_linear(*wide, *rest)
-
-    return below
-
-
-_AUTOCAST = torch.library.Library(LIBRARY, "FRAGMENT")
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
-    _AUTOCAST.impl("lora_linear", _under_autocast(_device, _keys), _key)
+_forward_op.register_autograd(_differentiate, setup_context=_save)

@@ -72,6 +72,8 @@ PASSES = {
     "seeded, skinny": (1 + 1, 2),
     "strip, matmul": (1, 1),
     "strip, skinny": (1, 1),
+    "described, skinny": (1 + 1, 2),
+    "described, single": (1 + 1, 2),
 }
 
 
@@ -133,7 +135,7 @@ def _trained(size: Size, device: torch.device) -> Providers:
     calls["addmm, matmul"] = partial(by, "addmm", "matmul")  # Unsloth's products, none twice
     if on_gpu and routes.has_triton():
         ways = itertools.product(get_args(Gemm), get_args(Factors))
-        calls |= {f"{way}, {factors}": partial(by, way, factors) for way, factors in ways}
+        calls |= {f"{way}, {by_}": partial(by, way, by_) for way, by_ in ways if f"{way}, {by_}" in PASSES}
     ours = partial(autograd, lambda x, weight, a, b: lora_linear(x, weight, None, a, b, SCALE), own)
     return {**calls, "cladapt, as dispatched": ours}
 
@@ -173,7 +175,7 @@ def _part(size: Size, part: str, device: torch.device) -> Providers:
 
 
 def _skinny(size: Size, device: torch.device) -> Providers:
-    from cladapt_kernels.skinny import skinny
+    from cladapt_kernels.skinny import single, skinny
 
     x, _, a, b, dy = (t.detach() for t in layer(size, device, torch.float32))
     s, ds = x @ a.T.to(x.dtype), SCALE * (dy @ b.to(dy.dtype))
@@ -181,6 +183,7 @@ def _skinny(size: Size, device: torch.device) -> Providers:
     return {
         "matmul": lambda: ((ds.T @ x).to(a.dtype), (SCALE * (dy.T @ s)).to(b.dtype)),
         "skinny": lambda: skinny(ds, x, s, dy, SCALE, da, db),
+        "single": lambda: single(ds, x, s, dy, SCALE, da, db),
     }
 
 
@@ -312,7 +315,7 @@ def write_routes(rows: Sequence[Row], gpu: str, folder: Path = routes.TABLES) ->
             keys = [(f"lora_linear {part}", str(size)) for part in WAYS]
             if all(key in best for key in keys):
                 writer.writerow([*size, "bfloat16", *(best[key][1] for key in keys)])
-    routes._table.cache_clear()
+    routes.forget()
     return path
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cladapt_kernels.retract import MOST_ITERATIONS, Factors, Gauge, Kind, Subspaces
-from cladapt_kernels.tiles import load_tile, padded, store_tile
+from cladapt_kernels.tiles import load_tile, on_device_of, padded, store_tile
 
 if TYPE_CHECKING:
     from cladapt_kernels.aot import Variant
@@ -301,7 +301,9 @@ class FusedStiefel:
     def __init__(self, xs: Factors, fs: Subspaces, kind: Kind, gauge: Gauge) -> None:
         self._kind, self._gauge, self._device = kind, gauge, xs[0].device
         self._rank = padded(max(x.shape[1] for x in xs))
-        self._fs = [x.new_empty(x.shape[0], 0) if f is None else f.contiguous() for x, f in zip(xs, fs, strict=True)]
+        self._fs = [
+            x.new_empty(x.shape[0], 0) if f is None else f.to(x).contiguous() for x, f in zip(xs, fs, strict=True)
+        ]
         sizes = [x.numel() for x in xs]
         held = torch.empty(sum(sizes), device=self._device).split(sizes)
         self._points = [part.view(x.shape) for part, x in zip(held, xs, strict=True)]
@@ -341,12 +343,13 @@ class FusedStiefel:
         shared = {"TANGENT": tangent, "CHUNK_ROWS": CHUNK_ROWS, "RANK": self._rank, "BLOCK_K": BLOCK_K}
         products, weights, apply = TILES[self._rank]
         tables = (self._chunks, self._fixed, moving)
-        _products[(len(self._chunks),)](*tables, self._parts, multiplier, ALIGNED=aligned, **shared, **products)
-        _weights[(len(self._fixed),)](
-            self._fixed, self._parts, self._weights, multiplier, KIND=self._kind, GAUGE=self._gauge,
-            MOST_ITERATIONS=MOST_ITERATIONS, **shared, **weights,
-        )  # fmt: skip
-        _apply[(len(self._chunks),)](*tables, self._weights, ALIGNED=aligned, **shared, **apply)
+        with on_device_of(self._parts):
+            _products[(len(self._chunks),)](*tables, self._parts, multiplier, ALIGNED=aligned, **shared, **products)
+            _weights[(len(self._fixed),)](
+                self._fixed, self._parts, self._weights, multiplier, KIND=self._kind, GAUGE=self._gauge,
+                MOST_ITERATIONS=MOST_ITERATIONS, **shared, **weights,
+            )  # fmt: skip
+            _apply[(len(self._chunks),)](*tables, self._weights, ALIGNED=aligned, **shared, **apply)
 
     def _table(self, xs: Factors, gs: Factors, tangent: bool) -> tuple[Tensor, bool]:
         """Addresses, strides and orders of factors and gradients [B, 6], made anew where one changed; whether all

@@ -1,8 +1,9 @@
 """Which of several equal ways a LoRA linear takes: a table measured on the GPU at hand, else a rule; never an error.
 
 A table is `routes/<gpu>.csv`, written by the benchmark that timed every way at every shape. The rule stands where no
-table does: a GEMM of ours may fall behind cuBLAS by 54 % at 1024 x 1024 and by 27 % at 2048 x 2048 before the passes
-over X and Y that it saves are lost, by 13 % at 4096 x 4096, where it is not worth the risk.
+table does. It is that of an H200: with 8192 rows `seeded` beats cuBLAS's addmm at every width from 1024 to 4096 and
+`strip` at none; with 2048 rows cuBLAS is five times as fast. Float32 has no tensor cores that keep its digits, and its
+products are cuBLAS's. The rule names no kernel that no GPU has timed: `described` and `single` wait for a table.
 """
 
 import csv
@@ -16,10 +17,17 @@ import torch
 from torch import Tensor
 
 TABLES = Path(__file__).parent / "routes"
-WIDEST_UNMEASURED = 2048
+FEWEST_ROWS = 4096
+WIDEST = {True: 4096, False: 2048}
+"""The widest product that the rule gives to a kernel, where warp-group matrix instructions exist and where not."""
 HIGHEST_RANK = 128
-Gemm = Literal["addmm", "seeded", "strip"]
-Factors = Literal["matmul", "skinny"]
+HIGHEST_EXACT_RANK = 64
+"""Of float32: above, the sums of dA and dB spill."""
+LOWEST_CAPABILITY = (8, 0)
+FARTHEST = 4.0
+"""A measured shape speaks for those whose K, N and r are within this factor of its own."""
+Gemm = Literal["addmm", "seeded", "described", "strip"]
+Factors = Literal["matmul", "skinny", "single"]
 
 
 class Route(NamedTuple):
@@ -31,41 +39,92 @@ class Route(NamedTuple):
     reason: str
 
 
-def route(x: Tensor, n: int, r: int, p: float = 0.0) -> Route:
-    """The route of x [M, K] to [M, N] at rank r with dropout p."""
-    if x.device.type != "cuda":
-        return Route("addmm", "addmm", "matmul", f"no kernels on {x.device.type}")
-    if not has_triton():
-        return Route("addmm", "addmm", "matmul", "triton is not installed")
-    if r > HIGHEST_RANK:
-        return Route("addmm", "addmm", "matmul", f"rank {r} is above {HIGHEST_RANK}")
-    if x.dtype == torch.float64:
-        return Route("addmm", "addmm", "matmul", "no kernels in float64")
-    m, k = x.shape
-    found = _nearest(torch.cuda.get_device_name(x.device), str(x.dtype).removeprefix("torch."), m, k, n, r)
+def route(like: Tensor, k: int, n: int, r: int, p: float = 0.0) -> Route:
+    """The route of a linear from K to N at rank r with dropout p; rows, device and dtype are those of `like` [M, .].
+
+    All M of one octave have one route, which is looked for once.
+    """
+    return _route(like.device, like.dtype, like.shape[0].bit_length(), k, n, r, p > 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(device: torch.device, dtype: torch.dtype, octave: int, k: int, n: int, r: int, drops: bool) -> Route:
+    obstacle = _obstacle(device)
+    if not obstacle and r > HIGHEST_RANK:
+        obstacle = f"rank {r} is above {HIGHEST_RANK}"
+    if not obstacle and dtype == torch.float64:
+        obstacle = "no kernels in float64"
+    rows, exact = 1 << octave >> 1, dtype == torch.float32
+    even = k % 16 == 0 and n % 16 == 0  # else loads are narrow and the kernels spill
+    measured = not obstacle and not exact and even
+    found = _nearest(_name(device), str(dtype).removeprefix("torch."), rows, k, n, r) if measured else None
+    if not obstacle and found is None and rows < FEWEST_ROWS:
+        obstacle = f"fewer than {FEWEST_ROWS} rows, which no table has"
+    if obstacle:
+        return Route("addmm", "addmm", "matmul", obstacle)
+    if exact:
+        return Route("addmm", "addmm", "skinny" if r <= HIGHEST_EXACT_RANK else "matmul", "float32")
     if found is None:
-        small = max(k, n) <= WIDEST_UNMEASURED and x.element_size() == 2
-        gemm: Gemm = "seeded" if small else "addmm"
-        found = Route(gemm, gemm, "skinny", "no table of this GPU: the rule for shapes")
-    if p > 0 and found.dx == "addmm":  # a mask of its own in memory would cost more than the product
+        narrow = max(k, n) <= WIDEST[_capability(device) >= (9, 0)]
+        gemm: Gemm = "seeded" if narrow and even else "addmm"
+        found = Route(gemm, gemm, "skinny", "no table near this shape: the rule")
+    if drops and even and found.dx == "addmm":  # a mask in memory costs passes over it, the kernels draw it again
         found = found._replace(forward="seeded", dx="seeded", factors="skinny", reason=f"{found.reason}; dropout")
     return found
 
 
+def forget() -> None:
+    """Read tables and devices anew at the next lookup."""
+    for cached in (_route, _table, _obstacle, _capability, _name):
+        cached.cache_clear()
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether our kernels run there."""
+    return not _obstacle(device)
+
+
 @functools.cache
+def _obstacle(device: torch.device) -> str:
+    """Why no kernel runs on this device, empty where they do."""
+    if device.type != "cuda":
+        return f"no kernels on {device.type}"
+    if torch.version.hip is not None:
+        return "no kernels measured on ROCm"
+    if not has_triton():
+        return "triton is not installed"
+    if _capability(device) < LOWEST_CAPABILITY:
+        return "compute capability {}.{} is below {}.{}".format(*_capability(device), *LOWEST_CAPABILITY)
+    return ""
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
 def has_triton() -> bool:
     """Whether triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _nearest(gpu: str, dtype: str, m: int, k: int, n: int, r: int) -> Route | None:
-    """The measured row whose shape is nearest in octaves."""
-    rows = _table(gpu, dtype)
-    if not rows:
-        return None
-    wanted = (max(m, 1), k, n, r)
-    shape = min(rows, key=lambda row: sum(abs(math.log2(a / b)) for a, b in zip(row, wanted, strict=True)))
-    return rows[shape]
+    """The measured row whose shape is nearest in octaves, of those with at most twice as many rows; None of far ones.
+
+    A kernel that wins with many rows loses with few of them, which leave processors idle.
+    """
+    octaves = {
+        shape: [abs(math.log2(own / other)) for own, other in zip(shape, (m, k, n, r), strict=True)]
+        for shape in _table(gpu, dtype)
+        if shape[0] <= 2 * m
+    }
+    near = [shape for shape, away in octaves.items() if max(away[1:]) <= math.log2(FARTHEST)]
+    return _table(gpu, dtype)[min(near, key=lambda shape: sum(octaves[shape]))] if near else None
 
 
 @functools.cache

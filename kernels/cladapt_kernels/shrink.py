@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cladapt_kernels.reference import drop_threshold
-from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile
+from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile, widened
 
 BLOCK_M = 64
 STAGES = 3
@@ -34,6 +34,7 @@ def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tenso
     (m, k), r = x.shape, a.shape[0]
     s = torch.empty(m, r, dtype=x.dtype, device=x.device)
     if m:
+        a = widened(x, a)
         _shrink[(triton.cdiv(m, BLOCK_M),)](
             x, a, s, seed, m, k, r, *x.stride(), *a.stride(), scale, drop_threshold(p),
             BLOCK_M=BLOCK_M, BLOCK_K=128 if r <= 32 and p == 0 else 64, BLOCK_R=padded(r), DROPOUT=p > 0,

@@ -1,10 +1,15 @@
 """dA = dS^T (keep * X) and dB = scale dY^T S: two tall matrices read once, deterministic.
 
-A program sums one chunk of rows of one strip of columns of X or dY into a float32 workspace [chunks, r, K + N]; a
-second launch folds the chunks in order and finishes: scale, accumulation, proximal gradient, squared norms. Where the
-chunks are samples, the workspace holds each sample's own gradient, so its squared norm costs no pass over anything.
+`skinny`: a program sums one chunk of rows of one strip of columns of X or dY into a float32 workspace
+[chunks, r, K + N]; a second launch folds the chunks in order and finishes: scale, accumulation, proximal gradient,
+squared norms. Where the chunks are samples, the workspace holds each sample's own gradient, so its squared norm costs
+no pass over anything.
+
+`single`: the two gradients alone in one launch. Whichever program of a strip is the last to be ready, which a counter
+tells, folds the strip's chunks in order.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cladapt_kernels.reference import drop_threshold
-from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile
+from cladapt_kernels.tiles import keep_tile, load_tile, padded, processors, store_tile
 
 BLOCK_M, BLOCK_FOLD = 64, 1024
 WIDE = {"BLOCK_M": 64, "BLOCK_C": 128, "num_warps": 4, "num_stages": 4}
@@ -21,6 +26,23 @@ HIGH = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}  # ranks 
 EXACT = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2}  # float32, which tensor cores would round
 CHUNKS = 8
 FEWEST_ROWS = 256  # of a chunk
+CROWD = 2  # programs per multiprocessor that `single` aims at
+
+
+@triton.jit
+def _product(
+    narrow, wide, seed, first, last, column, r, width, wide_row, wide_column, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """narrow^T (keep * wide) over the rows from `first` to `last` and the columns from `column`, in float32."""
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for row in range(first, last, BLOCK_M):
+        right = load_tile(wide, row, column, last, width, wide_row, wide_column, BLOCK_M, BLOCK_C)
+        if DROPOUT:
+            right = tl.where(keep_tile(tl.load(seed), row, column, width, threshold, BLOCK_M, BLOCK_C), right, 0.0)
+        left = load_tile(narrow, 0, row, r, last, 1, r, BLOCK_R, BLOCK_M)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -38,22 +60,17 @@ def _partial(
         last = min(first + chunk_rows, m)
     workspace = sums + tl.full((), chunk, tl.int64) * r * (k + n)
     x_strips = tl.cdiv(k, BLOCK_C)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     if strip < x_strips:
         column = strip * BLOCK_C
-        for row in range(first, last, BLOCK_M):
-            wide = load_tile(x, row, column, last, k, x_row, x_column, BLOCK_M, BLOCK_C)
-            if DROPOUT:
-                wide = tl.where(keep_tile(tl.load(seed), row, column, k, threshold, BLOCK_M, BLOCK_C), wide, 0.0)
-            narrow = load_tile(ds, 0, row, r, last, 1, r, BLOCK_R, BLOCK_M)
-            total = tl.dot(narrow, wide, total, input_precision="ieee")
+        total = _product(
+            ds, x, seed, first, last, column, r, k, x_row, x_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
+        )
         store_tile(workspace, total, 0, column, r, k, k + n, 1, BLOCK_R, BLOCK_C)
     else:
         column = (strip - x_strips) * BLOCK_C
-        for row in range(first, last, BLOCK_M):
-            wide = load_tile(dy, row, column, last, n, dy_row, dy_column, BLOCK_M, BLOCK_C)
-            narrow = load_tile(s, 0, row, r, last, 1, r, BLOCK_R, BLOCK_M)
-            total = tl.dot(narrow, wide, total, input_precision="ieee")
+        total = _product(
+            s, dy, seed, first, last, column, r, n, dy_row, dy_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
+        )
         total *= tl.full((), scale, tl.float32)
         store_tile(workspace + k, total, 0, column, r, n, k + n, 1, BLOCK_R, BLOCK_C)
     if SQUARES:  # what lies outside is zero: its loads were
@@ -100,6 +117,45 @@ def _fold(
     tl.store(db + place, total.to(db.dtype.element_ty), mask=up_own)
 
 
+@triton.jit(do_not_specialize=["chunks", "chunk_rows"])
+def _single(
+    ds, x, s, dy, sums, counters, da, db, seed, m, k, n, r, chunks, chunk_rows, x_row, x_column, dy_row, dy_column,
+    scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """The workspace is [strips, chunks, BLOCK_R, BLOCK_C]; the counters are zeros before and after."""
+    strip, chunk = tl.program_id(0), tl.program_id(1)
+    first = chunk * chunk_rows
+    last = min(first + chunk_rows, m)
+    x_strips = tl.cdiv(k, BLOCK_C)
+    if strip < x_strips:
+        column = strip * BLOCK_C
+        total = _product(
+            ds, x, seed, first, last, column, r, k, x_row, x_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
+        )
+    else:
+        column = (strip - x_strips) * BLOCK_C
+        total = _product(
+            s, dy, seed, first, last, column, r, n, dy_row, dy_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
+        )
+        total *= tl.full((), scale, tl.float32)
+    SIZE: tl.constexpr = BLOCK_R * BLOCK_C
+    inside = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    workspace = sums + tl.full((), strip, tl.int64) * chunks * SIZE + inside
+    tl.store(workspace + chunk * SIZE, total)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(counters + strip, 1, sem="acq_rel", scope="gpu") == chunks - 1:
+        tl.store(counters + strip, 0)
+        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for i in range(0, chunks, 4):
+            for j in tl.static_range(4):  # loads of four at once, sums in order
+                total += tl.load(workspace + (i + j) * SIZE, mask=i + j < chunks, other=0.0, cache_modifier=".cg")
+        if strip < x_strips:
+            store_tile(da, total, 0, column, r, k, k, 1, BLOCK_R, BLOCK_C)
+        else:
+            store_tile(db, total, 0, column, r, n, 1, r, BLOCK_R, BLOCK_C)
+
+
 @dataclass(frozen=True)
 class Proximal:
     """The proximal gradient that a step's last micro-batch adds to dA and dB; see `reference.proximal_statistics`."""
@@ -144,7 +200,7 @@ def skinny(
         chunks = max(1, triton.cdiv(m, chunk_rows))
     else:
         chunk_rows, chunks = 0, offsets.numel() - 1
-    tile = EXACT if x.element_size() == 4 else WIDE if r <= 32 else HIGH
+    tile = _tile(x, r)
     strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
     sums = torch.empty(chunks, r, k + n, dtype=torch.float32, device=x.device)
     per_sample = torch.empty(chunks, strips, device=x.device) if squares and offsets is not None else None
@@ -163,3 +219,43 @@ def skinny(
         PROXIMAL="none" if proximal is None else proximal.kind, SQUARES=squares, num_warps=4,
     )  # fmt: skip
     return None if norms is None else norms.sum(1), None if per_sample is None else per_sample.sum(1)
+
+
+def single(
+    ds: Tensor,
+    x: Tensor,
+    s: Tensor,
+    dy: Tensor,
+    scale: float,
+    da: Tensor,
+    db: Tensor,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Write da [r, K] = ds^T (keep * x) and db [N, r] = scale dy^T s, as `skinny` does, in one launch."""
+    (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
+    tile, rank = _tile(x, r), padded(r)
+    strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
+    wanted = max(1, CROWD * processors(x.device) // strips)
+    chunk_rows = max(FEWEST_ROWS, triton.cdiv(triton.cdiv(m, wanted), tile["BLOCK_M"]) * tile["BLOCK_M"])
+    chunks = max(1, triton.cdiv(m, chunk_rows))
+    sums = torch.empty(strips * chunks * rank * tile["BLOCK_C"], dtype=torch.float32, device=x.device)
+    _single[(strips, chunks)](
+        ds, x, s, dy, sums, counters(x.device, strips), da, db, seed, m, k, n, r, chunks, chunk_rows,
+        *x.stride(), *dy.stride(), scale, drop_threshold(p), **tile, BLOCK_R=rank, DROPOUT=p > 0,
+    )  # fmt: skip
+
+
+def _tile(x: Tensor, r: int) -> dict[str, int]:
+    return EXACT if x.element_size() == 4 else WIDE if r <= 32 else HIGH
+
+
+def counters(device: torch.device, strips: int) -> Tensor:
+    """Zeros int32, at least one per strip, which `single` leaves as zeros; launches of two streams share none."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _zeros(device, stream, triton.next_power_of_2(strips))
+
+
+@functools.cache
+def _zeros(device: torch.device, stream: int, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 SMALLEST_DOT = 16  # tl.dot multiplies nothing narrower
 
@@ -38,6 +39,29 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; those of an H100 where there is none."""
+    return 132 if device.type != "cuda" else _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device_of(tensor: Tensor) -> torch.cuda.device_of:
+    """The context in which a kernel is launched: Triton launches on the current GPU, wherever the tensors are."""
+    return torch.cuda.device_of(tensor)
+
+
+def widened(x: Tensor, factor: Tensor) -> Tensor:
+    """The factor as a kernel takes it that multiplies it by x: in float32 if x is, else as it is.
+
+    On sm_100 a float32 operand that was widened in the kernel is multiplied in TF32.
+    """
+    return factor.to(x.dtype) if x.dtype == torch.float32 else factor
+
+
 def padded(rank: int) -> int:
     """The rank as a tile's side: the next power of two, at least what tl.dot takes."""
     return max(SMALLEST_DOT, triton.next_power_of_2(rank))
@@ -50,7 +74,11 @@ def keep_tile(seed, row, column, columns, threshold, ROWS: tl.constexpr, COLUMNS
     words = column // 4 + tl.arange(0, COLUMNS // 4)
     counter = rows[:, None] * tl.cdiv(columns, 4) + words[None, :]
     w0, w1, w2, w3 = tl.randint4x(seed, counter.to(tl.int32))
-    bits = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, COLUMNS)
+    # not tl.join: on sm_100 a float32 operand behind one counts as half as wide and is multiplied in TF32
+    lane = tl.arange(0, 4)[None, None, :]
+    even = tl.where(lane == 0, w0[:, :, None], w2[:, :, None])
+    odd = tl.where(lane == 1, w1[:, :, None], w3[:, :, None])
+    bits = tl.where(lane % 2 == 0, even, odd).reshape(ROWS, COLUMNS)
     return (bits.to(tl.uint32, bitcast=True) >> 8).to(tl.int32) >= threshold
 
 

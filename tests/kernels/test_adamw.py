@@ -96,7 +96,7 @@ class Truth:
         self.value, self.first, self.second = reference.adamw(*state, self.count, **OPTIONS)
 
 
-@pytest.mark.parametrize("sizes", [ODD, EVEN])
+@pytest.mark.parametrize("sizes", [ODD[1:], EVEN])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_stay_within_the_budget_of_float32_and_touch_nothing_else(
     kind: str, sizes: tuple[int, ...], device: torch.device, guarded: Make, within_budget: Callable[..., None]
@@ -114,6 +114,24 @@ def test_steps_stay_within_the_budget_of_float32_and_touch_nothing_else(
             within_budget(name, torch.cat(found), getattr(exact, name), getattr(rounded, name), times=times)
 
 
+@pytest.mark.parametrize("kind", ["literal", "scaled"])
+def test_a_group_of_one_parameter_is_pulled_by_rounding_alone(kind: str, device: torch.device, guarded: Make) -> None:
+    world = World(device, guarded, (1, 100, 1))
+    fused = FusedStep(world.values, world.term(kind))
+    fused.refresh(world.step)
+    for _ in range(3):
+        before = [first.clone() for first in world.first]
+        away = [(v - a).abs() for v, a in zip(world.values, world.anchors, strict=True)]
+        world.launch(fused, [torch.zeros_like(value) for value in world.values])
+        for i in (0, 2):
+            # its softmax is 1 wherever it is: the gradient strength (d - d) / tau is a difference of equals, of which
+            # either is rounded by a few units in the last place of d <= |v - a| / tau
+            inverse_tau = 1.0 if kind == "literal" else world.taus[i].item()
+            pull = (world.first[i].double() - 0.9 * before[i].double()) / 0.1
+            limit = 0.5 * inverse_tau * 8 * torch.finfo(torch.float32).eps * (away[i].item() + 1e-3) * inverse_tau
+            assert pull.abs().item() <= limit
+
+
 @pytest.mark.parametrize("kind", ["literal", "scaled", "l2", "fisher"])
 @pytest.mark.parametrize(("fold", "groups"), [(4, None), (adamw.FOLD, (0, 1, 0, 1))])
 def test_carried_statistics_are_those_taken_anew_and_give_the_term(
@@ -127,13 +145,43 @@ def test_carried_statistics_are_those_taken_anew_and_give_the_term(
     for _ in range(3):
         world.launch(fused, world.grads())
     carried = fused.value(world.step)
-    (s0, s1, s2), centre = fused.statistics(world.step)[0].unbind(1), fused.statistics(world.step)[1]
+    (s0, s1, s2, _), centre = fused.statistics(world.step)[0].unbind(1), fused.statistics(world.step)[1]
     mean = centre + (s0 + s2) / (1 + s0 + s1)
     fused.refresh(world.step)
     torch.testing.assert_close(fused.value(world.step), carried, rtol=1e-4, atol=1e-10)
-    (s0, s1, s2), centre = fused.statistics(world.step)[0].unbind(1), fused.statistics(world.step)[1]
+    (s0, s1, s2, _), centre = fused.statistics(world.step)[0].unbind(1), fused.statistics(world.step)[1]
     torch.testing.assert_close(centre + (s0 + s2) / (1 + s0 + s1), mean, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(carried, Truth(world, kind, torch.float64, groups).penalty()[0], rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("far", [10.0, 100.0, 1000.0])
+def test_a_parameter_far_from_its_anchor_has_the_gradient_of_float64(far: float, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes, tau = (3000, 5000), 1e-3
+    anchors = [(tau * torch.randn(n, generator=generator)).to(device) for n in sizes]
+    values = [a.clone() for a in anchors]
+    values[0][17] += far * tau  # one group leaps, in the second of its chunks too
+    values[0][2900] += 0.99 * far * tau
+    values[1] += 0.1 * tau * torch.randn(sizes[1], generator=generator).to(device)
+    inverse_tau, count = torch.full((2,), 1 / tau, device=device), torch.zeros((), device=device)
+    fused = FusedStep(values, Term("kl", 0.5, anchors, inverse_tau))
+    first, second, grads = ([torch.zeros_like(v) for v in values] for _ in range(3))
+    fused.refresh(count)
+    for turn in range(2):  # with the statistics that refresh took, then with those of a step
+        before = [m.double() for m in first]
+        exact = [torch.softmax(v.double() / tau, 0) for v in values]
+        gaps = [(v.double() - a.double()) / tau for v, a in zip(values, anchors, strict=True)]
+        logs = [torch.log_softmax(v.double() / tau, 0) - torch.log_softmax(a.double() / tau, 0)
+                for v, a in zip(values, anchors, strict=True)]  # fmt: skip
+        penalty = torch.stack([(p * log).sum() for p, log in zip(exact, logs, strict=True)])
+        torch.testing.assert_close(fused.value(count), penalty, rtol=1e-4, atol=1e-7)
+        count += 1
+        fused.step(grads, first, second, count, 1e-6, (0.9, 0.99))
+        for p, gap, old, moment in zip(exact, gaps, before, first, strict=True):
+            pull = 0.5 / tau * p * (gap - (p * gap).sum())
+            found = (moment.double() - 0.9 * old) / 0.1
+            assert found.isfinite().all()
+            assert (found - pull).abs().max() < 1e-4 * pull.abs().max() + 1e-6 * 0.5 / tau * far, turn
 
 
 @pytest.mark.parametrize("kind", ["literal", "scaled", "l2", "fisher"])
@@ -167,6 +215,21 @@ def test_rate_strength_and_clip_are_read_from_the_device(device: torch.device, g
         fused.step(grads, world.first, world.second, world.step, **{**OPTIONS, "lr": rate}, clip=clip)
         truth.step(grads, new_strength, new_clip)
     torch.testing.assert_close(torch.cat(world.values).double(), truth.value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_rate_and_a_clip_on_the_cpu_are_brought_to_the_device(device: torch.device, guarded: Make) -> None:
+    ended = []
+    for rate, clip in ((1e-3, None), (torch.tensor(1e-3), torch.tensor(1.0)), (torch.tensor(1e-3).double(), None)):
+        world = World(device, guarded)
+        fused, grads = FusedStep(world.values), world.grads()
+        # a kernel reads addresses: this one, and as float32
+        assert fused._scalar(rate).device.type == device.type
+        assert fused._scalar(rate).dtype == torch.float32
+        world.step.add_(1)
+        fused.step(grads, world.first, world.second, world.step, **{**OPTIONS, "lr": rate}, clip=clip)
+        ended.append(torch.cat(world.values))
+    assert torch.equal(ended[0], ended[1])
+    assert torch.equal(ended[0], ended[2])
 
 
 def test_strength_zero_is_no_term_and_two_runs_are_equal_bit_for_bit(device: torch.device, guarded: Make) -> None:

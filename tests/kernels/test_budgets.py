@@ -63,7 +63,7 @@ def problems(found: dict[tuple[str, ...], dict[str, str]], budget: dict[tuple[st
                     told.append(f"{key}: {figure} {row[figure]}, budget {allowed[figure]}")
                 if int(row[figure]) < int(allowed[figure]):
                     told.append(f"{key}: {figure} {row[figure]} is less than the budget, keep it: {UPDATE}")
-        faults = {*row["instructions"].split()} & {"serialized", "atom"}
+        faults = {*row["instructions"].split()} & {"serialized", "atom", *row["forbids"].split()}
         told += [f"{key}: {fault}" for fault in sorted(faults)]
         if row["sm"] == "90":
             missing = {*row["expects"].split()} - {*row["instructions"].split()}
@@ -85,7 +85,7 @@ def test_the_check_tells_of_spills_and_of_what_is_missing(tmp_path: Path) -> Non
     spills, _, instructions = python(str(tmp_path / "greedy.py")).partition(" ")
     assert int(spills) > 0
     row = {"sm": "90", "registers": "99", "shared": "300000", "triton": "3", "spills": spills, "expects": "wgmma"}
-    row |= {"instructions": instructions.strip()}
+    row |= {"instructions": instructions.strip(), "forbids": "wgmma"}
     told = problems({("v", "k", "90"): row}, {("v", "k", "90"): {**row, "registers": "98"}})
     assert [text.split(": ")[1] for text in told] == [
         f"{spills} bytes spill",
@@ -93,6 +93,8 @@ def test_the_check_tells_of_spills_and_of_what_is_missing(tmp_path: Path) -> Non
         "registers 99, budget 98",
         "no wgmma among its instructions",
     ]
-    assert problems({("v", "k", "90"): {**row, "shared": "0", "spills": "0", "expects": ""}}, {}) == [
-        f"('v', 'k', '90'): not in budgets.csv: {UPDATE}"
-    ]
+    sound = {**row, "shared": "0", "spills": "0", "expects": ""}
+    assert problems({("v", "k", "90"): sound}, {}) == [f"('v', 'k', '90'): not in budgets.csv: {UPDATE}"]
+    for sm in ("80", "90", "100"):
+        rounding = {**sound, "sm": sm, "instructions": "cp.async wgmma"}
+        assert problems({("v", "k", sm): rounding}, {("v", "k", sm): rounding}) == [f"('v', 'k', '{sm}'): wgmma"]

@@ -1,19 +1,29 @@
 """The LoRA linear by every route, against float64: values, gradients, dropout, odd shapes, registration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cladapt_kernels import reference
+from cladapt_kernels import lora_linear as op
+from cladapt_kernels import reference, tiles
 from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
-from cladapt_kernels.routes import Route
+from cladapt_kernels.routes import Factors, Route
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
+from cladapt_kernels import gemm, shrink, skinny
+from cladapt_kernels.descriptors import describable
+from cladapt_kernels.tiles import assuming
 
 WAYS = ("addmm", "seeded", "strip")
+FACTORS: dict[str, Factors] = {"addmm": "matmul", "described": "single"}  # "skinny" with all else
 SCALE = 0.5
 ON_GPU = torch.cuda.is_available()
 # on a GPU each shape compiles some 40 kernels, a second each: two ranks are quick there, the others slow
@@ -74,7 +84,7 @@ def check_way(case: Case, way: str, p: float, within_budget: Check, poisoned: Ca
     x, dy = poisoned(case.x), poisoned(case.dy)
     scale = SCALE / (1 - p)
     y, s = forward_by(way, x, case.weight, case.bias, case.a, case.b, scale, p, case.seed)
-    chosen = Route(way, way, "matmul" if way == "addmm" else "skinny", "asked for")
+    chosen = Route(way, way, FACTORS.get(way, "skinny"), "asked for")
     grads = backward_by(chosen, dy, x, case.weight, case.a, case.b, s, scale, p, case.seed)
     results = zip((y, *grads), case.truth(p), case.truth(p, x.dtype), absolute(case).truth(p), strict=True)
     named = dict(zip(("y", "dx", "da", "db"), results, strict=True))
@@ -85,7 +95,7 @@ def check_way(case: Case, way: str, p: float, within_budget: Check, poisoned: Ca
 
 @pytest.mark.skipif(not ON_GPU, reason="full tiles, groups and strips of a real size need a GPU")
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "described"])
 @pytest.mark.parametrize(("dtype", "r"), [(torch.bfloat16, 16), (torch.float32, 8)], ids=str)
 def test_every_way_at_a_real_size_is_as_near_to_float64_as_torch(
     dtype: torch.dtype, r: int, way: str, p: float, device: torch.device,
@@ -114,15 +124,96 @@ def test_every_way_is_as_near_to_float64_as_torch(
             check_way(make(shape, dtype, device, factors), way, p, within_budget, poisoned)
 
 
+@pytest.mark.skipif(
+    ON_GPU and torch.cuda.get_device_capability() < (9, 0), reason="descriptors need compute capability 9.0"
+)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tiles_by_descriptors_are_as_near_to_float64_as_torch(
+    p: float, device: torch.device, dtypes: tuple[torch.dtype, ...], within_budget: Check,
+    poisoned: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if not ON_GPU:  # several tiles each way, groups of two, steps beyond the end
+        small = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}
+        monkeypatch.setattr(gemm, "_described_tile", lambda *_, **__: small)
+        monkeypatch.setattr(gemm, "GROUP", 2)
+        monkeypatch.setattr(skinny, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(gemm, "seeded", None)  # nothing is left to it
+    case = make((100, 72, 136, 5), dtypes[1], device, torch.float32)
+    check_way(case, "described", p, within_budget, poisoned)
+
+
+def test_what_the_copy_engine_cannot_read_goes_by_pointers(device: torch.device) -> None:
+    good = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert describable(good, torch.zeros(8, 128, dtype=torch.bfloat16)[:, :40])
+    for name, bad in {
+        "float32": good.float(),
+        "a column of stride 2": torch.zeros(8, 128, dtype=torch.bfloat16)[:, ::2],
+        "transposed": torch.zeros(64, 8, dtype=torch.bfloat16).T,
+        "rows of 130 bytes": torch.zeros(8, 65, dtype=torch.bfloat16)[:, :64],
+        "a start off 16 bytes": torch.zeros(8, 72, dtype=torch.bfloat16)[:, 1:65],
+        "one row, expanded": torch.zeros(1, 64, dtype=torch.bfloat16).expand(8, 64),
+        "no rows": torch.zeros(0, 64, dtype=torch.bfloat16),
+    }.items():
+        assert not describable(bad), name
+        assert not describable(good, bad), name
+    with assuming(80):
+        assert not describable(good)
+    case = make((20, 24, 39, 4), torch.float32, device, torch.float32)
+    y, _ = forward_by("described", case.x, case.weight, case.bias, case.a, case.b, SCALE)
+    expected, _ = forward_by("seeded", case.x, case.weight, case.bias, case.a, case.b, SCALE)
+    assert torch.equal(y, expected)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # triton launches on the current device, which with several GPUs may be another
+    case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
+    inside: list[int] = []
+    launched: list[str] = []
+    guarded = tiles.on_device_of
+
+    @contextmanager
+    def on_device_of(tensor: Tensor) -> Iterator[None]:
+        with guarded(tensor):
+            inside.append(1)
+            yield
+            inside.pop()
+
+    def watched(name: str, ordinary: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        assert inside, name
+        launched.append(name)
+        return ordinary(*args, **more)
+
+    for module, names in ((gemm, ("seeded", "strip")), (shrink, ("shrink",)), (skinny, ("skinny", "single"))):
+        for name in names:
+            monkeypatch.setattr(module, name, partial(watched, name, getattr(module, name)))
+    monkeypatch.setattr(tiles, "on_device_of", on_device_of)
+    for way, factors in (("seeded", "skinny"), ("strip", "single")):
+        _, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
+        chosen = Route(way, way, factors, "asked for")
+        backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE)
+    assert {*launched} == {"seeded", "strip", "shrink", "skinny", "single"}
+
+
 def test_without_a_gradient_of_x_only_the_factors_are_computed(device: torch.device) -> None:
     case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
     for way in WAYS:
         chosen = Route(way, way, "skinny", "asked for")
         _, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
         dx, da, db = backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE, need_dx=False)
-        assert dx.numel() == 0
+        assert dx is None
         torch.testing.assert_close(da.double(), case.truth(0.0)[2], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(db.double(), case.truth(0.0)[3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(33, 130), (5, 3), (0, 8)])
+def test_the_mask_in_memory_is_that_of_the_reference(rows: int, columns: int, device: torch.device) -> None:
+    from cladapt_kernels.mask import keep_mask
+
+    seed = torch.tensor([2**40 + 77], device=device)
+    expected = reference.keep_mask(seed, rows, columns, 0.3)
+    assert torch.equal(keep_mask(seed, rows, columns, 0.3, torch.float32), expected.float())
 
 
 def test_the_mask_is_philox_and_its_share_is_p() -> None:
@@ -222,10 +313,129 @@ def test_a_quantised_weight_is_made_for_each_pass_and_never_saved(p: float, devi
         assert torch.equal(one, two)
 
 
+def test_float64_stays_under_autocast_as_in_torch(device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float64, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = lora_linear(x, weight, bias, a, b, SCALE)
+    assert torch.equal(y, lora_linear(x, weight, bias, a, b, SCALE))
+
+
+def test_a_backward_pass_under_autocast_keeps_the_precision_of_its_forward_pass(device: torch.device) -> None:
+    x, weight, bias, a, b, seed = inputs(0.25, torch.float32, device)
+    expected = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, 0.25, seed).sum(), (x, a, b))
+    loss = lora_linear(x, weight, bias, a, b, SCALE, 0.25, seed).sum()
+    with torch.autocast(device.type, torch.bfloat16):
+        found = torch.autograd.grad(loss, (x, a, b))
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("quantised", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantised_weight_and_its_bias_take_autocast_s_dtype(quantised: torch.dtype, device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float32, device)  # x in float32: norms are kept so
+    stored = weight.to(quantised)
+    with torch.autocast(device.type, torch.bfloat16):
+        expected = lora_linear(x, weight, bias, a, b, SCALE)
+        y = lora_linear_dequantised(x, lambda: stored, bias, a, b, SCALE)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    ours, theirs = (torch.autograd.grad(out.float().sum(), (x, a, b)) for out in (y, expected))
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, two)
+
+
+def by_kernels(monkeypatch: pytest.MonkeyPatch, way: str = "seeded") -> None:
+    """Route everything to the kernels, on any device."""
+    monkeypatch.setattr(op, "route", lambda *_: Route(way, way, "skinny", "asked for"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
+def test_kernels_run_below_autograd_and_the_registered_op_on_transposed_factors(
+    traced: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
+    x, a, b = (t.clone().requires_grad_() for t in (case.x, case.a.T.contiguous(), case.b.T.contiguous()))
+    by_kernels(monkeypatch)
+    if traced:
+        y, _ = torch.ops.cladapt.lora_linear(x, case.weight, case.bias, a.T, b.T, SCALE / 0.7, 0.3, case.seed)
+    else:
+        y = lora_linear(x, case.weight, case.bias, a.T, b.T, SCALE, 0.3, case.seed)
+    dx, da, db = torch.autograd.grad(y, (x, a, b), case.dy)
+    for found, truth in zip((y, dx, da.T, db.T), case.truth(0.3), strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_fake_tensors_of_transposed_factors_have_the_strides_of_real_ones(device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float64, device)
+    a, b = (t.detach().T.contiguous().T.requires_grad_() for t in (a, b))
+    torch.library.opcheck(torch.ops.cladapt.lora_linear, (x, weight, bias, a, b, SCALE, 0.0, None))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_what_nobody_asked_for_is_neither_computed_nor_kept(
+    way: str, wanted: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
+    if way != "addmm":
+        by_kernels(monkeypatch, way)
+    trained = [case.x, case.a, case.b]
+    for i in wanted:
+        trained[i].requires_grad_()
+    saved: list[tuple[int, ...]] = []
+    products = Products()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        y = lora_linear(case.x, case.weight, case.bias, case.a, case.b, SCALE)
+    assert ((20, 24) in saved) == (1 in wanted)  # X, for dA alone
+    assert ((20, 4) in saved) == (2 in wanted)  # S, for dB alone
+    with products:
+        grads = torch.autograd.grad(y, [trained[i] for i in wanted], case.dy)
+    made = {"dx": (20, 24), "da": (4, 24), "db": (40, 4)}
+    if way == "addmm":  # the interpreter of kernels copies what it reads
+        assert {name for name, shape in made.items() if shape in products.shapes} == {list(made)[i] for i in wanted}
+    for i, found in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(found.double(), case.truth(0.0)[1 + i].detach(), rtol=1e-4, atol=1e-4)
+
+
+class Products(TorchDispatchMode):
+    """Shapes of all that torch computes or allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        # a transposed or detached view is no computation
+        if isinstance(found, Tensor) and not func.is_view:
+            self.shapes.add(tuple(found.shape))
+        return found
+
+
+def test_a_second_derivative_is_an_error_and_a_graph_of_first_ones_is_not(device: torch.device) -> None:
+    x, weight, bias, a, b, _ = inputs(0.0, torch.float64, device)
+    dx, da, db = torch.autograd.grad(
+        lora_linear(x, weight, bias, a, b, SCALE).square().sum(), (x, a, b), create_graph=True
+    )
+    assert da.isfinite().all()
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (dx.sum() + da.sum() + db.sum()).backward()
+
+
+def test_fake_tensors_see_the_op_and_not_its_route(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_kernels(monkeypatch)
+    with FakeTensorMode() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in inputs(0.0, torch.float32, device)[:5]]
+        y = lora_linear(*fakes, SCALE)  # type: ignore[arg-type]
+    assert y.shape == (6, 12)
+    assert y.requires_grad
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a": torch.zeros(5, 11)}, r"a is \(5, 11\), expected \(5, 10\) beside weight \(12, 10\)"),
+        ({"a": torch.zeros(5, 11)}, r"a is \(5, 11\), expected \(5, 10\) for weight \(12, 10\)"),
         ({"x": torch.zeros(6, 9)}, r"x is \(6, 9\), expected \(6, 10\)"),
         ({"b": torch.zeros(12, 4)}, r"b is \(12, 4\), expected \(12, 5\)"),
         ({"bias": torch.zeros(10)}, r"bias is \(10,\), expected \(12,\)"),

@@ -68,6 +68,19 @@ def launched(stiefel: Stiefel) -> retract_triton.FusedStiefel:
     return part
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_subspaces_of_another_dtype_are_those_values_in_float32(
+    dtype: torch.dtype, device: torch.device, guarded: Make
+) -> None:
+    world = World(((63, 16, 3), (7, 5, 2)), 0.3, device, guarded)
+    given = [None if f is None else f.to(dtype) for f in world.fs]
+    world.fs = [None if f is None else f.float() for f in given]
+    expected = world.retracted(kernel=True)
+    world.fs = list(given)
+    for found, other in zip(world.retracted(kernel=True), expected, strict=True):
+        assert torch.equal(found, other)
+
+
 @pytest.mark.parametrize("shapes", [NARROW, WIDE])
 @pytest.mark.parametrize("gauge", get_args(Gauge))
 @pytest.mark.parametrize("kind", get_args(Kind))

@@ -1,5 +1,6 @@
 """Routes: the table that measured rows make, how the dispatcher reads it, and the rule where there is none."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +9,16 @@ import pytest
 import torch
 
 from cladapt_kernels import routes
-from cladapt_kernels.registry import SIZES, WAYS, write_routes
+from cladapt_kernels.registry import ROUTE_COLUMNS, SIZES, WAYS, write_routes
 from cladapt_kernels.routes import Route
 from cladapt_kernels.timing import COLD, HOT, Row
 
 GPU = "Some Maker G9"
-FASTEST = {1024: ("strip", "seeded", "skinny"), 2048: ("seeded", "strip", "matmul"), 4096: ("addmm", "addmm", "skinny")}
+FASTEST = {
+    1024: ("strip", "described", "single"),
+    2048: ("seeded", "strip", "matmul"),
+    4096: ("addmm", "addmm", "skinny"),
+}
 
 
 def rows() -> list[Row]:
@@ -30,23 +35,29 @@ def rows() -> list[Row]:
     return made
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """Routes are looked up anew in each test, and what a test pretends is forgotten."""
+    routes.forget()
+    yield
+    routes.forget()
+
+
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The table of made-up rows, in a folder of its own."""
     monkeypatch.setattr(routes, "TABLES", tmp_path / "routes")
-    routes._table.cache_clear()
-    yield write_routes(rows(), GPU, routes.TABLES)
-    routes._table.cache_clear()
+    return write_routes(rows(), GPU, routes.TABLES)
 
 
 def test_the_table_holds_the_fastest_way_of_every_part_with_cold_l2(table: Path) -> None:
     assert table.name == "some-maker-g9.csv"
     assert table.read_text().splitlines() == [
         "m,k,n,r,dtype,forward,dx,factors",
-        "8192,1024,1024,16,bfloat16,strip,seeded,skinny",
+        "8192,1024,1024,16,bfloat16,strip,described,single",
         "8192,2048,2048,16,bfloat16,seeded,strip,matmul",
         "8192,4096,4096,16,bfloat16,addmm,addmm,skinny",
-        "8192,1024,3072,16,bfloat16,strip,seeded,skinny",
+        "8192,1024,3072,16,bfloat16,strip,described,single",
     ]
     found = routes._table(GPU, "bfloat16")
     assert set(found) == set(SIZES)
@@ -58,9 +69,10 @@ def test_the_table_holds_the_fastest_way_of_every_part_with_cold_l2(table: Path)
     ("shape", "width"),
     [
         ((8000, 1024, 1000, 8), 1024),
-        ((100, 2048, 2048, 32), 2048),
-        ((10**6, 9000, 3000, 1), 4096),
-        ((0, 1, 1, 1), 1024),
+        ((4096, 2048, 2048, 32), 2048),
+        ((10**6, 9000, 3000, 4), 4096),
+        ((8192, 16384, 16384, 64), 4096),
+        ((8192, 256, 256, 16), 1024),
     ],
 )
 def test_a_shape_takes_the_ways_of_the_nearest_one(table: Path, shape: tuple[int, int, int, int], width: int) -> None:
@@ -69,50 +81,145 @@ def test_a_shape_takes_the_ways_of_the_nearest_one(table: Path, shape: tuple[int
     assert found[:3] == FASTEST[width]
 
 
-def x_on_gpu(rows: int, k: int, dtype: torch.dtype) -> Any:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4095, 1024, 1024, 16),
+        (1, 1024, 1024, 16),
+        (8192, 240, 1024, 16),
+        (8192, 4096, 32000, 16),
+        (8192, 1024, 1024, 65),
+    ],
+)
+def test_no_row_speaks_for_fewer_rows_or_a_far_shape(table: Path, shape: tuple[int, int, int, int]) -> None:
+    assert routes._nearest(GPU, "bfloat16", *shape) is None
+
+
+def on_gpu_of(rows: int, dtype: torch.dtype, index: int = 0) -> Any:
     """What the dispatcher asks of a tensor on a GPU."""
-    size = torch.finfo(dtype).bits // 8
-    return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=dtype, shape=(rows, k), element_size=lambda: size)
+    return SimpleNamespace(device=torch.device("cuda", index), dtype=dtype, shape=(rows, 8))
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with that GPU and triton."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine with that GPU, of a name and a capability that a test may change, and triton."""
+    told = SimpleNamespace(name=GPU, capability=(9, 0), asked=0)
+
+    def name(_: torch.device) -> str:
+        told.asked += 1
+        return told.name
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: told.capability)
     monkeypatch.setattr(routes, "has_triton", lambda: True)
+    return told
 
 
-@pytest.mark.usefixtures("table", "on_gpu")
+@pytest.mark.usefixtures("table", "gpu")
 def test_the_dispatcher_follows_the_table_of_its_gpu_and_dtype() -> None:
-    assert routes.route(x_on_gpu(8192, 1024, torch.bfloat16), 1024, 16)[:3] == FASTEST[1024]
-    other = routes.route(x_on_gpu(8192, 1024, torch.float16), 1024, 16)
-    assert other == Route("seeded", "seeded", "skinny", "no table of this GPU: the rule for shapes")
-    dropped = routes.route(x_on_gpu(8192, 4096, torch.bfloat16), 4096, 16, p=0.1)
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 1024, 1024, 16)[:3] == FASTEST[1024]
+    other = routes.route(on_gpu_of(8192, torch.float16), 1024, 1024, 16)
+    assert other == Route("seeded", "seeded", "skinny", "no table near this shape: the rule")
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 4096, 4096, 16)[:3] == FASTEST[4096]
+    dropped = routes.route(on_gpu_of(8192, torch.bfloat16), 4096, 4096, 16, p=0.1)
     assert dropped[:3] == ("seeded", "seeded", "skinny")
     assert dropped.reason.endswith("; dropout")
 
 
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("table", "gpu")
+def test_a_table_of_even_sizes_says_nothing_of_odd_ones_and_of_float32() -> None:
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 1025, 1024, 16)[:2] == ("addmm", "addmm")
+    assert routes.route(on_gpu_of(8192, torch.float32), 1024, 1024, 16)[:3] == ("addmm", "addmm", "skinny")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "k", "r", "expected", "reason"),
+    ("rows", "dtype", "width", "r", "p", "expected", "reason"),
     [
-        (torch.bfloat16, 2048, 16, ("seeded", "seeded", "skinny"), "the rule"),
-        (torch.bfloat16, 4096, 16, ("addmm", "addmm", "skinny"), "the rule"),
-        (torch.float32, 1024, 16, ("addmm", "addmm", "skinny"), "the rule"),
-        (torch.float64, 1024, 16, ("addmm", "addmm", "matmul"), "float64"),
-        (torch.bfloat16, 1024, 129, ("addmm", "addmm", "matmul"), "rank 129"),
+        (8192, torch.bfloat16, 2048, 16, 0.0, ("seeded", "seeded", "skinny"), "the rule"),
+        (8192, torch.bfloat16, 4096, 16, 0.0, ("seeded", "seeded", "skinny"), "the rule"),
+        (8192, torch.bfloat16, 8192, 16, 0.0, ("addmm", "addmm", "skinny"), "the rule"),
+        (8192, torch.bfloat16, 8192, 16, 0.1, ("seeded", "seeded", "skinny"), "; dropout"),
+        (8192, torch.bfloat16, 1001, 16, 0.1, ("addmm", "addmm", "skinny"), "the rule"),
+        (4096, torch.bfloat16, 1024, 16, 0.0, ("seeded", "seeded", "skinny"), "the rule"),
+        (4095, torch.bfloat16, 1024, 16, 0.1, ("addmm", "addmm", "matmul"), "fewer than 4096 rows"),
+        (0, torch.bfloat16, 1024, 16, 0.0, ("addmm", "addmm", "matmul"), "fewer than 4096 rows"),
+        (8192, torch.float32, 1024, 16, 0.1, ("addmm", "addmm", "skinny"), "float32"),
+        (8192, torch.float32, 1024, 65, 0.0, ("addmm", "addmm", "matmul"), "float32"),
+        (8192, torch.float64, 1024, 16, 0.0, ("addmm", "addmm", "matmul"), "float64"),
+        (8192, torch.bfloat16, 1024, 129, 0.0, ("addmm", "addmm", "matmul"), "rank 129"),
     ],
 )
+@pytest.mark.usefixtures("gpu")
 def test_the_rule_stands_where_no_table_does(
-    dtype: torch.dtype, k: int, r: int, expected: tuple[str, ...], reason: str
+    rows: int, dtype: torch.dtype, width: int, r: int, p: float, expected: tuple[str, ...], reason: str
 ) -> None:
-    found = routes.route(x_on_gpu(8192, k, dtype), k, r)
+    found = routes.route(on_gpu_of(rows, dtype), width, width, r, p)
     assert found[:3] == expected
     assert reason in found.reason
 
 
-def test_a_cpu_and_a_gpu_without_triton_take_torch_s_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrower_products_are_left_to_kernels_before_warp_group_instructions(gpu: SimpleNamespace) -> None:
+    gpu.capability = (8, 0)
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 2048, 2048, 16)[:2] == ("seeded", "seeded")
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 4096, 2048, 16)[:2] == ("addmm", "addmm")
+
+
+def test_a_gpu_before_ampere_and_rocm_take_torch_s_products(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, x = ("addmm", "addmm", "matmul"), on_gpu_of(8192, torch.float16)
+    gpu.capability = (7, 5)  # no bf16, and float16 products that spill
+    assert routes.route(x, 1024, 1024, 16) == Route(*plain, "compute capability 7.5 is below 8.0")
+    assert not routes.runs_kernels(x.device)
+    routes.forget()
+    gpu.capability = (8, 0)
+    assert routes.runs_kernels(x.device)
+    assert routes.route(x, 1024, 1024, 16)[:3] == ("seeded", "seeded", "skinny")
+    routes.forget()
+    monkeypatch.setattr(torch.version, "hip", "6.2")  # whose devices are called cuda, too
+    assert routes.route(x, 1024, 1024, 16) == Route(*plain, "no kernels measured on ROCm")
+
+
+def test_a_cpu_and_a_gpu_without_triton_take_torch_s_products(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = ("addmm", "addmm", "matmul")
-    assert routes.route(torch.zeros(4, 8), 8, 2) == Route(*plain, "no kernels on cpu")
+    assert routes.route(torch.zeros(4, 8), 8, 8, 2) == Route(*plain, "no kernels on cpu")
     monkeypatch.setattr(routes, "has_triton", lambda: False)
-    assert routes.route(x_on_gpu(4, 8, torch.bfloat16), 8, 2) == Route(*plain, "triton is not installed")
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 8, 8, 2) == Route(*plain, "triton is not installed")
+
+
+def test_a_route_is_looked_up_once_for_all_rows_of_an_octave(gpu: SimpleNamespace) -> None:
+    first = routes.route(on_gpu_of(8192, torch.bfloat16), 1024, 1024, 16)
+    assert gpu.asked == 1
+    assert routes.route(on_gpu_of(16383, torch.bfloat16), 1024, 1024, 16) is first
+    assert routes.route(on_gpu_of(8192, torch.bfloat16), 1024, 1024, 16, 0.1) is not first
+    assert gpu.asked == 1
+    routes.route(on_gpu_of(8192, torch.bfloat16, index=1), 1024, 1024, 16)
+    assert gpu.asked == 2  # another device may be another model
+
+
+def test_the_table_of_an_h200_is_read_and_only_near_what_was_measured(gpu: SimpleNamespace) -> None:
+    gpu.name = "NVIDIA H200"
+    best = ("seeded", "seeded", "skinny")
+    for size in SIZES:
+        x = on_gpu_of(size.m, torch.bfloat16)
+        assert routes.route(x, size.k, size.n, size.r) == Route(*best, "measured on NVIDIA H200")
+    assert routes.route(on_gpu_of(65536, torch.bfloat16), 2048, 8192, 32).reason == "measured on NVIDIA H200"
+    few = routes.route(on_gpu_of(4095, torch.bfloat16), 1024, 1024, 16)
+    assert few == Route("addmm", "addmm", "matmul", "fewer than 4096 rows, which no table has")
+    wide = routes.route(on_gpu_of(8192, torch.bfloat16), 4096, 32000, 16)
+    assert wide == Route("addmm", "addmm", "skinny", "no table near this shape: the rule")
+    assert routes.route(on_gpu_of(8192, torch.float32), 1024, 1024, 16).reason == "float32"
+
+
+@pytest.mark.parametrize("path", sorted(routes.TABLES.glob("*.csv")), ids=lambda path: path.stem)
+def test_every_table_that_comes_along_is_well_formed(path: Path) -> None:
+    lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert tuple(lines[0]) == ROUTE_COLUMNS
+    assert len(lines) > 1
+    for line in lines[1:]:
+        assert all(int(side) > 0 for side in line[:4])
+        assert line[4] in ("bfloat16", "float16")
+        for way, known in zip(line[5:], WAYS.values(), strict=True):
+            assert way in known

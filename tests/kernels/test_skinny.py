@@ -9,7 +9,8 @@ from torch import Tensor
 from cladapt_kernels import reference
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
-from cladapt_kernels.skinny import Proximal, skinny
+from cladapt_kernels import skinny as module
+from cladapt_kernels.skinny import Proximal, counters, single, skinny
 
 M, K, N, R, SCALE = 700, 90, 140, 5, 0.5
 LENGTHS = torch.tensor([R * K, N * R])
@@ -38,6 +39,22 @@ def test_two_runs_are_equal_bit_for_bit(inputs: tuple[Tensor, ...]) -> None:
         skinny(*inputs[:4], SCALE, da, db)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("crowd", [1, 8])
+def test_one_launch_gives_the_same_bit_for_bit_again_and_leaves_its_counters_zeros(
+    crowd: int, inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FEWEST_ROWS", 32)
+    monkeypatch.setattr(module, "CROWD", crowd)
+    monkeypatch.setattr(module, "processors", lambda _: 8)  # one chunk, and seven
+    rows, first, second = slice(200), empty(inputs), empty(inputs)
+    for da, db in (first, second):
+        single(*(t[rows] for t in inputs[:4]), SCALE, da, db)
+        assert counters(da.device, 8).abs().max() == 0
+    for found, again, exact in zip(first, second, truth(inputs, rows), strict=True):
+        assert torch.equal(found, again)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_add_to_what_is_there_and_their_squared_norms_are_told(inputs: tuple[Tensor, ...]) -> None:

@@ -53,6 +53,12 @@ def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert sources == {name for name in wheel.namelist() if name.endswith((".py", "py.typed"))}
 
 
+def test_the_routes_measured_on_gpus_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    tables = {f"cladapt_kernels/routes/{path.name}" for path in (ROOT / "kernels/cladapt_kernels/routes").glob("*.csv")}
+    assert tables
+    assert tables <= {*wheel.namelist()}
+
+
 def test_the_command_is_the_only_entry_point(wheel: zipfile.ZipFile) -> None:
     parser = configparser.ConfigParser()
     parser.read_string(wheel.read(f"{DIST_INFO}/entry_points.txt").decode())
