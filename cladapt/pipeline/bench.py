@@ -83,10 +83,11 @@ def methods(runs: int, out: Path | None, sink: Sink, llm: Path | None = None) ->
 
     `llm`: a pretrained causal LM on which the field's usual code is measured too; see `cladapt.pipeline.bench_llm`.
     """
-    from cladapt.pipeline.bench_llm import field, open_llm  # which measures with what is here
+    from cladapt.pipeline.bench_llm import field, make_llm_case  # which measures with what is here
 
     check_request(runs, out)
-    source = open_llm(llm, sink)
+    # first, so that a mistake shows before anything is measured
+    pretrained = {} if llm is None else {llm.name: make_llm_case(llm)}
     sink.emit({"kind": "note", "text": "simulating a stream and training a base on its first block"})
     case = make_case(SimulateConfig(), TokensConfig())
     here = where(case.device)
@@ -99,7 +100,7 @@ def methods(runs: int, out: Path | None, sink: Sink, llm: Path | None = None) ->
     ):
         sink.emit({"kind": "note", "text": f"measuring {what}"})
         rows += measure(case, runs)
-    rows += field(source, runs, sink)
+    rows += field(pretrained, runs, sink)
     if out is not None:
         with atomic_path(out) as temporary:
             write_rows(temporary, [{**row, **here} for row in rows])

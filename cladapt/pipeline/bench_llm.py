@@ -78,23 +78,15 @@ class Size:
 SIZES = {"tiny": Size(24, 16), "llm": Size(24, 4)}
 
 
-def open_llm(path: Path | None, sink: Sink) -> Path | None:
-    """`path`, or None with a note where nothing is there."""
-    if path is None or path.exists():
-        return path
-    sink.emit({"kind": "note", "text": f"--llm {path} is not there: its rows are skipped"})
-    return None
-
-
-def field(llm: Path | None, runs: int, sink: Sink) -> list[Row]:
-    """Rows of both comparisons on the tiny model, and on the pretrained model in `llm` where one is given."""
+def field(pretrained: Mapping[str, Case], runs: int, sink: Sink) -> list[Row]:
+    """Rows of both comparisons on the tiny model, and on the cases of pretrained models by their names."""
     rows, runs = list[Row](), min(runs, MOST_RUNS)
-    for name, source in {"tiny": None, **({} if llm is None else {"llm": llm})}.items():
-        case = make_llm_case(source)
-        title = f"{VOCABULARY} tokens" if source is None else source.name
+    for title, case in {"": None, **pretrained}.items():
+        size = SIZES["llm" if title else "tiny"]
+        title, case = title or f"{VOCABULARY} tokens", case or make_llm_case(None)
         sink.emit({"kind": "note", "text": f"measuring training and decoding of the field's usual code, {title}"})
-        rows += bench_field_training(case, SIZES[name], title, runs)
-        rows += bench_field_decoding(case, SIZES[name], title, runs)
+        rows += bench_field_training(case, size, title, runs)
+        rows += bench_field_decoding(case, size, title, runs)
     return rows
 
 

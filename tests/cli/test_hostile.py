@@ -26,6 +26,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "bench methods": "--runs 5 --out new.csv",
     "base init": "--from base --data stream --out new --form packed -o epochs=0",
     "base pretrain": "--data stream --out new -o epochs=0",
+    "base tune": "--from base --data stream --out new -o epochs=1",
     "base vision": "--data classes --out new -o epochs=1 -o hidden=16 -o layers=1",
     "compare": "run twin",
     "config show": "recipe.yaml",

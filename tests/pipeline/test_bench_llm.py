@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cladapt.config import SimulateConfig, TokensConfig
-from cladapt.errors import CheckFailed
-from cladapt.pipeline import bench_llm
+from cladapt.errors import CheckFailed, DataError
+from cladapt.pipeline import bench, bench_llm
 from cladapt.pipeline.bench import TARGETS, Case
 from cladapt.pipeline.bench_llm import Field, Size, check_losses, of_users, some_users, worded_form
 from cladapt.train.sinks import MemorySink
@@ -69,7 +69,7 @@ def test_the_rows_name_what_they_are_over(
 ) -> None:
     monkeypatch.setattr(bench_llm, "make_llm_case", lambda _: case)
     monkeypatch.setattr(bench_llm, "SIZES", {"tiny": Size(4, 3)})
-    rows = [row for row in bench_llm.field(None, 3, MemorySink()) if row["unit"] == "ratio"]
+    rows = [row for row in bench_llm.field({}, 3, MemorySink()) if row["unit"] == "ratio"]
     found = {(row["name"], str(row["provider"]).partition(",")[0]): row for row in rows}
     assert list(found) == [
         ("field training", "Trainer with PEFT"),
@@ -86,10 +86,9 @@ def test_the_rows_name_what_they_are_over(
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_that_is_not_there_is_skipped_with_a_note(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     sink = MemorySink()
-    assert bench_llm.open_llm(tmp_path / "gone", sink) is None
-    assert f"--llm {tmp_path / 'gone'} is not there: its rows are skipped" in [e["text"] for e in sink.events]
-    assert bench_llm.open_llm(tmp_path, sink) == tmp_path
-    assert bench_llm.open_llm(None, sink) is None
-    assert len(sink.events) == 1
+    with pytest.raises(DataError, match=r"cannot load a causal LM from '.*gone'"):
+        bench.methods(5, tmp_path / "out.csv", sink, tmp_path / "gone")
+    assert sink.events == []
+    assert not (tmp_path / "out.csv").exists()
