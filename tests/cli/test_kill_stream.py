@@ -24,6 +24,7 @@ from cladapt.pipeline import streams
 
 KILLS = int(os.environ.get("CLADAPT_KILLS", "2"))
 LIMIT = 60.0
+pytestmark = pytest.mark.slow
 Start = Callable[[Path, str], BaseProcess]
 CALLS = {
     "append": "data append stream next.csv",
