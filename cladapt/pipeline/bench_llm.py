@@ -81,9 +81,9 @@ SIZES = {"tiny": Size(24, 16), "llm": Size(24, 4)}
 def field(pretrained: Mapping[str, Case], runs: int, sink: Sink) -> list[Row]:
     """Rows of both comparisons on the tiny model, and on the cases of pretrained models by their names."""
     rows, runs = list[Row](), min(runs, MOST_RUNS)
-    for title, case in {"": None, **pretrained}.items():
-        size = SIZES["llm" if title else "tiny"]
-        title, case = title or f"{VOCABULARY} tokens", case or make_llm_case(None)
+    sized = {f"{VOCABULARY} tokens": (make_llm_case(None), SIZES["tiny"])}
+    sized |= {name: (case, SIZES["llm"]) for name, case in pretrained.items()}
+    for title, (case, size) in sized.items():
         sink.emit({"kind": "note", "text": f"measuring training and decoding of the field's usual code, {title}"})
         rows += bench_field_training(case, size, title, runs)
         rows += bench_field_decoding(case, size, title, runs)
