@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cladapt.artifacts import read_json
-from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import (
+    AdapterConfig,
+    InitConfig,
+    MethodConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from cladapt.export.merge import probe_tokens
 from cladapt.model.adapter import quiet
 from cladapt.model.load import Base, load_base
@@ -36,7 +44,7 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     streams.simulate_data(folder / "stream", SimulateConfig(users=8, items=20, topics=2, blocks=2, events=5))
     streams.build_tokens(folder / "stream", TokensConfig(dimensions=4, levels=2, codes=4, capacity=8), None)
-    config = BaseConfig(epochs=0)
+    config = InitConfig(epochs=0)
     bases.init_base(str(smollm2), folder / "stream", folder / "base", "packed", config, MemorySink())
     return folder
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from cladapt.artifacts import read_json, write_json
 from cladapt.config import (
     AdapterConfig,
-    BaseConfig,
     EvalConfig,
     MethodConfig,
+    PretrainConfig,
     RunConfig,
     SimulateConfig,
     TokensConfig,
@@ -35,7 +35,7 @@ from cladapt.workloads import recommend
 
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
-PRETRAIN = BaseConfig(epochs=2)
+PRETRAIN = PretrainConfig(epochs=2)
 TRAIN = TrainConfig(epochs=3, batch_tokens=1024, precision="fp32")
 EVAL: dict[str, Any] = {"bootstrap": 100}
 
@@ -429,7 +429,7 @@ def test_a_block_that_is_not_there_is_refused(block: int, world: Path) -> None:
 def test_the_embedded_inputs_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recommend, "SimulateConfig", lambda: SIMULATE)
     monkeypatch.setattr(recommend, "TokensConfig", lambda: TOKENS)
-    monkeypatch.setattr(recommend, "BaseConfig", lambda: BaseConfig(epochs=1))
+    monkeypatch.setattr(recommend, "PretrainConfig", lambda: PretrainConfig(epochs=1))
     sink = MemorySink()
     config = runs.with_embedded(RunConfig(), sink)
     assert (config.data, config.base) == ("runs/embedded/stream", "runs/embedded/base")
@@ -449,7 +449,7 @@ def test_a_block_that_was_not_simulated_has_no_ceiling(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     streams.simulate_data(Path("stream"), SIMULATE)
     streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-    bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=0), MemorySink())
+    bases.pretrain_base(Path("stream"), Path("base"), PretrainConfig(epochs=0), MemorySink())
     known = Stream.load(Path("stream"))
     items, end = known.items["item"].to_list(), int(known.interactions["timestamp"].max())  # type: ignore[arg-type]
     rows = [f"someone{u},{items[k]},{end + 1 + u + 10 * k}" for u in range(3) for k in range(4)]
