@@ -23,7 +23,7 @@ from cladapt.config import (
     TrainConfig,
 )
 from cladapt.data.histories import split_block
-from cladapt.data.schema import Stream
+from cladapt.data.schema import Stream, write_manifest
 from cladapt.data.simulate import ceiling, load_truth
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.metrics import ROWS, summarise
@@ -324,6 +324,15 @@ def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path:
     assert plan["adapted_modules"] == len({name.split(".lora_")[0] for name in tensors})
     assert plan["base_parameters"] == sum(p.numel() for p in load_base(world / "base").model.parameters())
     assert plan["method_state_bytes"] == 4 * plan["trained_parameters"]  # PESO's anchor
+
+
+def test_a_plan_says_where_nothing_is_left_to_learn(world: Path, tmp_path: Path) -> None:
+    stream = Stream.load(world / "stream")
+    shutil.copytree(world / "stream", tmp_path / "stream")
+    write_manifest(tmp_path / "stream", stream.prefix(1).manifest)
+    with pytest.warns(UserWarning, match=r"base has learned all 1 blocks of .*stream: nothing is left to learn"):
+        plan = runs.plan(config_of(world).model_copy(update={"data": str(tmp_path / "stream")}))
+    assert plan["blocks"] == []
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
