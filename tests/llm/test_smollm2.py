@@ -56,14 +56,14 @@ def base(world: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def losses(world: Path) -> list[float]:
-    """Train a `run` of one block in bf16, export its adapter, and give the loss of every step."""
+    """Train a `run`, export its adapter, and give the loss of every step."""
     sink = MemorySink()
     config = RunConfig(
         data=str(world / "stream"),
         base=str(world / "base"),
         adapter=AdapterConfig(rank=2),
         method=MethodConfig(name="finetune"),
-        train=TrainConfig(epochs=1, batch_tokens=256, row_tokens=64, precision="bf16", checkpointing=True, lr=5e-3),
+        train=TrainConfig(epochs=1, batch_tokens=256, row_tokens=64, checkpointing=True, lr=5e-3),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
