@@ -232,6 +232,9 @@ class HistoriesConfig(Settings):
     """Tokens per packed row."""
     window: Positive = 20
     """Most recent items that form a history."""
+    window_step: Positive = 1
+    """Items by which the window of a worded prompt moves on in training: more than 1 gives a user's prompts more of a
+    common beginning, which is computed once, and from `window - window_step + 1` to `window` items to see."""
     form: Literal["packed", "prompt"] = "packed"
     """`packed`: all targets of a user in one causal pass; `prompt`: a worded prompt per target (LC-Rec family)."""
     history: Literal["ids", "titles", "both"] = "ids"
@@ -250,9 +253,15 @@ class HistoriesConfig(Settings):
     @model_validator(mode="after")
     def _worded(self) -> "HistoriesConfig":
         if self.form != "prompt":
-            for key, value, default in (("history", self.history, "ids"), ("history_tokens", self.history_tokens, 0)):
+            for key, value, default in (
+                ("history", self.history, "ids"),
+                ("history_tokens", self.history_tokens, 0),
+                ("window_step", self.window_step, 1),
+            ):
                 if value != default:
                     raise ValueError(f"{key}={value} needs form=prompt, form is {self.form}")
+        if self.window_step > self.window:
+            raise ValueError(f"window_step={self.window_step} exceeds window={self.window}")
         return self
 
 

@@ -2,8 +2,9 @@
 
 `dense`: an additive mask [R, 1, S, S], on any device. `varlen`: the documents one after another through torch's
 variable-length flash attention, which computes only what is seen and needs their ends alone: on a GPU, in half
-precision, for models whose attention is plain. Neither is a setting; the environment's CLADAPT_KERNELS=reference
-leaves the dense mask alone. Sliding windows play no part in either: a document fits in a row.
+precision, for models whose attention is plain, and rows without a tree of shared prefixes. Neither is a setting; the
+environment's CLADAPT_KERNELS=reference leaves the dense mask alone. Sliding windows play no part in either: a document
+fits in a row.
 """
 
 import functools
@@ -28,14 +29,14 @@ WIDEST_HEAD = 256
 _TOLERANCE = 2e-2  # between two bf16 computations of values of size 1
 
 
-def packed_mask(lm: "PreTrainedModel", document: Tensor) -> Tensor:
-    """What `lm`'s backbone takes as attention_mask for rows `document` [R, S] (0 = padding).
+def packed_mask(lm: "PreTrainedModel", document: Tensor, position: Tensor) -> Tensor:
+    """What `lm`'s backbone takes as attention_mask for rows `document` [R, S] (0 = padding) at their `position`s.
 
     The dense mask, or the ends of the documents, which the model's attention function is then made to understand.
     """
     kind, _ = packed_attention(document.device, compute_dtype(lm), lm.config)
-    if kind == "dense":
-        return block_mask(document, next(lm.parameters()).dtype)
+    if kind == "dense" or branches(document, position):
+        return block_mask(position, next(lm.parameters()).dtype)
     if lm.config._attn_implementation != IMPLEMENTATION:
         register()
         lm.set_attn_implementation(IMPLEMENTATION)
@@ -72,16 +73,26 @@ def compute_dtype(lm: "PreTrainedModel") -> torch.dtype:
     return parameter.dtype
 
 
-def block_mask(document: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask of packed rows: document [R, S] (0 = padding) -> [R, 1, S, S].
+def branches(document: Tensor, position: Tensor) -> bool:
+    """Whether a document of the rows, both [R, S], is a tree of shared prefixes."""
+    same = document[:, 1:] == document[:, :-1]
+    return bool((same & (document[:, 1:] > 0) & (position[:, 1:] <= position[:, :-1])).any())
 
-    A token sees itself and the earlier tokens of its own document; others get the dtype's lowest value, not -inf, so
-    that a padding row stays finite.
+
+def block_mask(position: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask of packed rows from their positions [R, S], int64 -> [R, 1, S, S].
+
+    Position is depth in a tree of prefixes that is laid out depth first, and 0 where a document begins and in padding:
+    token i sees itself, and j < i where all of position[j + 1 : i + 1] are greater than position[j]. Others get the
+    dtype's lowest value, not -inf, so that a padding row stays finite.
     """
-    size = document.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
-    seen = (document[:, :, None] == document[:, None, :]) & causal
-    mask = torch.zeros(seen.shape, dtype=dtype, device=document.device)
+    size = position.shape[1]
+    index = torch.arange(size, device=position.device)
+    later = (position[:, None, :] <= position[:, :, None]) & (index > index[:, None])  # [R, j, i]
+    # the first token that is no deeper ends what sees j
+    end = torch.where(later.any(-1), later.byte().argmax(-1), size)
+    seen = (index[:, None] >= index) & (index[:, None] < end[:, None])
+    mask = torch.zeros(seen.shape, dtype=dtype, device=position.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
@@ -151,6 +162,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head: int) -> str:
 def _difference(device: torch.device, dtype: torch.dtype, head: int) -> str:
     """How far apart both are on a small case, values and gradients; empty where rounding explains it."""
     document = torch.tensor([[1] * 37 + [2] * 50 + [0] * 9, [1] * 96], device=device)
+    position = torch.tensor([[*range(37), *range(50), *range(9)], [*range(96)]], device=device)
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int) -> Tensor:
@@ -158,7 +170,7 @@ def _difference(device: torch.device, dtype: torch.dtype, head: int) -> str:
 
     query, key, value = random(4), random(2), random(2)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        mask, ends = block_mask(document, dtype), document_ends(document)
+        mask, ends = block_mask(position, dtype), document_ends(document)
         wide_key, wide_value = (t.repeat_interleave(2, dim=1) for t in (key, value))
         dense = F.scaled_dot_product_attention(query, wide_key, wide_value, attn_mask=mask).transpose(1, 2)
         found, _ = attend(nn.Identity(), query, key, value, ends)

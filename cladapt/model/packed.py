@@ -123,7 +123,7 @@ class PackedLoss(nn.Module):
             Tensor,
             backbone(
                 **inputs,
-                attention_mask=packed_mask(self.lm, document),
+                attention_mask=packed_mask(self.lm, document, position),
                 position_ids=position,
                 use_cache=False,
             ).last_hidden_state,

@@ -36,7 +36,7 @@ from cladapt.pipeline.bench import (
     make_fit,
 )
 from cladapt.tokens.build import build_sids
-from cladapt.tokens.prompts import Document, Form, Template, pack
+from cladapt.tokens.prompts import Document, Template, WordedForm, pack, share_prefixes
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, sid_token_ids
 from cladapt.train.feeds import batches_of
@@ -61,6 +61,10 @@ STREAM = SimulateConfig(users=80, items=300, events=20, blocks=2)
 """About as many events of a user in a block as in logs of films or music."""
 TOKENS = TokensConfig()
 BEAMS = 20
+WINDOWS = (20, 50)
+"""Items of a history: the field's usual number, which moves on from target to target, and room for whole histories."""
+ROW_TOKENS = 512
+"""Of prompts: many targets of a user in one row, which is short enough that attention is a small part of a step."""
 MOST_RUNS = 5
 """Interleaved runs here: one of Trainer or of `generate` takes seconds to minutes."""
 SPREAD = 2.0
@@ -85,7 +89,8 @@ def field(pretrained: Mapping[str, Case], runs: int, sink: Sink) -> list[Row]:
     sized |= {name: (case, SIZES["llm"]) for name, case in pretrained.items()}
     for title, (case, size) in sized.items():
         sink.emit({"kind": "note", "text": f"measuring training and decoding of the field's usual code, {title}"})
-        rows += bench_field_training(case, size, title, runs)
+        for window in WINDOWS:
+            rows += bench_field_training(with_window(case, window), size, title, runs)
         rows += bench_field_decoding(case, size, title, runs)
     return rows
 
@@ -107,6 +112,12 @@ def make_llm_case(source: Path | None, simulated: SimulateConfig = STREAM, token
     train = TrainConfig()
     form = make_form("packed", base, train.window, train.row_tokens)
     return Case(stream, base, form, split_block(stream, stream.n_blocks), train, device, BEAMS)
+
+
+def with_window(case: Case, window: int) -> Case:
+    """The same case with histories of up to that many items."""
+    train = case.train.model_copy(update={"window": window})
+    return replace(case, train=train, form=make_form("packed", case.base, window, train.row_tokens))
 
 
 def tiny_model(stream: Stream, sids: SidTable) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -132,24 +143,33 @@ def tiny_model(stream: Stream, sids: SidTable) -> "tuple[PreTrainedModel, PreTra
 
 
 def bench_field_training(case: Case, size: Size, title: str, runs: int) -> list[Row]:
-    """One epoch over the same targets: Trainer on padded worded prompts, ours on the same prompts and packed."""
-    worded = worded_form(case)
+    """One epoch over the same targets: Trainer on padded worded prompts, ours on the same prompts and on packed items.
+
+    Between them prompts whose window moves on by half its items at once: the same targets, shorter histories.
+    """
+    worded, step = worded_form(case), case.train.window // 2
+    stepping = worded_form(case, step)
     users = some_users(case, size.targets)
-    prompts, packed = (of_users(case, form, users) for form in (worded, case.form))
+    prompts = [d for i in users for d in worded.examples(*case.split.training(i))]
+    shared, stepped, packed = (
+        [d for i in users for d in form.documents(*case.split.training(i))] for form in (worded, stepping, case.form)
+    )
     levels = case.base.sids.levels
-    targets = {sum(int(d.loss.sum()) for d in documents) // levels for documents in (prompts, packed)}
+    targets = {sum(int(d.loss.sum()) for d in documents) // levels for documents in (prompts, shared, stepped, packed)}
     if len(targets) != 1:
         raise CheckFailed(f"the forms have {sorted(targets)} targets; no time is recorded", "report this as a bug")
     longest = max(len(d.tokens) for d in prompts)
-    train = case.train.model_copy(update={"row_tokens": 2 * longest})  # two prompts side by side, at least
-    asked = make_fit(replace(case, form=worded, train=train), BASELINE, prompts)
+    train = case.train.model_copy(update={"row_tokens": worded.row_tokens})
+    wording, striding = (make_fit(replace(case, train=train), BASELINE, documents) for documents in (shared, stepped))
     packing = make_fit(case, BASELINE, packed)
     trainer = Field(case, prompts, max(1, case.train.batch_tokens // longest))
-    check_losses(case, prompts[:8], trainer.collate)
+    some = worded.examples(*case.split.training(users[0]))[:8]
+    check_losses(case, some, share_prefixes(some, worded.row_tokens), trainer.collate)
     providers = {
         "Trainer with PEFT, one padded prompt per target": trainer.epoch,
-        "prompt form, packed into rows": lambda: [asked.step(step, 0.5) for step in asked.steps(0)],
-        "packed form": lambda: [packing.step(step, 0.5) for step in packing.steps(0)],
+        "prompt form, its prefixes shared": lambda: [wording.step(batches, 0.5) for batches in wording.steps(0)],
+        f"prompt form in steps of {step} items": lambda: [striding.step(batches, 0.5) for batches in striding.steps(0)],
+        "packed form": lambda: [packing.step(batches, 0.5) for batches in packing.steps(0)],
     }
     window = f"histories up to {case.train.window} items, {case.train.batch_tokens} tokens"
     shape = f"{title}, {targets.pop()} targets, {window}"
@@ -172,20 +192,16 @@ def bench_field_decoding(case: Case, size: Size, title: str, runs: int) -> list[
     return compare("field decoding", shape, providers, case.device, runs, counted="users")
 
 
-def worded_form(case: Case) -> Form:
-    """The same histories as worded prompts."""
-    return make_form("prompt", case.base, case.train.window, row_tokens=1 << 16)
+def worded_form(case: Case, window_step: int = 1) -> WordedForm:
+    """The same histories as worded prompts, in rows that have room for many targets of a user."""
+    form = make_form("prompt", case.base, case.train.window, ROW_TOKENS, window_step=window_step)
+    return cast(WordedForm, form)
 
 
 def some_users(case: Case, targets: int) -> list[int]:
     """The first users of the block who have that many training targets together."""
     counts = np.cumsum(case.split.train_stop - case.split.start)
     return list(range(min(len(counts), int(np.searchsorted(counts, targets)) + 1)))
-
-
-def of_users(case: Case, form: Form, users: Sequence[int]) -> list[Document]:
-    """Every training event of these users as a target once."""
-    return [d for i in users for d in form.documents(*case.split.training(i))]
 
 
 class Field:
@@ -238,20 +254,21 @@ def padded_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
 
 
 @torch.no_grad()
-def check_losses(case: Case, documents: Sequence[Document], collate: Callable[[Any], Mapping[str, Any]]) -> None:
-    """`CheckFailed` unless padded prompts have the loss that the same prompts have packed, over the vocabulary."""
+def check_losses(
+    case: Case, prompts: Sequence[Document], shared: Sequence[Document], collate: Callable[[Any], Mapping[str, Any]]
+) -> None:
+    """`CheckFailed` unless padded prompts have the loss over the vocabulary that they have packed and shared."""
     lm, device = case.base.model.eval(), case.device
-    examples = [
-        {"input_ids": d.tokens.tolist(), "labels": np.where(d.loss, d.tokens, -100).tolist()} for d in documents
-    ]
+    examples = [{"input_ids": d.tokens.tolist(), "labels": np.where(d.loss, d.tokens, -100).tolist()} for d in prompts]
     padded = {key: value.to(device) for key, value in collate(examples).items()}
     theirs = float(lm(**padded).loss)
-    rows = pack(documents, max(2 * len(d.tokens) for d in documents), None)
-    (batch,) = batches_of(rows, len(rows.tokens))
-    ours = float(PackedLoss(lm)(*(t.to(device) for t in batch)).mean())
-    if not abs(ours - theirs) <= TOLERANCE:
-        raise CheckFailed(
-            f"the mean loss of {len(documents)} prompts is {ours:.6f}, that of transformers {theirs:.6f}; no time is "
-            "recorded",
-            "report this as a bug",
-        )
+    for documents in (prompts, shared):
+        rows = pack(documents, ROW_TOKENS, None)
+        (batch,) = batches_of(rows, len(rows.tokens))
+        ours = float(PackedLoss(lm)(*(t.to(device) for t in batch)).mean())
+        if not abs(ours - theirs) <= TOLERANCE:
+            raise CheckFailed(
+                f"the mean loss of {len(prompts)} prompts is {ours:.6f}, that of transformers {theirs:.6f}; no time is "
+                "recorded",
+                "report this as a bug",
+            )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cladapt.errors import ConfigError
-from cladapt.tokens.prompts import Document, PromptForm, Template
+from cladapt.tokens.prompts import Document, Prompt, PromptForm, Template, respond, share_prefixes
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import encode_texts
 
@@ -100,7 +100,11 @@ class TitleToId:
     def documents(self, items: np.ndarray) -> list[Document]:
         """One document for each of `items` that has a text."""
         known = self.items
-        return [respond([self.head, known.titles[i], self.tail], known.ids[i]) for i in items if len(known.titles[i])]
+        return [
+            respond(Prompt(np.concatenate([self.head, known.titles[i], self.tail])), known.ids[i])
+            for i in items
+            if len(known.titles[i])
+        ]
 
 
 class IdToTitle:
@@ -115,7 +119,11 @@ class IdToTitle:
     def documents(self, items: np.ndarray) -> list[Document]:
         """One document for each of `items` that has a text."""
         known = self.items
-        return [respond([self.head, known.ids[i], self.tail], known.written(i)) for i in items if len(known.titles[i])]
+        return [
+            respond(Prompt(np.concatenate([self.head, known.ids[i], self.tail])), known.written(i))
+            for i in items
+            if len(known.titles[i])
+        ]
 
 
 class IdsToTitle:
@@ -128,9 +136,13 @@ class IdsToTitle:
         items.check_room(max(len(history), len(self.form.empty)) + items.longest + 1, "ids_to_title")
 
     def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """The `examples`, what their prompts have in common read once."""
+        return share_prefixes(self.examples(items, first_target), self.items.row_tokens)
+
+    def examples(self, items: np.ndarray, first_target: int) -> list[Document]:
         """One document for each of items[first_target:] that has a text."""
         return [
-            respond([self.form.prompt(items[:place])], self.items.written(items[place]))
+            respond(self.form.read(items[:place]), self.items.written(items[place]))
             for place in range(first_target, len(items))
             if len(self.items.titles[items[place]])
         ]
@@ -138,9 +150,3 @@ class IdsToTitle:
 
 ITEM_TASKS: Mapping[str, type[TitleToId] | type[IdToTitle]] = {"title_to_id": TitleToId, "id_to_title": IdToTitle}
 """Tasks about one item at a time, by their names in `cladapt.config.TaskWeights`."""
-
-
-def respond(prompt: Sequence[np.ndarray], response: np.ndarray) -> Document:
-    """The document of a prompt, given in pieces, whose response is what counts."""
-    tokens = np.concatenate([*prompt, response]).astype(np.int64)
-    return Document(tokens, np.arange(len(tokens)) >= len(tokens) - len(response))

@@ -1,14 +1,14 @@
 """Item histories to token documents, and documents to rows of a fixed length.
 
 A form says how a history reads. `PackedForm` is one causal pass in which every item is a target at once; a `WordedForm`
-is an instruction per target, about semantic IDs (`PromptForm`) or titles (`cladapt.tokens.titles`). All give evaluation
-the prompt that training used.
+is an instruction per target, about semantic IDs (`PromptForm`) or titles (`cladapt.tokens.titles`), of which what is
+common to a user's instructions is computed once. All give evaluation the prompt that training used.
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,28 +19,59 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a token budget left out: `items` and the ends of `titles`, of the histories in `shortened` of `prompts`."""
+
+    prompts: int = 0
+    shortened: int = 0
+    items: int = 0
+    titles: int = 0
+
+    @classmethod
+    def of(cls, read: "Iterable[Prompt | Document]") -> "LeftOut":
+        """The sums over prompts or documents."""
+        return sum((p.left_out for p in read), cls())
+
+    def __add__(self, other: "LeftOut") -> "LeftOut":
+        return LeftOut(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shortened} of {self.prompts} prompts are shortened to their token budget: {self.items} oldest "
+            f"items left out, {self.titles} titles cut"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Token ids int64 [n] before a target, and what the token budget left out of the history."""
+    """Token ids int64 [n] before a target, and what the token budget left out of the history.
+
+    `dropped`: its oldest items that are left out; `cut`: the title of the one item that is left was cut at its end.
+    """
 
     tokens: np.ndarray
-    left_out: int = 0
-    """Items: the oldest."""
+    dropped: int = 0
     cut: bool = False
-    """Whether the title of the one item that is left was cut at its end."""
+
+    @property
+    def left_out(self) -> LeftOut:
+        return LeftOut(1, int(self.dropped > 0 or self.cut), self.dropped, int(self.cut))
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
     """Tokens int64 [n] that attend to each other alone; `loss` bool [n] marks those predicted and counted.
 
-    `left_out` and `cut` are those of its prompt.
+    `position` int64 [n] is a token's depth in a tree of shared prefixes, laid out depth first: token i sees j <= i
+    unless a token of (j, i] is as high as j or higher. None is 0, 1, 2, …: a token sees all before it.
+    `left_out`: the sum over its prompts.
     """
 
     tokens: np.ndarray
     loss: np.ndarray
-    left_out: int = 0
-    cut: bool = False
+    left_out: LeftOut = LeftOut(prompts=1)
+    position: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not len(self.tokens) or self.tokens.shape != self.loss.shape or self.loss[0]:
@@ -48,29 +79,6 @@ class Document:
                 f"a document of tokens {self.tokens.shape} and loss {self.loss.shape} cannot be learned from",
                 "give equal, non-empty shapes; the first token has nothing before it to be predicted from",
             )
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What a token budget left out: `items` and the ends of `titles`, of the histories in `shortened` of `prompts`."""
-
-    prompts: int
-    shortened: int
-    items: int
-    titles: int
-
-    @classmethod
-    def of(cls, read: "Iterable[Prompt | Document]") -> "LeftOut":
-        """The sums over prompts or documents."""
-        found = [(p.left_out, p.cut) for p in read]
-        items, titles = sum(n for n, _ in found), sum(cut for _, cut in found)
-        return cls(len(found), sum(n > 0 or cut for n, cut in found), items, titles)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.shortened} of {self.prompts} prompts are shortened to their token budget: {self.items} oldest "
-            f"items left out, {self.titles} titles cut"
-        )
 
 
 class Form(Protocol):
@@ -160,7 +168,8 @@ class WordedForm(ABC):
     """A worded prompt per target, the target's semantic-ID tokens the response: the form of the LC-Rec and PESO family.
 
     The prompt opens with the tokenizer's bos token, if it has one, and holds at most `limit` tokens. Of a history that
-    is longer the oldest items are left out.
+    is longer the oldest items are left out. In training the window moves on by `window_step` items as soon as it is
+    full, so that prompts of a user begin alike; the first of them, and the only one of evaluation, holds all `window`.
     """
 
     def __init__(
@@ -168,10 +177,16 @@ class WordedForm(ABC):
         item_tokens: np.ndarray,
         tokenizer: "PreTrainedTokenizerBase",
         window: int,
+        row_tokens: int,
         template: Template,
+        window_step: int = 1,
     ) -> None:
         _check_window(window)
+        if not 1 <= window_step <= window:
+            raise ConfigError(f"window_step={window_step} with window={window}", "use 1 to window")
+        self.window_step = window_step
         self.item_tokens, self.window, self.template = item_tokens.astype(np.int64), window, template
+        self.row_tokens = row_tokens
         self.tokenizer = tokenizer
         bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self.bos = np.array(bos, dtype=np.int64)
@@ -191,13 +206,17 @@ class WordedForm(ABC):
         return self.read(history).tokens
 
     def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+        """The `examples`, what their prompts have in common read once: see `share_prefixes`."""
+        return share_prefixes(self.examples(items, first_target), self.row_tokens)
+
+    def examples(self, items: np.ndarray, first_target: int) -> list[Document]:
         """One document per target: its prompt, then its tokens."""
-        documents = []
+        step, documents = self.window_step, list[Document]()
+        begin = max(0, first_target - self.window)
         for place in range(first_target, len(items)):
-            prompt, response = self.read(items[:place]), self.item_tokens[items[place]]
-            tokens = np.concatenate([prompt.tokens, response])
-            loss = np.arange(len(tokens)) >= len(prompt.tokens)
-            documents.append(Document(tokens, loss, prompt.left_out, prompt.cut))
+            if place - begin > self.window:
+                begin += step
+            documents.append(respond(self.read(items[begin:place]), self.item_tokens[items[place]]))
         return documents
 
 
@@ -217,8 +236,9 @@ class PromptForm(WordedForm):
         row_tokens: int,
         template: Template | None = None,
         history_tokens: int = 0,
+        window_step: int = 1,
     ) -> None:
-        super().__init__(item_tokens, tokenizer, window, template or Template())
+        super().__init__(item_tokens, tokenizer, window, row_tokens, template or Template(), window_step)
         head, self.separator, self.tail = _pieces(tokenizer, self.template, self.item_tokens[0])
         self.head = np.concatenate([self.bos, head]).astype(np.int64)
         levels, between = item_tokens.shape[1], len(self.separator)
@@ -251,7 +271,47 @@ class PromptForm(WordedForm):
         separators = np.broadcast_to(self.separator, (len(kept), len(self.separator)))
         items = np.concatenate([self.item_tokens[kept], separators], axis=1).ravel()
         tokens = np.concatenate([self.head, items[: len(items) - len(self.separator)], self.tail])
-        return Prompt(tokens, left_out=len(meant) - len(kept))
+        return Prompt(tokens, dropped=len(meant) - len(kept))
+
+
+def respond(prompt: Prompt, response: np.ndarray) -> Document:
+    """A prompt and the response that is learned, int64 [n]."""
+    tokens = np.concatenate([prompt.tokens, response])
+    return Document(tokens, np.arange(len(tokens)) >= len(prompt.tokens), prompt.left_out)
+
+
+def share_prefixes(documents: Sequence[Document], row_tokens: int) -> list[Document]:
+    """The same documents as few: each goes on where it parts from the one before it, within `row_tokens` tokens.
+
+    A token's hidden state depends on what it sees alone, so every loss is what it was; a prefix is computed once for
+    all documents in a row that begin with it. Prompts of one user, in order, differ by an item each.
+    """
+    shared, parts, size = list[Document](), list[Document](), 0
+    for before, document in zip([None, *documents], documents, strict=False):
+        prefix = 0 if before is None else _common_prefix(before, document)
+        if not prefix or size + len(document.tokens) - prefix > row_tokens:
+            shared += _joined(parts)
+            parts, size, prefix = [], 0, 0
+        position = np.arange(prefix, len(document.tokens))
+        parts.append(Document(document.tokens[prefix:], document.loss[prefix:], document.left_out, position))
+        size += len(position)
+    return shared + _joined(parts)
+
+
+def _common_prefix(one: Document, other: Document) -> int:
+    """Tokens with which both begin; the token before the first that `other` learns is its own, to predict from."""
+    most = min(len(one.tokens), max(0, int(other.loss.argmax()) - 1))
+    differs = one.tokens[:most] != other.tokens[:most]
+    return int(differs.argmax()) if differs.any() else most
+
+
+def _joined(parts: Sequence[Document]) -> list[Document]:
+    """The parts as one document, or none of none."""
+    if not parts:
+        return []
+    columns = zip(*((d.tokens, d.loss, d.position) for d in parts), strict=True)
+    tokens, loss, position = map(np.concatenate, columns)
+    return [Document(tokens, loss, LeftOut.of(parts), position)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +320,7 @@ class PackedRows:
 
     tokens: np.ndarray  # int64
     document: np.ndarray  # int64, 1, 2, … within a row, 0 = padding
-    position: np.ndarray  # int64, restarts at 0 in each document
+    position: np.ndarray  # int64, that of its document, 0 for padding
     loss: np.ndarray  # bool
 
 
@@ -290,9 +350,13 @@ def pack(documents: Sequence[Document], row_tokens: int, order: np.random.Genera
     return PackedRows(
         tokens=laid_out(np.concatenate([np.empty(0, dtype=np.int64), *(d.tokens for d in chosen)]), pad),
         document=laid_out(np.repeat(number, length), 0),
-        position=laid_out(within, 0),
+        position=laid_out(np.concatenate([within[:0], *(_positions(d) for d in chosen)]), 0),
         loss=laid_out(np.concatenate([np.empty(0, dtype=bool), *(d.loss for d in chosen)]), False),
     )
+
+
+def _positions(document: Document) -> np.ndarray:
+    return np.arange(len(document.tokens)) if document.position is None else document.position
 
 
 def _best_fit(length: list[int], row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:

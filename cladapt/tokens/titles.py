@@ -33,8 +33,9 @@ class TitleForm(WordedForm):
         ids: bool = False,
         template: Template | None = None,
         history_tokens: int = 0,
+        window_step: int = 1,
     ) -> None:
-        super().__init__(item_tokens, tokenizer, window, template or Template())
+        super().__init__(item_tokens, tokenizer, window, row_tokens, template or Template(), window_step)
         if len(titles) != len(item_tokens):
             raise DataError(f"{len(titles)} titles for {len(item_tokens)} items", 'give one title per item, or ""')
         spelled = ["".join(tokenizer.convert_ids_to_tokens(item)) for item in self.item_tokens.tolist()]
@@ -75,11 +76,11 @@ class TitleForm(WordedForm):
         for start in range(max(0, len(history) - fitting - 1), len(history)):
             tokens = self._worded([self.names[i] for i in history[start:]])
             if len(tokens) <= self.limit:
-                return Prompt(tokens, left_out=start)
+                return Prompt(tokens, dropped=start)
         newest = int(history[-1])
         if newest not in self._cut:
             self._cut[newest] = self._shortened(newest)
-        return Prompt(self._cut[newest].tokens, left_out=len(history) - 1, cut=True)
+        return Prompt(self._cut[newest].tokens, dropped=len(history) - 1, cut=True)
 
     def _shortened(self, item: int) -> Prompt:
         """The prompt of one item whose name is cut to as many characters as fit."""

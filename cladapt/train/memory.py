@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cladapt import ops
-from cladapt.model.attention import block_mask, compute_dtype, packed_attention
+from cladapt.model.attention import block_mask, branches, compute_dtype, packed_attention
 from cladapt.model.checkpointing import set_checkpointing
 from cladapt.model.head import cross_entropy, head_logits
 from cladapt.model.packed import PackedLoss
@@ -64,6 +64,7 @@ class MicroBatch:
     """The size of a micro-batch: R rows of S tokens, of which `targets` are scored among `columns` of the vocabulary.
 
     `children`: entries of the lists that the targets' codes are chosen from; None for the whole vocabulary.
+    `branches`: documents of it are trees of shared prefixes, which take the dense mask on every device.
     """
 
     rows: int
@@ -71,6 +72,7 @@ class MicroBatch:
     targets: int
     columns: int = 0
     children: int | None = None
+    branches: bool = False
 
     @classmethod
     def of(cls, loss: PackedLoss, batch: Batch) -> "MicroBatch":
@@ -79,12 +81,13 @@ class MicroBatch:
         tokens, marked = batch[0].to(device), batch[-1].to(device).clone()
         marked[:, 0] = False
         softmax, (rows, length) = loss.softmax, tokens.shape
+        trees = branches(*batch[1:3])
         if softmax is None:
-            return cls(rows, length, int(marked.sum()))
+            return cls(rows, length, int(marked.sum()), branches=trees)
         node = softmax.nodes(tokens)
         degree = torch.where(node < 0, 0, softmax.degree[node.clamp_min(0)])
         chosen = degree[marked & (degree > 1)]
-        return cls(rows, length, len(chosen), len(softmax.rows), int(chosen.sum()))
+        return cls(rows, length, len(chosen), len(softmax.rows), int(chosen.sum()), trees)
 
 
 def activation_bytes(
@@ -109,7 +112,7 @@ def activation_bytes(
     set_checkpointing(lm, checkpointing)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     with autocast:  # what it tries out on the device is no part of the trace
-        dense = packed_attention(device, compute_dtype(lm), lm.config)[0] == "dense"
+        dense = batch.branches or packed_attention(device, compute_dtype(lm), lm.config)[0] == "dense"
     for weight in weights:
         weight.requires_grad_(True)
     try:

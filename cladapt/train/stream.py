@@ -1,7 +1,7 @@
 """A block of interactions as examples: histories as documents, and the softmax over the items known by then."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,25 +33,34 @@ def make_form(
     texts: Sequence[str] | None = None,
     history_tokens: int = 0,
     template: Template | None = None,
+    window_step: int = 1,
 ) -> Form:
     """How histories become tokens for this base: `packed` or `prompt`.
 
     A worded prompt names items by `history`: `ids`, `titles` or `both`, of which the last two need `texts`, one per
     item of the base's ID table; `history_tokens`: its budget. `template`: the words around, the default where None.
+    `window_step`: items by which the window moves on from target to target in training.
     """
     tokens = base.item_tokens().numpy()
     if form != "prompt":
-        if history != "ids" or history_tokens:
+        if history != "ids" or history_tokens or window_step > 1:
             raise ConfigError(
-                f"history={history}, history_tokens={history_tokens} with form={form}", "use train.form=prompt"
+                f"history={history}, history_tokens={history_tokens}, window_step={window_step} with form={form}",
+                "use train.form=prompt",
             )
         return PackedForm(tokens, bos=base.bos(), window=window, row_tokens=row_tokens)
-    worded = {"window": window, "row_tokens": row_tokens, "history_tokens": history_tokens}
+    worded: dict[str, Any] = {
+        "window": window,
+        "row_tokens": row_tokens,
+        "history_tokens": history_tokens,
+        "template": template,
+        "window_step": window_step,
+    }
     if history == "ids":
-        return PromptForm(tokens, base.tokenizer, template=template, **worded)
+        return PromptForm(tokens, base.tokenizer, **worded)
     if texts is None:
         raise ConfigError(f"history={history} without the items' texts", "name the stream with --data DIR")
-    return TitleForm(tokens, base.tokenizer, texts, ids=history == "both", template=template, **worded)
+    return TitleForm(tokens, base.tokenizer, texts, ids=history == "both", **worded)
 
 
 def training_documents(split: BlockSplit, form: Learned) -> list[Document]:

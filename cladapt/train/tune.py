@@ -49,7 +49,7 @@ def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
     `base` has the IDs of the stream's items. `DataError` where a task needs texts and no item has one.
     """
     texts, room = stream.items["text"].to_list(), (config.window, config.row_tokens)
-    form = make_form(config.form, base, *room, config.history, texts, config.history_tokens)
+    form = make_form(config.form, base, *room, config.history, texts, config.history_tokens, None, config.window_step)
     split, alignment = split_block(stream, 1), config.tasks.alignment
     validation = validation_documents(split, form)
     tasks: dict[str, tuple[Sequence[Document], float]] = {}

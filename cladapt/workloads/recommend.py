@@ -320,7 +320,14 @@ def form_of(config: RunConfig, base: Base, stream: Stream) -> Form:
     train = config.train
     texts = None if train.history == "ids" else stream.items["text"].to_list()
     return make_form(
-        train.form, base, train.window, train.row_tokens, train.history, texts, history_tokens=train.history_tokens
+        train.form,
+        base,
+        train.window,
+        train.row_tokens,
+        train.history,
+        texts,
+        train.history_tokens,
+        window_step=train.window_step,
     )
 
 

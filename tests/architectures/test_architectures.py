@@ -168,13 +168,12 @@ def test_tuning_changes_every_layer_and_says_that_block_1_is_learned(world: Path
 def test_packed_rows_have_the_hidden_states_of_single_ones(world: Path) -> None:
     base = load_base(world / "base")
     one, two = probe_tokens(base)[:2, :9]
-    document = torch.tensor([[1] * 9 + [2] * 9])
     position = torch.arange(9).repeat(2)[None]
     backbone = getattr(base.model, base.model.base_model_prefix)
     with torch.no_grad():
         packed = backbone(
             input_ids=torch.cat([one, two])[None],
-            attention_mask=block_mask(document, torch.float32),
+            attention_mask=block_mask(position, torch.float32),
             position_ids=position,
             use_cache=False,
         ).last_hidden_state[0]

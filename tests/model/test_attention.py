@@ -10,23 +10,36 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from cladapt.model import attention
-from cladapt.model.attention import block_mask, compute_dtype, document_ends, packed_attention, packed_mask
+from cladapt.model.attention import block_mask, branches, compute_dtype, document_ends, packed_attention, packed_mask
 from cladapt.model.packed import PackedLoss
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+POSITION = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]])
 DOCUMENT = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3]])
 
 
 def test_the_mask_is_causal_inside_a_document_and_closed_outside() -> None:
     numbers = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 0, 0, 0, 0, 0]])
-    mask = block_mask(numbers, torch.float32)
+    mask = block_mask(POSITION[:2] * (numbers > 0), torch.float32)
     assert mask.shape == (2, 1, 6, 6)
     for r in range(2):
         for i in range(6):
             for j in range(6):
-                seen = j <= i and numbers[r, i] == numbers[r, j]
+                seen = i == j or (j < i and 0 < numbers[r, i] == numbers[r, j])
                 assert mask[r, 0, i, j] == (0.0 if seen else torch.finfo(torch.float32).min)
-    assert block_mask(numbers, torch.bfloat16).isfinite().all()
+    assert block_mask(POSITION, torch.bfloat16).isfinite().all()
+
+
+def test_a_token_of_a_tree_sees_the_path_to_it() -> None:
+    # a0 a1 a2 | b1 b2 b3 under a0 | c2 under a0 b1 | another document of two
+    position = torch.tensor([[0, 1, 2, 1, 2, 3, 2, 0, 1]])
+    paths = [{0}, {0, 1}, {0, 1, 2}, {0, 3}, {0, 3, 4}, {0, 3, 4, 5}, {0, 3, 6}, {7}, {7, 8}]
+    mask = block_mask(position, torch.float32)[0, 0]
+    assert [set((row == 0).nonzero()[:, 0].tolist()) for row in mask] == paths
+    document = torch.tensor([[1] * 7 + [2] * 2])
+    assert branches(document, position)
+    assert not branches(document[:, 7:], position[:, 7:])
+    assert not branches(DOCUMENT, POSITION)
 
 
 def test_ends_cut_the_rows_where_documents_and_rows_change() -> None:
@@ -73,9 +86,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def losses_and_gradients(lm: PreTrainedModel) -> dict[str, Tensor]:
     tokens = torch.randint(1, 30, DOCUMENT.shape, generator=torch.Generator().manual_seed(1))
-    position = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]])
     lm.zero_grad()
-    losses = PackedLoss(lm)(tokens, DOCUMENT, position, DOCUMENT > 0)
+    losses = PackedLoss(lm)(tokens, DOCUMENT, POSITION, DOCUMENT > 0)
     losses.sum().backward()
     return {"loss": losses.detach(), **{n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}}
 
@@ -139,7 +151,7 @@ def test_autocast_s_precision_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch
 
 def test_a_cpu_takes_the_dense_mask() -> None:
     assert packed_attention(CPU, torch.bfloat16) == ("dense", "variable-length attention needs a GPU, this is CPU")
-    assert torch.equal(packed_mask(small("llama"), DOCUMENT), block_mask(DOCUMENT, torch.float32))
+    assert torch.equal(packed_mask(small("llama"), DOCUMENT, POSITION), block_mask(POSITION, torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -269,15 +269,46 @@ def test_one_packed_pass_gives_every_target_the_loss_of_its_own_prompt() -> None
 
 def test_a_worded_prompt_and_its_document_mean_the_same() -> None:
     base = make_base(table())
-    form = PromptForm(
-        base.item_tokens().numpy(), base.tokenizer, window=3, row_tokens=40, template=Template("a {items} b", "c", ", ")
-    )
     items = np.array([0, 4, 6, 1, 2])
-    separately = [log_likelihood(base, form.prompt(items[:k]), items[k], CODES) for k in range(len(items))]
-    documents = form.documents(items, 0)
-    for softmax_rows in (rows_of(documents, 40), rows_of(documents, 20)):
-        total = PackedLoss(base.model, make_softmax(base))(*softmax_rows).sum().item()
-        assert total == pytest.approx(-sum(separately), abs=1e-4)
+    for row_tokens in (20, 60):
+        form = worded(base, row_tokens)
+        separately = [log_likelihood(base, form.prompt(items[:k]), items[k], CODES) for k in range(len(items))]
+        for documents in (form.examples(items, 0), form.documents(items, 0)):
+            rows = rows_of(documents, row_tokens)
+            total = PackedLoss(base.model, make_softmax(base))(*rows).sum().item()
+            assert total == pytest.approx(-sum(separately), abs=1e-4)
+
+
+def test_prompts_that_share_prefixes_give_the_losses_and_gradients_of_whole_ones() -> None:
+    base = make_base(table())
+    form = worded(base, 90)
+    users = [np.array([0, 4, 6, 1, 2, 7]), np.array([3, 5, 0])]  # the first one's window of 3 items moves on
+    model, lm = adapted(base, head=True)
+    model.eval()
+    found = []
+    for read in (form.examples, form.documents):
+        documents = [d for items in users for d in read(items, 1)]
+        rows = rows_of(documents, 90)
+        model.zero_grad()
+        losses = PackedLoss(lm, make_softmax(base))(*rows)
+        losses.sum().backward()
+        size = int((rows[1] > 0).sum())
+        found.append(({"losses": losses.detach().sort()[0], **gradients(model)}, len(documents), size))
+    (whole, many, long), (shared, few, short) = found
+    assert (many, few) == (7, 2)
+    assert short < 0.8 * long
+    assert len(whole["losses"]) > 10
+    for name, tensor in whole.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worded(base: Base, row_tokens: int) -> PromptForm:
+    template = Template("a {items} b", "c", ", ")
+    return PromptForm(base.item_tokens().numpy(), base.tokenizer, window=3, row_tokens=row_tokens, template=template)
 
 
 def adapted(base: Base, head: bool) -> tuple[torch.nn.Module, PreTrainedModel]:
@@ -301,9 +332,9 @@ def test_the_loss_over_id_rows_is_that_over_masked_logits_of_the_whole_head(head
     rows = rows_of([document(base, [0, 4, 7, 2, 6], 1), document(base, [5, 1])], 24)
 
     def masked(lm: PreTrainedModel) -> Tensor:
-        tokens, numbers, position, marked = rows
+        tokens, _, position, marked = rows
         hidden = lm.model(
-            input_ids=tokens, attention_mask=block_mask(numbers, torch.float32), position_ids=position, use_cache=False
+            input_ids=tokens, attention_mask=block_mask(position, torch.float32), position_ids=position, use_cache=False
         ).last_hidden_state
         node = softmax.nodes(tokens)
         marked = marked & (softmax.degree[node.clamp_min(0)] > 1)

@@ -11,7 +11,8 @@ from cladapt.config import SimulateConfig, TokensConfig
 from cladapt.errors import CheckFailed, DataError
 from cladapt.pipeline import bench, bench_llm
 from cladapt.pipeline.bench import TARGETS, Case
-from cladapt.pipeline.bench_llm import Field, Size, check_losses, of_users, some_users, worded_form
+from cladapt.pipeline.bench_llm import ROW_TOKENS, Field, Size, check_losses, some_users, worded_form
+from cladapt.tokens.prompts import Document, share_prefixes
 from cladapt.train.sinks import MemorySink
 
 
@@ -27,19 +28,25 @@ def case() -> Case:
 
 def test_both_forms_have_every_target_of_the_chosen_users_once(case: Case) -> None:
     users = some_users(case, 12)
-    prompts, packed = (of_users(case, form, users) for form in (worded_form(case), case.form))
+    worded, trainings = worded_form(case), [case.split.training(i) for i in users]
+    prompts, shared, packed = (
+        [d for items, first in trainings for d in read(items, first)]
+        for read in (worded.examples, worded.documents, case.form.documents)
+    )
     wanted = sum(len(items) - first for items, first in map(case.split.training, users))
     assert wanted >= 12
     assert len(prompts) == wanted
     levels = case.base.sids.levels
     assert sum(int(d.loss.sum()) for d in packed) == levels * wanted
-    spelt = [np.concatenate([d.tokens[d.loss] for d in form]) for form in (prompts, packed)]
-    np.testing.assert_array_equal(*map(np.sort, spelt))
+    assert len(shared) < wanted
+    spelt = [np.sort(np.concatenate([d.tokens[d.loss] for d in form])) for form in (prompts, shared, packed)]
+    np.testing.assert_array_equal(spelt[0], spelt[1])
+    np.testing.assert_array_equal(spelt[0], spelt[2])
     assert some_users(case, 10**6) == list(range(len(case.split.user)))
 
 
 def test_the_trainer_steps_over_padded_prompts_and_learns(case: Case) -> None:
-    documents = of_users(case, worded_form(case), some_users(case, 6))
+    documents = examples(case, 6)
     field = Field(case, documents, 4)
     batch = field.collate(field.examples[:3])
     for row, document in enumerate(documents[:3]):
@@ -57,11 +64,18 @@ def test_the_trainer_steps_over_padded_prompts_and_learns(case: Case) -> None:
 
 
 def test_losses_are_equal_or_no_time_is_recorded(case: Case) -> None:
-    documents = of_users(case, worded_form(case), some_users(case, 4))
+    documents = examples(case, 4)[:4]
+    shared = share_prefixes(documents, ROW_TOKENS)
     field = Field(case, documents, 4)
-    check_losses(case, documents[:4], field.collate)
+    check_losses(case, documents, shared, field.collate)
     with pytest.raises(CheckFailed, match=r"the mean loss of 4 prompts is .*no time is recorded"):
-        check_losses(case, documents[:4], lambda some: field.collate(some[:2]))
+        check_losses(case, documents, shared, lambda some: field.collate(some[:2]))
+    with pytest.raises(CheckFailed, match="no time is recorded"):
+        check_losses(case, documents, shared[:1] if len(shared) > 1 else documents[:2], field.collate)
+
+
+def examples(case: Case, targets: int) -> list[Document]:
+    return [d for i in some_users(case, targets) for d in worded_form(case).examples(*case.split.training(i))]
 
 
 def test_the_rows_name_what_they_are_over(
@@ -69,11 +83,13 @@ def test_the_rows_name_what_they_are_over(
 ) -> None:
     monkeypatch.setattr(bench_llm, "make_llm_case", lambda _: case)
     monkeypatch.setattr(bench_llm, "SIZES", {"tiny": Size(4, 3)})
+    monkeypatch.setattr(bench_llm, "WINDOWS", (8,))
     rows = [row for row in bench_llm.field({}, 3, MemorySink()) if row["unit"] == "ratio"]
     found = {(row["name"], str(row["provider"]).partition(",")[0]): row for row in rows}
     assert list(found) == [
         ("field training", "Trainer with PEFT"),
         ("field training", "prompt form"),
+        ("field training", "prompt form in steps of 4 items"),
         ("field training", "packed form"),
         ("field decoding", "transformers generate"),
         ("field decoding", "cladapt"),

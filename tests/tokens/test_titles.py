@@ -69,13 +69,13 @@ def test_without_a_bos_token_the_prompt_opens_with_its_words() -> None:
 
 def test_training_reads_the_prompt_of_decoding() -> None:
     form, items = form_of(ids=True, history_tokens=14), np.array([2, 0, 3, 1])
-    documents = form.documents(items, 1)
+    documents = form.examples(items, 1)
     assert len(documents) == 3
     for place, document in enumerate(documents, start=1):
         np.testing.assert_array_equal(document.tokens[~document.loss], form.prompt(items[:place]))
         np.testing.assert_array_equal(document.tokens[document.loss], IDS[items[place]])
-        read = form.read(items[:place])
-        assert (document.left_out, document.cut) == (read.left_out, read.cut)
+        assert document.left_out == form.read(items[:place]).left_out
+    assert LeftOut.of(form.documents(items, 1)) == LeftOut.of(documents)
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,7 +89,7 @@ def test_the_budget_keeps_as_many_of_the_newest_items_as_fit(
     assert len(read.tokens) <= template + budget
     meant = history[-window:]
     names = [f"{SPELT[i]} {CLEAN[i]}" if ids else CLEAN[i] for i in meant]
-    kept = names[read.left_out :]
+    kept = names[read.dropped :]
     if read.cut:
         assert len(kept) == 1
         text = TOKENIZER.decode(read.tokens[1:])
@@ -99,14 +99,14 @@ def test_the_budget_keeps_as_many_of_the_newest_items_as_fit(
         assert len(shown) < len(kept[0])
     else:
         assert read.tokens.tolist() == of_names(kept)
-    for more in range(read.left_out - (not read.cut)):  # one more item, or several, would not have fitted
+    for more in range(read.dropped - (not read.cut)):  # one more item, or several, would not have fitted
         assert len(of_names(names[more:])) > template + budget
 
 
 def test_without_a_budget_the_row_bounds_the_history() -> None:
     form = form_of(row_tokens=len(of_names(["Up", "Up"])) + 2)
     read = form.read(np.array([0, 3, 3]))
-    assert (read.left_out, read.cut) == (1, False)
+    assert (read.dropped, read.cut) == (1, False)
     (document,) = form.documents(np.array([0, 3, 3, 1]), 3)
     assert len(document.tokens) == form.limit + 2
 
@@ -114,7 +114,7 @@ def test_without_a_budget_the_row_bounds_the_history() -> None:
 def test_a_title_that_is_too_long_is_cut_at_its_end_and_keeps_its_id() -> None:
     form = form_of([*TITLES[:3], "Up and away " * 30], ids=True, history_tokens=8)
     read = form.read(np.array([0, 3]))
-    assert (read.left_out, read.cut) == (1, True)
+    assert (read.dropped, read.cut) == (1, True)
     assert "Picked so far: <a_2><b_2> Up and" in TOKENIZER.decode(read.tokens)
     assert form.read(np.array([3])).tokens.tolist() == read.tokens.tolist()
 
@@ -122,7 +122,7 @@ def test_a_title_that_is_too_long_is_cut_at_its_end_and_keeps_its_id() -> None:
 def test_what_is_left_out_is_counted_and_said() -> None:
     form = form_of(ids=True, history_tokens=12)
     read = read_all(form, [np.array(h, dtype=np.int64) for h in ([], [3], [3, 3, 3], [2])])
-    dropped = [p.left_out for p in read]
+    dropped = [p.dropped for p in read]
     found = LeftOut.of(read)
     assert dropped[:2] == [0, 0]
     assert dropped[2] > 0
@@ -137,8 +137,8 @@ def test_semantic_ids_have_a_budget_too() -> None:
     separator = len(form.separator)
     assert form.fitting == (7 + separator) // (2 + separator) < 4
     read = form.read(np.array([0, 1, 2, 3]))
-    assert read.left_out == 4 - form.fitting
-    assert read.tokens.tolist() == of_names(SPELT[read.left_out :])
+    assert read.dropped == 4 - form.fitting
+    assert read.tokens.tolist() == of_names(SPELT[read.dropped :])
     with pytest.raises(ConfigError, match="history_tokens=1 holds no item of 2 tokens"):
         PromptForm(IDS, TOKENIZER, window=4, row_tokens=400, history_tokens=1)
     with pytest.raises(ConfigError, match=r"row_tokens=40 is less than .* of a prompt with history_tokens=99"):
