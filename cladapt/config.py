@@ -253,12 +253,8 @@ class HistoriesConfig(Settings):
     @model_validator(mode="after")
     def _worded(self) -> "HistoriesConfig":
         if self.form != "prompt":
-            for key, value, default in (
-                ("history", self.history, "ids"),
-                ("history_tokens", self.history_tokens, 0),
-                ("window_step", self.window_step, 1),
-            ):
-                if value != default:
+            for key, default in (("history", "ids"), ("history_tokens", 0), ("window_step", 1)):
+                if (value := getattr(self, key)) != default:
                     raise ValueError(f"{key}={value} needs form=prompt, form is {self.form}")
         if self.window_step > self.window:
             raise ValueError(f"window_step={self.window_step} exceeds window={self.window}")
