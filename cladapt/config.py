@@ -109,7 +109,7 @@ class BaseConfig(Settings):
     """How a base learns block 1, all of it or the rows of its ID tokens."""
 
     seed: Seed = 0
-    """Seed of initialisation, order and dropout."""
+    """Seed of initialisation and order."""
     lr: PositiveFloat = 2e-3
     """Peak learning rate."""
     epochs: Annotated[int, Field(ge=0)] = 30
