@@ -4,6 +4,7 @@ Registered through `LoraConfig._register_custom_module`, so saving, loading, mer
 """
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +22,10 @@ else:
 
 
 class _Fused(_Layer):
-    """x W^T + bias + scale dropout(x) A^T B^T for one active plain adapter on a frozen linear."""
+    """x W^T + bias + scale dropout(x) A^T B^T for one active plain adapter on a frozen linear.
+
+    A second one at the same scale, frozen and without dropout, is more ranks of the op: a history.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.stock_reason(x):
@@ -30,18 +34,23 @@ class _Fused(_Layer):
 
     def fused(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """The op, for the outputs `rows` int64 [m] alone where they are given: [..., in] -> [..., out] or [..., m]."""
-        (name,) = self.active_adapters
+        name, *others = self.active_adapters
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         # drawn where x lives, without a wait for the device; a checkpoint that computes again draws it again
         seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
-        down, up = (cast(nn.Linear, factors[name]).weight for factors in (self.lora_A, self.lora_B))
+        down, up = self._factors(name)
+        frozen = self._factors(*others) if others else None
         base, scale = self.get_base_layer(), self.scaling[name]
         if rows is None:
-            return self._product(base, x, down, up, scale, p, seed)
+            return self._product(base, x, down, up, scale, p, seed, frozen)
         weight, up = (cast(Tensor, table).index_select(0, rows) for table in (base.weight, up))
         bias = None if base.bias is None else cast(Tensor, base.bias).index_select(0, rows)
-        return ops.lora_linear(x, weight, bias, down, up, scale, p, seed)
+        frozen = frozen and (frozen[0], frozen[1].index_select(0, rows))
+        return ops.lora_linear(x, weight, bias, down, up, scale, p, seed, frozen)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight
 
     def _product(self, base: Any, x: Tensor, *factors: Any) -> Tensor:
         return ops.lora_linear(x, base.weight, base.bias, *factors)
@@ -55,9 +64,9 @@ class _Fused(_Layer):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged:
             return "adapters are disabled or merged"
-        if len(names) != 1 or len(self.active_adapters) != 1:
+        if not names or len(names) != len(self.active_adapters) or not self._are_frozen(names[0], names[1:]):
             return f"{len(names)} adapters are active"
-        (name,) = names
+        name = names[0]
         base, dropout = self.get_base_layer(), self.lora_dropout[name]
         if name in self.lora_variant or self.lora_bias[name]:
             return "a variant of LoRA, or LoRA with bias"
@@ -68,6 +77,17 @@ class _Fused(_Layer):
         if x.dtype != self._dtype(base) and not torch.is_autocast_enabled(x.device.type):
             return f"x is {x.dtype}, the weight {self._dtype(base)}"
         return ""
+
+    def _are_frozen(self, name: str, others: list[str]) -> bool:
+        """Whether there is at most one other adapter, and it is frozen, plain and at the scale of this one."""
+        return len(others) < 2 and all(
+            isinstance(self.lora_dropout[other], nn.Identity)
+            and other not in self.lora_variant
+            and not self.lora_bias[other]
+            and math.isclose(self.scaling[other], self.scaling[name], rel_tol=1e-12)
+            and not any(factor.requires_grad for factor in self._factors(other))
+            for other in others
+        )
 
 
 class LoraLinear(_Fused, lora.Linear):

@@ -3,8 +3,9 @@
     Y  = X W^T + bias + scale (keep * X) A^T B^T        S = (keep * X) A^T is kept for the backward pass
     dS = scale dY B,  dX = dY W + keep * (dS A),  dA = dS^T (keep * X),  dB = scale dY^T S
 
-W and bias are frozen. The factors may have another dtype than X: they are cast where they are loaded, and their
-gradients come in their own dtype straight from float32 sums. LoRA (arXiv 2106.09685), section 4.1.
+W and bias are frozen. `frozen` factors F_A [R, K] and F_B [N, R] are R more ranks of the same products, without dropout
+and without a gradient: Y += scale X F_A^T F_B^T. Factors may have another dtype than X: they are cast where they are
+loaded, and gradients come in their own dtype straight from float32 sums. LoRA (arXiv 2106.09685), section 4.1.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from cladapt_kernels import reference
 from cladapt_kernels.routes import Gemm, Route, route, runs_kernels
 
 LIBRARY = "cladapt"
+Frozen = tuple[Tensor, Tensor] | None
+"""F_A [R, K] and F_B [N, R]."""
 
 
 def lora_linear(
@@ -30,22 +33,24 @@ def lora_linear(
     scale: float,
     p: float = 0.0,
     seed: Tensor | None = None,
+    frozen: Frozen = None,
 ) -> Tensor:
     """x [..., K], weight [N, K], bias [N], a [r, K], b [N, r] -> [..., N]; dropout `p` before A, from `seed` int64 [1].
 
-    `scale` is alpha / r; 1 / (1 - p) is applied here. Under autocast x, weight and bias are cast, the factors are not.
-    `ValueError` for shapes that do not fit, weights that are not frozen, and dropout without a seed.
+    `scale` is alpha / r; 1 / (1 - p) is applied here, to A and B alone. Under autocast x, weight and bias are cast, the
+    factors are not. `ValueError` for shapes that do not fit, weights or frozen factors that learn, and dropout without
+    a seed.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_linear(x, weight, bias, a, b, scale, p, seed)
-    _check(x, weight, bias, a, b, p, seed)
+            return lora_linear(x, weight, bias, a, b, scale, p, seed, frozen)
+    _check(x, weight, bias, a, b, p, seed, frozen)
     if _is_traced(x):
         rows = x.reshape(-1, x.shape[-1])
-        y, _ = torch.ops.cladapt.lora_linear(rows, weight, bias, a, b, scale / (1.0 - p), p, seed)
+        y, _ = torch.ops.cladapt.lora_linear(rows, weight, bias, a, b, scale / (1.0 - p), p, seed, *(frozen or ()))
         return y.view(*x.shape[:-1], weight.shape[0])
-    return cast(Tensor, _LoraLinear.apply(x, weight, None, bias, a, b, scale / (1.0 - p), p, seed))
+    return cast(Tensor, _LoraLinear.apply(x, weight, None, bias, a, b, scale / (1.0 - p), p, seed, frozen))
 
 
 def lora_linear_dequantised(
@@ -57,6 +62,7 @@ def lora_linear_dequantised(
     scale: float,
     p: float = 0.0,
     seed: Tensor | None = None,
+    frozen: Frozen = None,
 ) -> Tensor:
     """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them.
 
@@ -65,9 +71,9 @@ def lora_linear_dequantised(
     if torch.is_autocast_enabled(x.device.type):
         x = _autocast(x)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_linear_dequantised(x, dequantise, bias, a, b, scale, p, seed)
+            return lora_linear_dequantised(x, dequantise, bias, a, b, scale, p, seed, frozen)
     bias = None if bias is None else _as(bias, x.dtype)
-    return cast(Tensor, _LoraLinear.apply(x, None, dequantise, bias, a, b, scale / (1.0 - p), p, seed))
+    return cast(Tensor, _LoraLinear.apply(x, None, dequantise, bias, a, b, scale / (1.0 - p), p, seed, frozen))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -84,7 +90,9 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, p: float, seed: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, p: float, seed: Tensor | None, frozen: Frozen
+) -> None:
     n, k = weight.shape
     r = a.shape[0]
     if x.shape[-1] != k or a.shape != (r, k) or b.shape != (n, r) or (bias is not None and bias.shape != (n,)):
@@ -96,6 +104,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
         raise ValueError("rank 0: a and b are empty")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight and bias must be frozen: they get no gradient here")
+    if frozen is not None:
+        ranks = len(frozen[0])
+        for name, tensor, shape in zip(("frozen a", "frozen b"), frozen, ((ranks, k), (n, ranks)), strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {shape} for weight {(n, k)}")
+            if tensor.requires_grad:
+                raise ValueError(f"{name} requires a gradient, which frozen factors do not get")
     if p:
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout p={p}, expected 0 <= p < 1")
@@ -118,21 +133,22 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         p: float,
         seed: Tensor | None,
+        frozen: Frozen,
     ) -> Tensor:
         whole = weight
         if whole is None:
             whole = _as(cast(Callable[[], Tensor], dequantise)(), x.dtype)
-            _check(x, whole, bias, a, b, p, seed)
+            _check(x, whole, bias, a, b, p, seed, frozen)
         shape = x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         if torch.compiler.is_compiling():
-            y, s = torch.ops.cladapt.lora_linear(rows, whole, bias, a, b, scale, p, seed)
+            y, s = torch.ops.cladapt.lora_linear(rows, whole, bias, a, b, scale, p, seed, *(frozen or ()))
         else:
-            chosen = route(rows, shape[-1], whole.shape[0], a.shape[0], p)
-            y, s = forward_by(chosen.forward, rows, whole, bias, a, b, scale, p, seed)
+            chosen = _route(rows, whole, a, p, frozen)
+            y, s = forward_by(chosen.forward, rows, whole, bias, a, b, scale, p, seed, frozen)
         need_a, need_b = ctx.needs_input_grad[4:6]
         ctx.save_for_backward(rows if need_a else None, weight, a, b, s if need_b else None, seed)
-        ctx.scale, ctx.p, ctx.dequantise, ctx.shape = scale, p, dequantise, shape
+        ctx.scale, ctx.p, ctx.dequantise, ctx.shape, ctx.frozen = scale, p, dequantise, shape, frozen
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
     @staticmethod
@@ -148,11 +164,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     shape = ctx.shape
     if len(shape) != 2:
         dy = dy.reshape(-1, dy.shape[-1])
-    need_dx, _, _, _, need_da, need_db, _, _, _ = ctx.needs_input_grad
-    dx, da, db = _gradients(dy, x, weight, a, b, s, ctx.scale, ctx.p, seed, need_dx, need_da, need_db)
+    need_dx, _, _, _, need_da, need_db, *_ = ctx.needs_input_grad
+    dx, da, db = _gradients(dy, x, weight, a, b, s, ctx.scale, ctx.p, seed, need_dx, need_da, need_db, ctx.frozen)
     if dx is not None and len(shape) != 2:
         dx = dx.view(shape)
-    return dx, None, None, None, da, db, None, None, None
+    return dx, None, None, None, da, db, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
@@ -171,18 +187,24 @@ def _gradients(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    frozen: Frozen,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB, None where not needed; what was cast in the forward pass is not cast again here."""
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
-            return _gradients(dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+            return _gradients(dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen)
     dy = dy.contiguous()
     if torch.compiler.is_compiling():
         needs = (need_dx, need_da, need_db)
-        found = torch.ops.cladapt.lora_linear_backward(dy, x, weight, a, b, s, scale, p, seed, *needs)
+        found = torch.ops.cladapt.lora_linear_backward(dy, x, weight, a, b, s, scale, p, seed, *needs, *(frozen or ()))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))  # type: ignore[return-value]
-    chosen = route(dy, weight.shape[1], weight.shape[0], a.shape[0], p)
-    return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+    chosen = _route(dy, weight, a, p, frozen)
+    return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen)
+
+
+def _route(like: Tensor, weight: Tensor, a: Tensor, p: float, frozen: Frozen) -> Route:
+    ranks = len(a) + (0 if frozen is None else len(frozen[0]))
+    return route(like, weight.shape[1], weight.shape[0], ranks, p)
 
 
 def forward_by(
@@ -195,21 +217,32 @@ def forward_by(
     scale: float,
     p: float = 0.0,
     seed: Tensor | None = None,
+    frozen: Frozen = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y and S by one way; all ways give the same within their dtype's rounding."""
+    """Y and S by one way; all ways give the same within their dtype's rounding.
+
+    With frozen factors [(1 - p) X F_A^T, S] is multiplied by [F_B, B], and `strip`, which makes one S alone, is
+    `seeded`.
+    """
     if way == "addmm":
         y = functional.linear(x, weight, bias)
         s = functional.linear(_dropped(x, p, seed), _as(a, x.dtype))
-        return y.addmm_(s, _as(b, x.dtype).T, alpha=scale), s
+        if frozen is None:
+            return y.addmm_(s, _as(b, x.dtype).T, alpha=scale), s
+        low = torch.cat([_scaled(1.0 - p, x, _as(frozen[0], x.dtype).T), s], 1)
+        return y.addmm_(low, _as(torch.cat([frozen[1], b], 1), x.dtype).T, alpha=scale), s
     from cladapt_kernels import gemm, shrink
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(x):
-        if way == "strip":
+        if way == "strip" and frozen is None:
             return gemm.strip(x, weight.T, a, b.T, scale, 1.0, bias, drop_x=p, seed=seed)
         s = shrink.shrink(x, a, 1.0, p, seed)
         product = gemm.described if way == "described" else gemm.seeded
-        return product(x, weight.T, s, b.T, scale, bias), s
+        if frozen is None:
+            return product(x, weight.T, s, b.T, scale, bias), s
+        low = torch.cat([shrink.shrink(x, frozen[0], 1.0 - p), s], 1)
+        return product(x, weight.T, low, torch.cat([frozen[1], b], 1).T, scale, bias), s
 
 
 def backward_by(
@@ -226,11 +259,12 @@ def backward_by(
     need_dx: bool = True,
     need_da: bool = True,
     need_db: bool = True,
+    frozen: Frozen = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB by one route, None where not needed; x may be None without dA, s without dB."""
     dx, ds = None, None
     if need_dx or need_da:
-        dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx)
+        dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx, frozen)
     if ds is not None and x is not None and s is not None and need_da and need_db and chosen.factors != "matmul":
         from cladapt_kernels import skinny
         from cladapt_kernels.tiles import on_device_of
@@ -258,25 +292,54 @@ def _input_gradient(
     p: float,
     seed: Tensor | None,
     need_dx: bool,
+    frozen: Frozen,
 ) -> tuple[Tensor | None, Tensor]:
-    """dX, None where not needed, and dS = scale dY B."""
+    """dX, None where not needed, and dS = scale dY B.
+
+    With frozen factors dX += scale (1 - p) dY F_B F_A: as more ranks of the one product, or, where dropout masks this,
+    by one more pass over dX.
+    """
+    if way == "strip" and need_dx and frozen is None:
+        from cladapt_kernels import gemm
+        from cladapt_kernels.tiles import on_device_of
+
+        with on_device_of(dy):
+            return gemm.strip(dy, weight, b.T, a, 1.0, scale, drop_y=p, seed=seed)
+    ds = _down(way, dy, b, scale)
+    if not need_dx:
+        return None, ds
+    if frozen is None:
+        return _up(way, dy, weight, ds, a, p, seed), ds
+    low = _down(way, dy, frozen[1], scale * (1.0 - p))
+    if p == 0:
+        return _up(way, dy, weight, torch.cat([low, ds], 1), torch.cat([frozen[0], a]), p, seed), ds
+    return _up(way, dy, weight, ds, a, p, seed).addmm_(low, _as(frozen[0], dy.dtype)), ds
+
+
+def _down(way: Gemm, dy: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale dY B."""
     if way == "addmm":
-        ds = _scaled(scale, dy, _as(b, dy.dtype))
-        if not need_dx:
-            return None, ds
-        dx, down = dy @ weight, _as(a, dy.dtype)
-        if p == 0:
-            return dx.addmm_(ds, down), ds
-        return dx.addcmul_(ds @ down, _keep(dx, p, seed)), ds
-    from cladapt_kernels import gemm, shrink
+        return _scaled(scale, dy, _as(b, dy.dtype))
+    from cladapt_kernels import shrink
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(dy):
-        if way == "strip" and need_dx:
-            return gemm.strip(dy, weight, b.T, a, 1.0, scale, drop_y=p, seed=seed)
-        ds = shrink.shrink(dy, b.T, scale)
+        return shrink.shrink(dy, b.T, scale)
+
+
+def _up(way: Gemm, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """dY W + keep * (dS A)."""
+    if way == "addmm":
+        dx, down = dy @ weight, _as(a, dy.dtype)
+        if p == 0:
+            return dx.addmm_(ds, down)
+        return dx.addcmul_(ds @ down, _keep(dx, p, seed))
+    from cladapt_kernels import gemm
+    from cladapt_kernels.tiles import on_device_of
+
+    with on_device_of(dy):
         product = gemm.described if way == "described" else gemm.seeded
-        return product(dy, weight, ds, a, p=p, seed=seed) if need_dx else None, ds
+        return product(dy, weight, ds, a, p=p, seed=seed)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -314,9 +377,12 @@ def _forward_op(
     scale: float,
     p: float,
     seed: Tensor | None,
+    frozen_a: Tensor | None = None,
+    frozen_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = route(x, weight.shape[1], weight.shape[0], a.shape[0], p)
-    return forward_by(chosen.forward, x, weight, bias, a, b, scale, p, seed)
+    frozen = _pair(frozen_a, frozen_b)
+    chosen = _route(x, weight, a, p, frozen)
+    return forward_by(chosen.forward, x, weight, bias, a, b, scale, p, seed, frozen)
 
 
 @torch.library.custom_op(f"{LIBRARY}::lora_linear_backward", mutates_args=())
@@ -333,11 +399,18 @@ def _backward_op(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    frozen_a: Tensor | None = None,
+    frozen_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An empty tensor stands for what is not needed: an op cannot return None."""
-    chosen = route(dy, weight.shape[1], weight.shape[0], a.shape[0], p)
-    found = backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db)
+    frozen = _pair(frozen_a, frozen_b)
+    chosen = _route(dy, weight, a, p, frozen)
+    found = backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in found)  # type: ignore[return-value]
+
+
+def _pair(frozen_a: Tensor | None, frozen_b: Tensor | None) -> Frozen:
+    return None if frozen_a is None or frozen_b is None else (frozen_a, frozen_b)
 
 
 @_forward_op.register_fake
@@ -347,31 +420,33 @@ def _(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, *_: Any) -> tu
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, x: Any, weight: Tensor, a: Tensor, b: Tensor, s: Any, scale: Any, p: Any, seed: Any, *needs: bool
+    dy: Tensor, x: Any, weight: Tensor, a: Tensor, b: Tensor, s: Any, scale: Any, p: Any, seed: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = ((dy, (dy.shape[0], weight.shape[1])), (a, a.shape), (b, b.shape))
     found = (
-        like.new_empty(shape) if need else dy.new_empty(0) for (like, shape), need in zip(shapes, needs, strict=True)
+        like.new_empty(shape) if need else dy.new_empty(0) for (like, shape), need in zip(shapes, rest[:3], strict=True)
     )
     return tuple(found)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, scale, p, seed = inputs
+    x, weight, _, a, b, scale, p, seed, *frozen = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.scale, ctx.p = scale, p
-    ctx.save_for_backward(x, weight, a, b, output[1], seed)
+    ctx.save_for_backward(x, weight, a, b, output[1], seed, *frozen)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
-    x, weight, a, b, s, seed = ctx.saved_tensors
+        return (None,) * 10
+    x, weight, a, b, s, seed, *frozen = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
-    found = torch.ops.cladapt.lora_linear_backward(dy.contiguous(), x, weight, a, b, s, ctx.scale, ctx.p, seed, *needs)
+    found = torch.ops.cladapt.lora_linear_backward(
+        dy.contiguous(), x, weight, a, b, s, ctx.scale, ctx.p, seed, *needs, *frozen
+    )
     dx, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
-    return dx, None, None, da, db, None, None, None
+    return dx, None, None, da, db, None, None, None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)

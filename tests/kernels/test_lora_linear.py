@@ -432,6 +432,86 @@ def test_fake_tensors_see_the_op_and_not_its_route(device: torch.device, monkeyp
     assert y.requires_grad
 
 
+FROZEN_RANK = 6
+
+
+def frozen_of(case: Case) -> tuple[Tensor, Tensor]:
+    """Frozen factors of a case, in the dtype of its own."""
+    generator = torch.Generator().manual_seed(9)
+    sizes = ((FROZEN_RANK, case.x.shape[1]), (case.dy.shape[1], FROZEN_RANK))
+    first, second = (torch.randn(*size, generator=generator).to(case.a) for size in sizes)
+    return first, second
+
+
+def with_folded(case: Case, frozen: tuple[Tensor, Tensor], dtype: torch.dtype) -> Case:
+    """The case whose weight, in `dtype`, has taken in the frozen factors."""
+    weight = case.weight.to(dtype) + SCALE * frozen[1].to(dtype) @ frozen[0].to(dtype)
+    return Case(**{**vars(case), "weight": weight})
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("way", [*WAYS, "described"])
+def test_frozen_factors_are_part_of_the_weight_and_see_no_dropout(
+    way: str, p: float, device: torch.device, dtypes: tuple[torch.dtype, ...], within_budget: Check,
+    poisoned: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # what torch's error is: the same sums, one after the other, at the dtype
+    for dtype in dtypes:
+        if device.type == "cpu" and (way, dtype) in (("addmm", torch.float16), ("described", torch.float32)):
+            continue
+        case = make((63, 72, 88, 5), dtype, device, torch.float32)
+        frozen, scale = frozen_of(case), SCALE / (1 - p)
+        x, dy = poisoned(case.x), poisoned(case.dy)
+        y, s = forward_by(way, x, case.weight, case.bias, case.a, case.b, scale, p, case.seed, frozen)
+        chosen = Route(way, way, "matmul" if way == "addmm" else "skinny", "asked for")
+        grads = backward_by(chosen, dy, x, case.weight, case.a, case.b, s, scale, p, case.seed, frozen=frozen)
+        truth = with_folded(case, frozen, torch.float64).truth(p)
+        sizes = with_folded(absolute(case), (frozen[0].abs(), frozen[1].abs()), torch.float64).truth(p)
+        extra = [SCALE * (t @ u.T.to(dtype)) @ v.T.to(dtype) for t, u, v in (
+            (case.x, *frozen), (case.dy, frozen[1].T, frozen[0].T)
+        )]  # fmt: skip
+        other = list(case.truth(p, dtype))
+        other = [other[0] + extra[0], other[1] + extra[1], *other[2:]]
+        for name, found, exact, plain, size in zip(
+            ("y", "dx", "da", "db"), (y, *grads), truth, other, sizes, strict=True
+        ):
+            within_budget(f"{way} {dtype} {name}", found, exact, plain.to(found.dtype), size)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_frozen_factors_pass_gradcheck_get_no_gradient_and_are_traced(
+    p: float, quantised: bool, device: torch.device
+) -> None:
+    x, weight, bias, a, b, seed = inputs(p, torch.float64, device)
+    frozen = frozen_of(make((6, 10, 12, 5), torch.float64, device, torch.float64))
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if quantised:
+            return lora_linear_dequantised(x, lambda: weight, bias, a, b, SCALE, p, seed, frozen)
+        return lora_linear(x, weight, bias, a, b, SCALE, p, seed, frozen)
+
+    assert torch.autograd.gradcheck(run, (x, a, b))
+    folded = weight + SCALE * frozen[1] @ frozen[0]
+    expected = lora_linear(x, folded, bias, a, b, SCALE, p, seed)
+    torch.testing.assert_close(run(x, a, b), expected, rtol=1e-12, atol=1e-12)
+    if quantised:
+        return
+    torch.library.opcheck(torch.ops.cladapt.lora_linear, (x, weight, bias, a, b, SCALE, p, seed, *frozen))
+    traced = torch.compile(run, backend="aot_eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(x, a, b).square().sum(), (x, a, b)) for f in (traced, run)]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_the_route_is_that_of_all_ranks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, ranks = make((20, 24, 40, 4), torch.float32, device, torch.float32), []
+    monkeypatch.setattr(op, "route", lambda *given: ranks.append(given[3]) or Route("addmm", "addmm", "matmul", ""))
+    a = case.a.requires_grad_()
+    lora_linear(case.x, case.weight, None, a, case.b, SCALE, frozen=frozen_of(case)).sum().backward()
+    assert ranks == [4 + FROZEN_RANK] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -443,6 +523,9 @@ def test_fake_tensors_see_the_op_and_not_its_route(device: torch.device, monkeyp
         ({"weight": torch.zeros(12, 10, requires_grad=True)}, "must be frozen"),
         ({"p": 1.0}, r"dropout p=1\.0, expected 0 <= p < 1"),
         ({"p": 0.1}, r"dropout p=0\.1 without a seed"),
+        ({"frozen": (torch.zeros(3, 9), torch.zeros(12, 3))}, r"frozen a is \(3, 9\), expected \(3, 10\)"),
+        ({"frozen": (torch.zeros(3, 10), torch.zeros(12, 2))}, r"frozen b is \(12, 2\), expected \(12, 3\)"),
+        ({"frozen": (torch.zeros(3, 10, requires_grad=True), torch.zeros(12, 3))}, "frozen a requires a gradient"),
     ],
 )
 def test_what_does_not_fit_is_told(change: dict[str, object], message: str) -> None:

@@ -83,12 +83,14 @@ def ours(learns: Parameters) -> tuple[nn.Module, nn.Module]:
     return model, cast(Any, model).get_base_model().get_output_embeddings()
 
 
-def with_history(folded: bool) -> tuple[nn.Module, nn.Module]:
+def with_history(folded: bool, fused: bool = False) -> tuple[nn.Module, nn.Module]:
     model = lm()
     base = Base(model if folded else model.double(), cast(Any, None), cast(Any, None), {})
     if folded:
         model.float()
-    adapted = create_adapter(base, AdapterConfig(rank=2, targets=("lm_head",)), 0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("cladapt.ops.uses_kernel", lambda *_: fused)
+        adapted = create_adapter(base, AdapterConfig(rank=2, targets=("lm_head",)), 0)
     (name,) = lora_layers(adapted)
     generator = torch.Generator().manual_seed(3)
     shapes = {"lora_A": (4, WIDTH), "lora_B": (VOCABULARY, 4)}
@@ -146,6 +148,7 @@ HEADS: dict[str, Model] = {
     "weights": lambda: ours("weights"),
     "folded history": lambda: with_history(True),
     "history beside": lambda: with_history(False),
+    "history beside, fused": lambda: with_history(False, fused=True),
     "tokens": with_tokens,
     "tokens, tied": lambda: with_tokens(tied=True),
     "tokens on a head with bias": lambda: with_tokens(bias=True),

@@ -80,15 +80,45 @@ def second_adapter(model: Any) -> None:
     model.base_model.set_adapter(["default", "other"])
 
 
+def with_history(model: Any, dropout: float = 0.0) -> None:
+    """A second adapter, frozen and at the scale of the first."""
+    generator = torch.Generator().manual_seed(5)
+    model.add_adapter("history", LoraConfig(r=6, lora_alpha=9, lora_dropout=dropout, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "history"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".history." in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator)).requires_grad_(False)
+
+
+def test_a_frozen_second_adapter_is_more_ranks_of_the_op(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, fused = adapted(base, False), adapted(base, True)
+    for model in (stock, fused):
+        with_history(model)
+    expected = logits_and_gradients(stock)
+    monkeypatch.setattr("peft.tuners.lora.Linear.forward", None)  # no layer takes PEFT's way
+    found = logits_and_gradients(fused)
+    assert found.keys() == expected.keys()
+    assert len(found) == 1 + 28
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def a_history_with_dropout(model: Any) -> None:
+    with_history(model, dropout=0.1)
+    model.eval()  # the new adapter too
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda model: model.base_model.disable_adapter_layers(), "adapters are disabled or merged"),
         (lambda model: model.base_model.merge_adapter(), "adapters are disabled or merged"),
         (second_adapter, "2 adapters are active"),
+        (a_history_with_dropout, "2 adapters are active"),
         (lambda model: model.base_model.requires_grad_(True), "the weights themselves train"),
     ],
-    ids=["disabled", "merged", "two adapters", "full training"],
+    ids=["disabled", "merged", "two adapters", "two with dropout", "full training"],
 )
 def test_what_is_not_plain_lora_takes_peft_s_way(change: Callable[[Any], Any], reason: str, base: nn.Module) -> None:
     stock, fused = adapted(base, False).eval(), adapted(base, True).eval()
