@@ -142,6 +142,19 @@ def proximal_statistics(
     return torch.stack([weight.expand_as(mean), inverse_tau, log_sum, centre, log_mean, mean], dim=1)
 
 
+def proximal_gradient(kind: str, value: Tensor, anchor: Tensor, statistics: Tensor) -> Tensor:
+    """weight dR/dv of entries of one group, `kl` or `l2`, by its row of `proximal_statistics` [6]; of value's shape.
+
+    The exponent is taken once: exp(a / tau - log sum) and exp(d - m) leave the range where p does not.
+    """
+    weight, inverse_tau, log_sum, centre, log_mean, mean = statistics.unbind()
+    if kind == "l2":
+        return weight * (value - anchor)
+    d = (value - anchor) * inverse_tau - centre
+    p = torch.exp(anchor * inverse_tau - log_sum + (d - log_mean))
+    return weight * inverse_tau * p * (d - mean)
+
+
 def proximal_l2(value: Tensor, anchor: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """1/2 ||v - a||^2 of each group [G] and its gradient v - a [n]."""
     d = value - anchor

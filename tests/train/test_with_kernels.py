@@ -10,8 +10,12 @@ import torch
 
 from cladapt.artifacts import read_tensors
 from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.errors import ConfigError
+from cladapt.methods.peso import Peso
 from cladapt.pipeline import bases, runs, streams
 from cladapt.train.sinks import MemorySink
+from cladapt_kernels import lora_linear
+from cladapt_kernels.routes import Factors, Route
 
 FORMS = [("scaled", "factor", 0.1), ("scaled", "module", 0.1), ("literal", "factor", 50.0), ("l2", "factor", 0.5)]
 
@@ -32,12 +36,12 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def config(form: str, groups: str, strength: float) -> RunConfig:
-    options = {"regulariser": form, "groups": groups, "strength": strength}
+def config(form: str, groups: str, strength: float, method: str = "peso", place: str = "auto") -> RunConfig:
+    options = {"regulariser": form, "groups": groups, "strength": strength, "place": place}
     return RunConfig(
         data="stream",
         base="base",
-        method=MethodConfig(name="peso", options=options),
+        method=MethodConfig(name=method, options={f"peso.{name}": value for name, value in options.items()}),
         adapter=AdapterConfig(rank=2, dropout=0.1),
         train=TrainConfig(epochs=2, batch_tokens=512, clip=0.05, checkpoint_steps=2),
     )
@@ -92,6 +96,74 @@ def test_a_run_with_every_op_in_place_is_the_run_without(monkeypatch: pytest.Mon
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+def with_linears(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
+    """The fused linears everywhere; with `kernels` the factors' gradients and the term are computed by them."""
+    monkeypatch.setattr("cladapt.ops.uses_kernel", lambda op, *_: op in ("lora_linear", "prox_adamw"))
+    factors: Factors = "skinny" if kernels else "matmul"
+    monkeypatch.setattr(lora_linear, "route", lambda *_: Route("addmm", "addmm", factors, "asked for"))
+    if kernels:
+        monkeypatch.setattr("cladapt_kernels.proximal.launch_obstacle", lambda *_: "")
+        monkeypatch.setattr("cladapt_kernels.optim.launch_obstacle", lambda *_: "")
+
+
+PLACES = [  # method, form, what is asked for, what is taken, whether kernels do it
+    ("peso", "scaled", "epilogue", "epilogue", False),
+    ("peso+eblora", "scaled", "auto", "epilogue", False),
+    ("eblora+peso", "scaled", "auto", "optimiser", False),
+    *(
+        pytest.param(*case, True, marks=pytest.mark.slow)
+        for case in (
+            ("peso", "literal", "epilogue", "epilogue"),
+            ("peso", "scaled", "epilogue", "epilogue"),
+            ("peso", "l2", "epilogue", "epilogue"),
+            ("peso+eblora", "scaled", "auto", "epilogue"),
+            ("eblora+peso", "l2", "auto", "optimiser"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "form", "asked", "taken", "kernels"), PLACES)
+def test_a_term_does_the_same_in_every_place(
+    method: str, form: str, asked: str, taken: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strength = {"literal": 50.0, "scaled": 0.1, "l2": 0.5}[form]
+    with_linears(monkeypatch, kernels)
+    places: list[str] = []
+    place = Peso._place
+    monkeypatch.setattr(Peso, "_place", lambda own, ctx: places.append(place(own, ctx)) or places[-1])
+    for name in ("eager", asked):
+        settings = config(form, "factor", strength, method, name)
+        train = settings.train.model_copy(update={"epochs": 1, "accumulation": 2, "batch_tokens": 256})
+        runs.train(settings.model_copy(update={"train": train}), Path(name), MemorySink())
+    assert {*places} == {"eager", taken}
+    expected, found = factors("eager"), factors(asked)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5)
+    for one, two in zip(steps("eager"), steps(asked), strict=True):
+        assert one.keys() == two.keys()
+        for key in ("loss", "grad_norm", *(key for key in one if "peso/" in key)):
+            near = pytest.approx(one[key], rel=2e-3, abs=1e-4 if key == "peso/cosine" else 1e-6)
+            assert two[key] == near, (one["block"], one["step"], key)
+    assert max(step.get("peso/term", 0.0) for step in steps(asked)) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "message"),
+    [
+        ("peso", "epilogue", r"place=epilogue: the linears do not run the fused op \(auto: there is no GPU"),
+        ("peso+eblora", "optimiser", "place=optimiser: a method that comes after peso edits gradients"),
+        ("eblora+peso", "epilogue", "place=epilogue: a method that comes before peso edits gradients"),
+    ],
+)
+def test_a_place_where_the_term_cannot_join_is_refused(method: str, place: str, message: str) -> None:
+    if torch.cuda.is_available() and method == "peso":
+        pytest.skip("the linears run the fused op")
+    with pytest.raises(ConfigError, match=message) as caught:
+        runs.train(config("scaled", "factor", 0.1, method, place), Path("run"), MemorySink())
+    assert caught.value.hint == "use place=auto"
+
+
 class Stops(MemorySink):
     """Fails at a step of block 3, as a kill would."""
 
@@ -101,9 +173,10 @@ class Stops(MemorySink):
             raise KeyboardInterrupt
 
 
-def test_a_run_with_the_term_inside_resumes_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside(monkeypatch)
-    settings = config("scaled", "factor", 0.1)
+@pytest.mark.parametrize("place", ["optimiser", "epilogue"])
+def test_a_run_with_the_term_inside_resumes_to_the_same_bits(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_linears(monkeypatch, kernels=False)
+    settings = config("scaled", "factor", 0.1, place=place)
     runs.train(settings, Path("whole"), MemorySink())
     with pytest.raises(KeyboardInterrupt):
         runs.train(settings, Path("part"), Stops())
