@@ -217,7 +217,7 @@ class ProxAdamW(torch.optim.Optimizer):
         stepped = [p for p in others if p.grad is not None]
         grads = [p.grad for p in stepped if p.grad is not None]
         if clip is not None and grads:
-            grads = list(torch._foreach_mul(grads, clip))  # the task's gradients may not
+            grads = list(torch._foreach_mul(grads, clip.to(grads[0])))  # the task's gradients may not
         self._torch_steps(stepped, grads)
         return loss
 
