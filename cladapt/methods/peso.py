@@ -12,9 +12,9 @@ of the sum is what is clipped:
 optimiser  inside its step, with no pass over the parameters of its own; after the edits of methods composed with it
 epilogue   in the last backward pass of a step, where the fused linears write dA and dB; before all edits
 eager      between the two, by plain torch, for rank groups too
-`auto` is eager without kernels, else the first of the three that means what the order of the methods says. By the model
-that is the cheapest: with clipping and figures 44 bytes a parameter and step, the epilogue 76. A group whose anchor has
-no spread (B = 0 at the first block) takes the spread of the whole anchor as tau.
+`auto` is eager without kernels, else the first of the three that means what the order of the methods says: by the
+model of `bench kernels` it moves 44 bytes a parameter and step, figures and clipping included, and the epilogue 76.
+A group whose anchor has no spread (B = 0 at the first block) takes the spread of the whole anchor as tau.
 Log: `peso/term` = lambda R, `peso/ratio` and `peso/cosine` of its gradient against the task's, `peso/distance` =
 ||v - a||. Block 1 has no predecessor to stay near and is learned without the term.
 State: the anchor, 4 bytes per adapter parameter, the same in every block.
