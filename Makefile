@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cladapt
 LLM := $(CACHE)/llm/.fetched
 
-.PHONY: demo install llm test slow lint check bench gpu gpu-test gpu-bench clean
+.PHONY: demo install llm test slow lint check budgets bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -43,6 +43,11 @@ lint: $(STAMP)  ## style, types, import layers, rules of the sources
 	$(BIN)/python -m pytest tests/packaging/test_imports.py -k sources
 
 check: lint test  ## what a change must pass
+
+budgets: $(STAMP)  ## compile the kernels that have changed ahead of time, and write what they take
+	mkdir -p build
+	PYTHONPATH=kernels $(BIN)/python -m cladapt_kernels.aot --known tests/kernels/budgets.csv > build/budgets.csv
+	mv build/budgets.csv tests/kernels/budgets.csv
 
 bench: $(STAMP)  ## measure the registry on this machine
 	$(BIN)/python bench/run.py

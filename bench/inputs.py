@@ -8,18 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from cladapt import workloads
 from cladapt.artifacts import hash_value
 from cladapt.config import (
-    BaseConfig,
     BlocksConfig,
     ImagesConfig,
+    InitConfig,
+    PretrainConfig,
     Settings,
     SimulateConfig,
+    StartConfig,
     TokensConfig,
     TuneConfig,
     VitConfig,
@@ -63,7 +65,10 @@ class Recipe(Settings, ABC):
         """Make a base for a stream; what to say of it."""
 
 
-class LanguageBase(BaseConfig):
+Own = TypeVar("Own", InitConfig, PretrainConfig)
+
+
+class LanguageBase(PretrainConfig, StartConfig):
     """How a causal LM becomes a base: from scratch, or a pretrained one with ID tokens, tuned on block 1."""
 
     source: str = ""
@@ -74,10 +79,9 @@ class LanguageBase(BaseConfig):
     tune: TuneConfig | None = None
     """`base tune` after `base init`, with the same seed; none leaves the pretrained weights as they are."""
 
-    @property
-    def own(self) -> BaseConfig:
+    def own(self, kind: type[Own]) -> Own:
         """The settings of `base pretrain` or `base init`."""
-        return BaseConfig(**self.model_dump(include={*BaseConfig.model_fields}))
+        return kind(**self.model_dump(include={*kind.model_fields}))
 
 
 class Interactions(Recipe):
@@ -118,14 +122,14 @@ class Interactions(Recipe):
 
     def make_base(self, folder: Path, data: Path, stream: Path, settings: LanguageBase) -> dict[str, Any]:
         if not settings.source:
-            return bases.pretrain_base(stream, folder, settings.own, MemorySink())
+            return bases.pretrain_base(stream, folder, settings.own(PretrainConfig), MemorySink())
         places = (data / settings.source, FETCHED / settings.source)
         source = str(next((place for place in places if place.exists()), settings.source))
         if settings.tune is None:
-            return bases.init_base(source, stream, folder, settings.form, settings.own, MemorySink())
+            return bases.init_base(source, stream, folder, settings.form, settings.own(InitConfig), MemorySink())
         first = folder.parent / hash_value([stream.name, settings.model_dump(mode="json", exclude={"tune"})])
         if not first.is_dir():
-            bases.init_base(source, stream, first, settings.form, settings.own, MemorySink())
+            bases.init_base(source, stream, first, settings.form, settings.own(InitConfig), MemorySink())
         tune = settings.tune.model_copy(update={"seed": settings.seed})
         return bases.tune_base(str(first), stream, folder, tune, MemorySink())
 

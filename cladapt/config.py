@@ -105,14 +105,9 @@ class StartConfig(Settings):
     """Give a base whose head is its embedding table a head of its own, a copy, so that output rows can differ."""
 
 
-class BaseConfig(StartConfig):
-    """How a base model is made."""
+class BaseConfig(Settings):
+    """How a base learns block 1, all of it or the rows of its ID tokens."""
 
-    shown_by = "config show --for pretrain"
-    preset: Literal["tiny", "small", "medium"] = "tiny"
-    """Size of a base trained from scratch."""
-    tie_embeddings: bool = False
-    """One table for embedding and head, which then cannot be adapted; for a base trained from scratch."""
     seed: Seed = 0
     """Seed of initialisation, order and dropout."""
     lr: PositiveFloat = 2e-3
@@ -123,8 +118,6 @@ class BaseConfig(StartConfig):
     """Stop after this many epochs without a better validation log-likelihood."""
     softmax: Literal["trie", "vocabulary"] = "trie"
     """As `train.softmax`."""
-    dropout: Fraction = 0.2
-    """Dropout on embeddings and residual branches while pretraining."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """AdamW weight decay."""
     batch_tokens: Positive = 4096
@@ -133,6 +126,24 @@ class BaseConfig(StartConfig):
     """Tokens per packed row."""
     window: Positive = 20
     """Most recent items that form a history."""
+
+
+class PretrainConfig(BaseConfig):
+    """How a base is made from scratch."""
+
+    shown_by = "config show --for pretrain"
+    preset: Literal["tiny", "small", "medium"] = "tiny"
+    """Size of the model."""
+    tie_embeddings: bool = False
+    """One table for embedding and head, which then cannot be adapted."""
+    dropout: Fraction = 0.2
+    """Dropout on embeddings and residual branches while pretraining."""
+
+
+class InitConfig(BaseConfig, StartConfig):
+    """How a pretrained checkpoint gets ID tokens, and how their rows are fitted."""
+
+    shown_by = "config show --for init"
 
 
 class AdapterConfig(Settings):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cladapt.config import (
-    BaseConfig,
     BlocksConfig,
     EvalConfig,
+    InitConfig,
+    PretrainConfig,
     RunConfig,
     Settings,
     SimulateConfig,
@@ -83,7 +84,7 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
         (EvalConfig, {"beams": 5}, "beams=5 is below the largest top_k=10"),
         (SimulateConfig, {"items": 3}, "items=3: Input should be greater than or equal to 20"),
         (TokensConfig, {"codes": 1}, "codes=1: Input should be greater than or equal to 2"),
-        (BaseConfig, {"preset": "huge"}, "preset='huge': Input should be 'tiny', 'small' or 'medium'"),
+        (PretrainConfig, {"preset": "huge"}, "preset='huge': Input should be 'tiny', 'small' or 'medium'"),
     ],
 )
 def test_values_out_of_range_are_quoted(model: type[Settings], values: dict[str, Any], message: str) -> None:
@@ -154,7 +155,7 @@ def test_recipes(tmp_path: Path) -> None:
         load_recipe(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("model", [RunConfig, BlocksConfig, SimulateConfig, TokensConfig, BaseConfig])
+@pytest.mark.parametrize("model", [RunConfig, BlocksConfig, SimulateConfig, TokensConfig, PretrainConfig, InitConfig])
 def test_every_key_is_described_and_can_be_overridden(model: type[Settings]) -> None:
     rows = describe(model())
     assert all(row["meaning"] for row in rows)

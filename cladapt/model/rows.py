@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cladapt.model.source import record_untied
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import encode_texts, sid_token_ids
 
@@ -79,6 +80,5 @@ def untie(model: "PreTrainedModel") -> int:
     if head.weight is not embedding.weight:
         return 0
     head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    record_untied(model)
     return head.weight.numel() * head.weight.element_size()

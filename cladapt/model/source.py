@@ -30,8 +30,9 @@ def open_source(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A causal LM in float32 and its tokenizer; `weights="random"` draws all weights anew by `seed`.
 
-    A warning counts the tensors that the model has no place for. `DataError` for what is no causal LM, or has weights
-    that are not finite, `ConfigError` for one whose logits are more than head(hidden).
+    Warnings count the tensors that the model has no place for, and name a config that denies the head its own values.
+    `DataError` for what is no causal LM, or has weights that are not finite, `ConfigError` for one whose logits are
+    more than head(hidden).
     """
     left_out: list[str] = []
     try:
@@ -50,6 +51,14 @@ def open_source(
         warnings.warn(
             f"{source}: {len(left_out)} of its tensors are left out, the first {left_out[0]}: a {type(model).__name__} "
             "has no place for them",
+            stacklevel=3,
+        )
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if model.config.tie_word_embeddings and head is not table:  # as transformers loads it; servers go by the config
+        record_untied(model)
+        warnings.warn(
+            f"{source}: its config says tie_word_embeddings=true, but its head has values of its own, which are used; "
+            "what is made of it says tie_word_embeddings=false",
             stacklevel=3,
         )
     return model, tokenizer
@@ -110,6 +119,12 @@ def draw(source: str | Path, seed: int) -> "tuple[PreTrainedModel, PreTrainedTok
     except Exception as error:
         raise _unloadable(error) from error
     return model, tokenizer
+
+
+def record_untied(model: "PreTrainedModel") -> None:
+    """Let the config, and what is saved, say that the head has weights of its own."""
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def check_supported(model: torch.nn.Module) -> None:

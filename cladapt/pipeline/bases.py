@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from cladapt.artifacts import hash_value
-from cladapt.config import BaseConfig, StartConfig, TuneConfig
+from cladapt.config import InitConfig, PretrainConfig, StartConfig, TuneConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.targets import refuse_existing
@@ -57,7 +57,7 @@ class Start:
     head_bytes: int
 
 
-def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict[str, Any]:
+def pretrain_base(data: Path, out: Path, config: PretrainConfig, sink: Sink) -> dict[str, Any]:
     """Train a small model from scratch on block 1 and write it as base+tokens."""
     refuse_existing(out)
     stream = Stream.load(data).prefix(1)
@@ -66,7 +66,7 @@ def pretrain_base(data: Path, out: Path, config: BaseConfig, sink: Sink) -> dict
 
 
 def init_base(
-    source: str, data: Path, out: Path, form_name: str, config: BaseConfig, sink: Sink, refit: bool = False
+    source: str, data: Path, out: Path, form_name: str, config: InitConfig, sink: Sink, refit: bool = False
 ) -> dict[str, Any]:
     """Add the ID tokens to a pretrained model, fit their rows on block 1 and bake them in.
 

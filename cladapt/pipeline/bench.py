@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cladapt.artifacts import atomic_path
-from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import AdapterConfig, MethodConfig, PretrainConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.data.histories import BlockSplit, split_block
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
@@ -120,7 +120,7 @@ def make_case(config: SimulateConfig, tokens: TokensConfig) -> Case:
     first = split_block(stream, 1)
     softmax = catalogue_softmax(base, stream, 1, train.softmax)
     documents = training_documents(first, form), validation_documents(first, form)
-    pretrain(model, softmax, *documents, BaseConfig(epochs=EPOCHS), MemorySink())
+    pretrain(model, softmax, *documents, PretrainConfig(epochs=EPOCHS), MemorySink())
     model.requires_grad_(False)
     return Case(stream, base, form, split_block(stream, stream.n_blocks), train, device)
 

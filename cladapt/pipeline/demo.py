@@ -10,7 +10,15 @@ from typing import Any
 import polars as pl
 
 from cladapt.artifacts import atomic_path
-from cladapt.config import BaseConfig, EvalConfig, MethodConfig, PromoteConfig, RunConfig, SimulateConfig, TrainConfig
+from cladapt.config import (
+    EvalConfig,
+    MethodConfig,
+    PretrainConfig,
+    PromoteConfig,
+    RunConfig,
+    SimulateConfig,
+    TrainConfig,
+)
 from cladapt.data.simulate import simulate
 from cladapt.errors import CheckFailed
 from cladapt.eval.protocol import differences, table
@@ -30,7 +38,7 @@ def demo(out: Path | None, seed: int, quick: bool, sink: Sink) -> dict[str, Any]
     out = out or new_run_path("demo", seed)
     refuse_existing(out)
     config = SimulateConfig(seed=seed, users=150, items=100, blocks=4) if quick else SimulateConfig(seed=seed)
-    pretrain = BaseConfig(seed=seed, epochs=4) if quick else BaseConfig(seed=seed)
+    pretrain = PretrainConfig(seed=seed, epochs=4) if quick else PretrainConfig(seed=seed)
     make_world(out / "stream", out / "base", config, pretrain, sink, blocks=config.blocks - 1)
     measures, reports = [], {}
     for name in METHODS:

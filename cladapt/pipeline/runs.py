@@ -1,6 +1,7 @@
 """The life of a run, whatever its task: it begins from checked inputs, learns block after block, and is continued."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +201,11 @@ def plan(config: RunSettings) -> dict[str, Any]:
         parameters = adapter_parameters(model)
         state = method.state_bytes(parameters)
         activations = work.activation_bytes(config, stream, base, model, blocks)
+    if method.trains and not blocks:
+        warnings.warn(
+            f"{config.base} has learned all {stream.n_blocks} blocks of {config.data}: nothing is left to learn",
+            stacklevel=2,
+        )
     trained = sum(p.numel() for p in parameters.values())
     # in float32: the adapter as it is, as it began and as it was best, and two moments of Adam
     memory = {"weights": weights, "adapter": 12 * trained, "optimiser": 8 * trained, "method": state}

@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import nn
 
 from cladapt import ranks
-from cladapt.config import BaseConfig, TuneConfig
+from cladapt.config import BaseConfig, PretrainConfig, TuneConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.model.load import Base, new_model, save_base
@@ -19,7 +19,7 @@ from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
 
 
-def make_base(out: Path, stream: Stream, sids: SidTable, config: BaseConfig, sink: Sink) -> tuple[Base, FitResult]:
+def make_base(out: Path, stream: Stream, sids: SidTable, config: PretrainConfig, sink: Sink) -> tuple[Base, FitResult]:
     """Train a small model from scratch on block 1 and write it as base+tokens, with the IDs of the items known then.
 
     It is the same whatever blocks follow.

@@ -16,10 +16,11 @@ from cladapt.train.loop import Position, Snapshot
 
 KEPT = 2
 STATE = "state.safetensors"
+SCORES = ("best_score", "start_score")
 
 
 class _Place(BaseModel):
-    """`Position`, as JSON: the score is a text, for JSON has no infinity."""
+    """`Position`, as JSON: the scores are texts, for JSON has no infinity."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -28,6 +29,7 @@ class _Place(BaseModel):
     total_steps: NonNegativeInt
     best_epoch: NonNegativeInt
     best_score: str
+    start_score: str = "nan"
 
 
 class _State(BaseModel):
@@ -54,7 +56,8 @@ def save_checkpoint(root: Path, block: int, config_hash: str, snapshot: Snapshot
     try:
         with atomic_dir(target) as folder:
             write_tensors(folder / STATE, snapshot.tensors)
-            position = {**asdict(snapshot.position), "best_score": repr(snapshot.position.best_score)}
+            place = asdict(snapshot.position)
+            position = {**place, **{name: repr(place[name]) for name in SCORES}}
             state = {"bytes": (folder / STATE).stat().st_size, "hash": hash_file(folder / STATE)}
             record = {"block": block, "config": config_hash, "position": position, "state": state}
             write_json(folder / "position.json", record)
@@ -113,7 +116,8 @@ class _Damaged(Exception):
 def _read(folder: Path, block: int, config_hash: str) -> Snapshot:
     try:
         record = read_record(folder / "position.json", _Record, "resume from another checkpoint")
-        position = Position(**{**record["position"], "best_score": float(record["position"]["best_score"])})
+        place = record["position"]
+        position = Position(**{**place, **{name: float(place[name]) for name in SCORES if name in place}})
     except DataError as error:
         raise _Damaged(error.message) from error
     except ValueError as error:

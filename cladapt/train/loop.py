@@ -54,6 +54,7 @@ class Position:
     total_steps: int = 0
     best_epoch: int = 0
     best_score: float = -math.inf
+    start_score: float = math.nan  # before the first step
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,14 @@ class Fit:
             torch.manual_seed(seed + (self.accelerator.process_index << 48))
         if resume is not None:
             self._restore(resume)
-        start_score = self.score() if resume is None else math.nan
-        if resume is None and self.feed.validation_targets and not math.isfinite(start_score):
-            raise DataError(
-                f"block {self.ctx.block}, before the first step: the validation log-likelihood is {start_score}", _START
-            )
+        else:
+            start_score = self.score()
+            if self.feed.validation_targets and not math.isfinite(start_score):
+                raise DataError(
+                    f"block {self.ctx.block}, before the first step: the validation log-likelihood is {start_score}",
+                    _START,
+                )
+            self.position = replace(self.position, start_score=start_score)
         with deferred_interrupt() as interrupted:
             while self.position.epoch < self.settings.epochs:
                 epoch = self.position.epoch
@@ -161,7 +165,7 @@ class Fit:
         return FitResult(
             epoch=self.position.best_epoch,
             score=self._end_block(),
-            start_score=start_score,
+            start_score=self.position.start_score,
             steps=self.position.total_steps,
             used=used,
             seconds=time.perf_counter() - began,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch.nn import functional as F
 
-from cladapt.config import BaseConfig, VitConfig
+from cladapt.config import BaseConfig, PretrainConfig, VitConfig
 from cladapt.methods import Context
 from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import quiet
@@ -27,7 +27,7 @@ def pretrain(
     softmax: TrieSoftmax | None,
     train: Sequence[Document],
     valid: Sequence[Document],
-    config: BaseConfig,
+    config: PretrainConfig,
     sink: Sink,
 ) -> FitResult:
     """Train all weights of `model` on block 1, stopping by the validation log-likelihood."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import atomic_dir
-from cladapt.config import BaseConfig, EvalConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import EvalConfig, PretrainConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
 from cladapt.errors import DataError
@@ -110,7 +110,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return base.sids.align([base.sids.items[i] for i in stream.known(block)]).fingerprint
 
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
-        make_world(stream, base, SimulateConfig(), BaseConfig(), sink)
+        make_world(stream, base, SimulateConfig(), PretrainConfig(), sink)
 
     def starts_from(self, config: RunConfig) -> Path | None:
         return Path(config.from_adapter) if config.from_adapter else None
@@ -330,7 +330,7 @@ def truth_of(folder: Path) -> pl.DataFrame | None:
 
 
 def make_world(
-    stream: Path, base: Path, simulated: SimulateConfig, pretrain: BaseConfig, sink: Sink, blocks: int | None = None
+    stream: Path, base: Path, simulated: SimulateConfig, pretrain: PretrainConfig, sink: Sink, blocks: int | None = None
 ) -> None:
     """A simulated stream with semantic IDs and a base trained on its block 1; what exists is kept.
 

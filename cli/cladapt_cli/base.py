@@ -28,10 +28,10 @@ def init(
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Add the ID tokens to a pretrained causal LM, fit their rows on block 1 and write a base+tokens directory."""
-    from cladapt.config import BaseConfig, resolve
+    from cladapt.config import InitConfig, resolve
     from cladapt.pipeline import bases
 
-    config = resolve(BaseConfig, overrides_of(override, "base"), "base init", "config show --for init")
+    config = resolve(InitConfig, overrides_of(override, "base"), "base init")
     return bases.init_base(source, data, out, form, config, Progress(), refit)
 
 
@@ -87,8 +87,8 @@ def pretrain(
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Train a small Llama-family model from scratch on block 1 and write a base+tokens directory."""
-    from cladapt.config import BaseConfig, resolve
+    from cladapt.config import PretrainConfig, resolve
     from cladapt.pipeline import bases
 
     values = overrides_of(override, "base") | ({} if preset is None else {"preset": preset})
-    return bases.pretrain_base(data, out, resolve(BaseConfig, values, "base pretrain"), Progress())
+    return bases.pretrain_base(data, out, resolve(PretrainConfig, values, "base pretrain"), Progress())

@@ -12,8 +12,8 @@ app = typer.Typer(no_args_is_help=True, help="Show settings.")
 COMMANDS = {
     "train": "",
     "eval": "EvalConfig",
-    "pretrain": "BaseConfig",
-    "init": "BaseConfig",
+    "pretrain": "PretrainConfig",
+    "init": "InitConfig",
     "tune": "TuneConfig",
     "vision": "VitConfig",
     "tokens": "TokensConfig",

@@ -3,19 +3,25 @@
 A variant is a call of the kernel's own launcher on tensors without storage. What it would launch is recorded with the
 specialisation that a launch makes (strides of 1, sizes and pointers divisible by 16), so what is compiled is what runs.
 
-    python -m cladapt_kernels.aot > tests/kernels/budgets.csv
+    make budgets
+
+A row names the source it was compiled from: what `--known budgets.csv` has of it by the same Triton is taken
+from there, and only the rest is compiled.
 """
 
+import argparse
 import csv
+import hashlib
 import io
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,7 +49,8 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-COLUMNS = ("variant", "kernel", "sm", "registers", "spills", "shared", "instructions", "expects", "forbids", "triton")
+FIGURES = ("registers", "spills", "shared", "instructions")
+COLUMNS = ("variant", "kernel", "sm", *FIGURES, "expects", "forbids", "source", "triton")
 
 
 @dataclass(frozen=True)
@@ -142,36 +149,58 @@ def _account(cubin: bytes) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-def budgets(variants: Sequence[Variant], capabilities: Sequence[int] = CAPABILITIES) -> list[dict[str, Any]]:
-    """One row per variant, kernel and architecture."""
+def source_of(launch: Launch, capability: int) -> str:
+    """Hash of all that a launch is compiled from: the kernel and what it calls, types, constants, options, target."""
+    options = sorted(launch.options.items())
+    return hashlib.sha256(f"{_source(launch).hash()} {options} {capability}".encode()).hexdigest()[:16]
+
+
+def budgets(
+    variants: Sequence[Variant],
+    capabilities: Sequence[int] = CAPABILITIES,
+    known: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per variant, kernel and architecture; figures of the same source by the same Triton come from `known`."""
     rows = []
     for variant in variants:
         for capability in capabilities:
             with recorded() as launches, assuming(capability):
                 variant.call()
             for launch in launches:
-                built = compile_launch(launch, capability)
-                where = (variant.name, launch.kernel.__name__, capability)
-                figures = (built.registers, built.spills, built.shared)
-                families = map(" ".join, (built.instructions, variant.expects, variant.forbids))
-                rows.append(dict(zip(COLUMNS, (*where, *figures, *families, triton.__version__), strict=True)))
+                source = source_of(launch, capability)
+                row = {"variant": variant.name, "kernel": launch.kernel.__name__, "sm": capability}
+                if found := (known or {}).get((source, triton.__version__)):
+                    row |= {name: found[name] for name in FIGURES}
+                else:
+                    built = compile_launch(launch, capability)
+                    figures = (built.registers, built.spills, built.shared, " ".join(built.instructions))
+                    row |= dict(zip(FIGURES, figures, strict=True))
+                row |= {"expects": " ".join(variant.expects), "forbids": " ".join(variant.forbids)}
+                rows.append(row | {"source": source, "triton": triton.__version__})
     return rows
 
 
-def _budgets_of(index: int) -> list[dict[str, Any]]:
+def _budgets_of(index: int, known: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
     from cladapt_kernels.variants import VARIANTS
 
-    return budgets([VARIANTS[index]])
+    return budgets([VARIANTS[index]], known=known)
 
 
 def main() -> None:
     """Write the budgets of all variants as csv, a process per core."""
     from cladapt_kernels.variants import VARIANTS
 
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--known", type=Path, help="csv of earlier budgets, whose figures hold where nothing changed")
+    given = parser.parse_args().known
+    known: dict[tuple[str, str], Mapping[str, Any]] = {}
+    if given is not None:
+        with given.open(encoding="utf-8") as file:
+            known = {(row["source"], row["triton"]): row for row in csv.DictReader(file)}
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     writer.writeheader()
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(_budgets_of, range(len(VARIANTS))):
+        for rows in pool.map(partial(_budgets_of, known=known), range(len(VARIANTS))):
             writer.writerows(rows)
 
 

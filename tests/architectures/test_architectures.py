@@ -30,7 +30,7 @@ from transformers import (
 
 from cladapt.config import (
     AdapterConfig,
-    BaseConfig,
+    InitConfig,
     MethodConfig,
     RunConfig,
     SimulateConfig,
@@ -68,7 +68,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "gemma": (GemmaConfig, GemmaForCausalLM),
 }
 CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
-QUICK = BaseConfig(epochs=1)
+QUICK = InitConfig(epochs=1)
 TUNE = TuneConfig(epochs=1, batch_tokens=256, row_tokens=64, tasks=TaskWeights(title_to_id=0.5, id_to_title=0.5))
 TEXT = ["which item comes next", "the next item of the list is an item"]
 

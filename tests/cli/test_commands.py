@@ -17,7 +17,7 @@ import pytest
 from peft.tuners.lora import LoraModel
 
 from cladapt.artifacts import read_json
-from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.config import PretrainConfig, SimulateConfig, TokensConfig
 from cladapt.workloads import recommend
 from cladapt_cli._verb import output
 from cladapt_cli.app import run
@@ -175,7 +175,7 @@ def test_the_bare_commands_work_in_an_empty_folder(tmp_path: Path, monkeypatch: 
     small = SimulateConfig(users=60, items=40, topics=4, blocks=3)
     monkeypatch.setattr(recommend, "SimulateConfig", lambda: small)
     monkeypatch.setattr(recommend, "TokensConfig", partial(TokensConfig, dimensions=8, levels=2, codes=4, capacity=16))
-    monkeypatch.setattr(recommend, "BaseConfig", partial(BaseConfig, epochs=1))
+    monkeypatch.setattr(recommend, "PretrainConfig", partial(PretrainConfig, epochs=1))
     trained, evaluated, exported = (cladapt(f"{line} --json") for line in ("train --method peso", "eval", "export"))
     assert (trained.code, evaluated.code, exported.code) == (0, 0, 0), trained.err + evaluated.err + exported.err
     path = Path(trained.json["run"])

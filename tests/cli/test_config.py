@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from cladapt.config import (
-    BaseConfig,
     BlocksConfig,
     ClassEvalConfig,
     EvalConfig,
     ImagesConfig,
+    InitConfig,
+    PretrainConfig,
     RunConfig,
     Settings,
     SimulateConfig,
@@ -51,8 +52,8 @@ def shown(line: str, capsys: Capture) -> list[dict[str, Any]]:
     [
         ("--for eval", EvalConfig),
         ("--for eval --task classify", ClassEvalConfig),
-        ("--for pretrain", BaseConfig),
-        ("--for init", BaseConfig),
+        ("--for pretrain", PretrainConfig),
+        ("--for init", InitConfig),
         ("--for vision", VitConfig),
         ("--for tokens", TokensConfig),
         ("--for import", BlocksConfig),
@@ -108,7 +109,10 @@ def test_a_mistake_is_two_lines_with_the_command_that_shows_the_keys(
     [
         ("tokens build x -o level=2", "config show --for tokens"),
         ("base init --from x --data x --out y -o epoch=2", "config show --for init"),
+        ("base init --from x --data x --out y -o preset=medium", "config show --for init"),
+        ("base init --from x --data x --out y -o dropout=0.1", "config show --for init"),
         ("base pretrain --data x --out y -o epoch=2", "config show --for pretrain"),
+        ("base pretrain --data x --out y -o weights=random", "config show --for pretrain"),
         ("base vision --data x --out y -o epoch=2", "config show --for vision"),
         ("data simulate --out y -o user=2", "config show --for simulate"),
         ("data import x --out y --min-events 0", "config show --for import"),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.config import PretrainConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream, write_manifest
 from cladapt.pipeline import bases, streams
 from cladapt.train.sinks import MemorySink
@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
     streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-    bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=1), MemorySink())
+    bases.pretrain_base(folder / "stream", folder / "base", PretrainConfig(epochs=1), MemorySink())
     return folder
 
 

@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import read_json
-from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import MethodConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.model.load import load_base
@@ -46,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         events.select("user", "item", "timestamp").write_csv("next.csv")
         stream.items.select("item", "text").write_csv("items.csv")
         streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-        bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=1), MemorySink())
+        bases.pretrain_base(Path("stream"), Path("base"), PretrainConfig(epochs=1), MemorySink())
         train = TrainConfig(epochs=2, batch_tokens=256, row_tokens=128, checkpoint_steps=2)
         config = RunConfig(data="stream", base="base", method=MethodConfig(name="peso"), train=train)
         runs.train(config, Path("run"), MemorySink())

@@ -34,8 +34,9 @@ MAKE = (
     "base pretrain --data stream --out base -o epochs=1",
 )
 SHAPE = "-o train.batch_tokens=512 -o train.row_tokens=128"
-# no dropout: every process draws its own masks
-TRAIN = f"train --data stream --base base --epochs 2 --rank 2 -o adapter.dropout=0 {SHAPE}"
+# No dropout: every process draws its own masks. Seed 0 has an entry whose first gradient of block 3 is 3e-9, below the
+# eps that Adam adds to it: a quarter of its step is then rounding of the sum over rows, accumulated or of processes.
+TRAIN = f"train --data stream --base base --epochs 2 --rank 2 --seed 2 -o adapter.dropout=0 {SHAPE}"
 METHODS = ("peso", "full", "cumulative", "retrain")
 CUT = f"{TRAIN} --method peso -o sharding=full -o train.checkpointing=true --out two-cut"
 DROPOUT = (
@@ -129,9 +130,8 @@ def test_two_processes_learn_the_adapters_of_one(method: str, world: Path) -> No
         alone, together = load_file(world / f"one-{one}" / name), load_file(world / f"two-{method}" / name)
         assert alone.keys() == together.keys()
         apart = torch.cat([(together[key] - tensor).abs().flatten() for key, tensor in alone.items()])
-        # Adam divides by the size of a gradient: where it is nearly zero, its rounding is not
-        assert apart.max() < 1e-4
-        assert (apart > 1e-5).double().mean() < 1e-3
+        assert apart.max() < 2e-5
+        assert (apart > 1e-6).double().mean() < 1e-3
         assert apart.mean() < 1e-7
         assert max(t.abs().max() for key, t in together.items() if "lora_B" in key) > 1e-4
 

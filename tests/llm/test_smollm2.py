@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cladapt.artifacts import read_json
-from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import (
+    AdapterConfig,
+    InitConfig,
+    MethodConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from cladapt.export.merge import probe_tokens
 from cladapt.model.adapter import quiet
 from cladapt.model.load import Base, load_base
@@ -36,7 +44,7 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     streams.simulate_data(folder / "stream", SimulateConfig(users=8, items=20, topics=2, blocks=2, events=5))
     streams.build_tokens(folder / "stream", TokensConfig(dimensions=4, levels=2, codes=4, capacity=8), None)
-    config = BaseConfig(epochs=0)
+    config = InitConfig(epochs=0)
     bases.init_base(str(smollm2), folder / "stream", folder / "base", "packed", config, MemorySink())
     return folder
 
@@ -48,14 +56,14 @@ def base(world: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def losses(world: Path) -> list[float]:
-    """Train a `run` of one block in bf16, export its adapter, and give the loss of every step."""
+    """Train a `run`, export its adapter, and give the loss of every step."""
     sink = MemorySink()
     config = RunConfig(
         data=str(world / "stream"),
         base=str(world / "base"),
         adapter=AdapterConfig(rank=2),
         method=MethodConfig(name="finetune"),
-        train=TrainConfig(epochs=1, batch_tokens=256, row_tokens=64, precision="bf16", checkpointing=True, lr=5e-3),
+        train=TrainConfig(epochs=1, batch_tokens=256, row_tokens=64, checkpointing=True, lr=5e-3),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)

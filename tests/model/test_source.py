@@ -63,6 +63,24 @@ def test_what_a_model_has_no_place_for_is_counted(checkpoint: Checkpoint, tmp_pa
         open_source(str(source), 0)
 
 
+def test_a_head_of_its_own_is_used_though_the_config_denies_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = checkpoint(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": table.clone()}, file, {"format": "pt"})
+    model, _ = open_source(str(tmp_path), 0)
+    assert model.config.tie_word_embeddings
+    save_file({**tensors, "lm_head.weight": table + 1.0}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="says tie_word_embeddings=true, but its head has values of its own"):
+        model, _ = open_source(str(tmp_path), 0)
+    assert not model.config.tie_word_embeddings
+    model.resize_token_embeddings(len(table) + 1, mean_resizing=False)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved["lm_head.weight"][:-1], table + 1.0)
+    assert torch.equal(saved["model.embed_tokens.weight"][:-1], table)
+
+
 def test_weights_that_are_not_finite_are_refused_when_they_are_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint(tmp_path)
     file = source / "model.safetensors"

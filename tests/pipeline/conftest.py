@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.config import PretrainConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.pipeline import bases, streams
@@ -24,7 +24,7 @@ def growth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     streams.build_tokens(folder / "whole", TOKENS, None)
     whole.prefix(2).save(folder / "short")
     streams.build_tokens(folder / "short", TOKENS, None)
-    bases.pretrain_base(folder / "short", folder / "base", BaseConfig(epochs=1), MemorySink())
+    bases.pretrain_base(folder / "short", folder / "base", PretrainConfig(epochs=1), MemorySink())
     shutil.copytree(folder / "short", folder / "stream")
     grow(folder / "stream")
     return folder

@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import AdapterConfig, BaseConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import AdapterConfig, InitConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.merge import merge
@@ -23,7 +24,8 @@ from cladapt.tokens.sids import SidTable
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads.recommend import Recommend
 
-QUICK = BaseConfig(epochs=3)
+QUICK = PretrainConfig(epochs=3)
+ROWS = InitConfig(epochs=3)
 pytestmark = pytest.mark.filterwarnings("ignore:.* ID tokens already:UserWarning")  # see `source`
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
 
@@ -52,7 +54,7 @@ def test_pretraining_learns_block_1_and_says_so(stream: Path, tmp_path: Path) ->
     base = load_base(tmp_path / "base")
     assert base.fitted_block == 1
     assert base.provenance["stream"] == Stream.load(stream).fingerprints[0]
-    assert BaseConfig(**base.provenance["config"]) == QUICK
+    assert PretrainConfig(**base.provenance["config"]) == QUICK
     assert base.sids.fingerprint == streams.load_sids(stream, Stream.load(stream).prefix(1)).fingerprint
     assert report["parameters"] == sum(p.numel() for p in base.model.parameters())
     assert report["vocabulary"] == len(base.tokenizer) == 4 + len(base.sids.tokens)
@@ -62,7 +64,7 @@ def test_pretraining_learns_block_1_and_says_so(stream: Path, tmp_path: Path) ->
 
 
 def test_pretraining_is_repeatable_and_the_seed_matters(stream: Path, tmp_path: Path) -> None:
-    one = BaseConfig(epochs=1)
+    one = PretrainConfig(epochs=1)
     for name, config in (("a", one), ("b", one), ("c", one.model_copy(update={"seed": 1}))):
         bases.pretrain_base(stream, tmp_path / name, config, MemorySink())
     prints = [load_base(tmp_path / name).fingerprint for name in "abc"]
@@ -73,7 +75,7 @@ def test_pretraining_is_repeatable_and_the_seed_matters(stream: Path, tmp_path: 
 def test_new_rows_are_fitted_and_the_rest_of_the_model_stays(
     form: str, stream: Path, source: Path, tmp_path: Path
 ) -> None:
-    config = BaseConfig(epochs=2, batch_tokens=2048, row_tokens=512)
+    config = InitConfig(epochs=2, batch_tokens=2048, row_tokens=512)
     report = bases.init_base(str(source), stream, tmp_path / "base", form, config, MemorySink())
     base = load_base(tmp_path / "base")
     assert base.fitted_block == 0  # block 1 is still to be learned
@@ -91,13 +93,13 @@ def test_new_rows_are_fitted_and_the_rest_of_the_model_stays(
 
 def test_no_epochs_leave_the_rows_as_they_were_drawn(stream: Path, source: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        report = bases.init_base(str(source), stream, tmp_path / name, "packed", BaseConfig(epochs=0), MemorySink())
+        report = bases.init_base(str(source), stream, tmp_path / name, "packed", InitConfig(epochs=0), MemorySink())
     assert "kept_epoch" not in report
     assert load_base(tmp_path / "a").fingerprint == load_base(tmp_path / "b").fingerprint
 
 
 def test_a_base_without_pretraining_is_a_random_model(stream: Path, tmp_path: Path) -> None:
-    report = bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
+    report = bases.pretrain_base(stream, tmp_path / "base", PretrainConfig(epochs=0), MemorySink())
     assert report["kept_epoch"] == 0
     sids = streams.load_sids(stream, Stream.load(stream).prefix(1))
     fresh, _ = new_model("tiny", sids, 0)
@@ -110,12 +112,12 @@ def test_what_cannot_become_a_base_is_refused_before_anything_is_written(
 ) -> None:
     out, sink = tmp_path / "out", MemorySink()
     with pytest.raises(ConfigError, match=r"form 'words' is not known \(use packed or prompt"):
-        bases.init_base(str(source), stream, out, "words", QUICK, sink)
+        bases.init_base(str(source), stream, out, "words", ROWS, sink)
     with pytest.raises(DataError, match=r"cannot load a causal LM from '.*nowhere'.*give a local"):
-        bases.init_base(str(tmp_path / "nowhere"), stream, out, "packed", QUICK, sink)
+        bases.init_base(str(tmp_path / "nowhere"), stream, out, "packed", ROWS, sink)
     for make in (
         lambda data: bases.pretrain_base(data, out, QUICK, sink),
-        lambda data: bases.init_base(str(source), data, out, "packed", QUICK, sink),
+        lambda data: bases.init_base(str(source), data, out, "packed", ROWS, sink),
     ):
         with pytest.raises(DataError, match="is not a stream directory"):
             make(tmp_path / "nowhere")
@@ -130,10 +132,10 @@ def test_what_cannot_become_a_base_is_refused_before_anything_is_written(
 
 
 def test_a_base_says_on_which_histories_its_rows_were_fitted(stream: Path, source: Path, tmp_path: Path) -> None:
-    one = BaseConfig(epochs=1, window=9, batch_tokens=2048, row_tokens=512)
-    bases.init_base(str(source), stream, tmp_path / "init", "prompt", one, MemorySink())
-    bases.pretrain_base(stream, tmp_path / "pretrained", one, MemorySink())
-    bases.pretrain_base(stream, tmp_path / "random", BaseConfig(epochs=0), MemorySink())
+    one: dict[str, Any] = {"epochs": 1, "window": 9, "batch_tokens": 2048, "row_tokens": 512}
+    bases.init_base(str(source), stream, tmp_path / "init", "prompt", InitConfig(**one), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "pretrained", PretrainConfig(**one), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "random", PretrainConfig(epochs=0), MemorySink())
     init, pretrained, random = (load_base(tmp_path / name) for name in ("init", "pretrained", "random"))
     found = [{key: b.provenance.get(key) for key in ("form", "window", "softmax")} for b in (init, pretrained)]
     assert found == [{"form": form, "window": 9, "softmax": "trie"} for form in ("prompt", "packed")]
@@ -147,17 +149,15 @@ def test_a_base_says_on_which_histories_its_rows_were_fitted(stream: Path, sourc
 
 
 def test_a_base_that_has_the_ids_keeps_its_rows_and_what_it_has_learned(stream: Path, tmp_path: Path) -> None:
-    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=1), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "base", PretrainConfig(epochs=1), MemorySink())
     base = load_base(tmp_path / "base")
-    report = bases.init_base(str(tmp_path / "base"), stream, tmp_path / "again", "prompt", QUICK, MemorySink())
+    report = bases.init_base(str(tmp_path / "base"), stream, tmp_path / "again", "prompt", ROWS, MemorySink())
     again = load_base(tmp_path / "again")
     assert (report["new_tokens"], report["fitted_tokens"]) == (0, 0)
     assert "kept_epoch" not in report
     assert again.fingerprint == base.fingerprint == again.provenance["parent_base"]
     assert (again.fitted_block, again.provenance["form"]) == (1, "packed")
-    report = bases.init_base(
-        str(tmp_path / "base"), stream, tmp_path / "fit", "packed", QUICK, MemorySink(), refit=True
-    )
+    report = bases.init_base(str(tmp_path / "base"), stream, tmp_path / "fit", "packed", ROWS, MemorySink(), refit=True)
     assert report["fitted_tokens"] == len(base.sids.tokens)
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "fit"))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -165,39 +165,39 @@ def test_a_base_that_has_the_ids_keeps_its_rows_and_what_it_has_learned(stream: 
 
 
 def test_a_merged_export_is_the_next_base(stream: Path, tmp_path: Path) -> None:
-    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=1), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "base", PretrainConfig(epochs=1), MemorySink())
     base = load_base(tmp_path / "base")
     record = {"block": 3, "stream": base.provenance["stream"]}
     save_adapter(tmp_path / "adapter", create_adapter(base, AdapterConfig(), 0), base, record)
     merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
-    bases.init_base(str(tmp_path / "merged"), stream, tmp_path / "next", "packed", QUICK, MemorySink())
+    bases.init_base(str(tmp_path / "merged"), stream, tmp_path / "next", "packed", ROWS, MemorySink())
     found = load_base(tmp_path / "next")
     assert found.fitted_block == 3
     assert found.fingerprint == load_base(tmp_path / "merged").fingerprint
 
 
 def test_a_base_of_other_ids_or_of_another_stream_is_refused(stream: Path, tmp_path: Path) -> None:
-    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "base", PretrainConfig(epochs=0), MemorySink())
     other = tmp_path / "other"
     streams.simulate_data(other, SimulateConfig(users=60, items=40, topics=4, blocks=3))
     streams.build_tokens(other, TokensConfig(dimensions=8, levels=2, codes=5, capacity=16), None)
-    bases.pretrain_base(stream, tmp_path / "untaught", BaseConfig(epochs=0), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "untaught", PretrainConfig(epochs=0), MemorySink())
     record = read_json(tmp_path / "untaught" / "cladapt.json")
     write_json(tmp_path / "untaught" / "cladapt.json", {**record, "fitted_block": 0})
     with pytest.raises(DataError, match=r"levels of \[4, 4, 16\] codes, the stream's IDs have levels of \[5, 5, 16\]"):
-        bases.init_base(str(tmp_path / "untaught"), other, tmp_path / "out", "packed", QUICK, MemorySink())
+        bases.init_base(str(tmp_path / "untaught"), other, tmp_path / "out", "packed", ROWS, MemorySink())
     shorter = tmp_path / "shorter"
     streams.simulate_data(shorter, SimulateConfig(users=50, items=40, topics=4, blocks=3))
     shutil.copy(stream / "sids.parquet", shorter)
     with pytest.raises(DataError, match="base was trained on block 1 of the stream"):
-        bases.init_base(str(tmp_path / "base"), shorter, tmp_path / "out", "packed", QUICK, MemorySink())
+        bases.init_base(str(tmp_path / "base"), shorter, tmp_path / "out", "packed", ROWS, MemorySink())
     assert not (tmp_path / "out").exists()
 
 
 def test_generation_settings_of_the_source_are_left_out_and_told(stream: Path, source: Path, tmp_path: Path) -> None:
     sampling = shutil.copytree(source, tmp_path / "source")
     write_json(sampling / "generation_config.json", {"do_sample": True, "temperature": 0.6, "eos_token_id": 2})
-    report = bases.init_base(str(sampling), stream, tmp_path / "base", "packed", BaseConfig(epochs=0), MemorySink())
+    report = bases.init_base(str(sampling), stream, tmp_path / "base", "packed", InitConfig(epochs=0), MemorySink())
     assert report["generation_left_out"] == {"do_sample": True, "temperature": 0.6}
     written = read_json(tmp_path / "base" / "generation_config.json")
     assert (written["do_sample"], written["max_new_tokens"], "temperature" in written) == (False, 3, False)
@@ -207,10 +207,10 @@ def test_a_base_is_the_same_bytes_however_long_the_stream_was(stream: Path, sour
     whole, first = Stream.load(stream), tmp_path / "first"
     whole.prefix(1).save(first)
     streams.build_tokens(first, TOKENS, None)
-    one = BaseConfig(epochs=1)
+    one = PretrainConfig(epochs=1)
     for name, data in (("short", first), ("long", stream)):
         bases.pretrain_base(data, tmp_path / name / "pretrained", one, MemorySink())
-        bases.init_base(str(source), data, tmp_path / name / "init", "packed", one, MemorySink())
+        bases.init_base(str(source), data, tmp_path / name / "init", "packed", InitConfig(epochs=1), MemorySink())
     for path in sorted(p for p in (tmp_path / "short").rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / "long" / path.relative_to(tmp_path / "short")).read_bytes(), path
     base = load_base(tmp_path / "long" / "pretrained")
@@ -218,8 +218,8 @@ def test_a_base_is_the_same_bytes_however_long_the_stream_was(stream: Path, sour
 
 
 def test_rows_fitted_on_another_cut_of_the_log_are_refused(stream: Path, source: Path, tmp_path: Path) -> None:
-    bases.init_base(str(source), stream, tmp_path / "base", "packed", BaseConfig(epochs=1), MemorySink())
-    bases.init_base(str(source), stream, tmp_path / "drawn", "packed", BaseConfig(epochs=0), MemorySink())
+    bases.init_base(str(source), stream, tmp_path / "base", "packed", InitConfig(epochs=1), MemorySink())
+    bases.init_base(str(source), stream, tmp_path / "drawn", "packed", InitConfig(epochs=0), MemorySink())
     whole, other = Stream.load(stream), tmp_path / "other"
     moved = whole.interactions.with_columns(block=(pl.col("block") - 1).clip(1).cast(pl.Int32))
     first_block = (pl.col("first_block") - 1).clip(1).cast(whole.items.schema["first_block"])
@@ -229,12 +229,12 @@ def test_rows_fitted_on_another_cut_of_the_log_are_refused(stream: Path, source:
     with pytest.raises(DataError, match=r"base has ID rows fitted on block 1 of the stream \w+, .*other is the stream"):
         Recommend().open_inputs(config)
     with pytest.raises(DataError, match=r"base has ID rows fitted on block 1 of the stream"):
-        bases.init_base(str(tmp_path / "base"), other, tmp_path / "out", "packed", QUICK, MemorySink())
+        bases.init_base(str(tmp_path / "base"), other, tmp_path / "out", "packed", ROWS, MemorySink())
     Recommend().open_inputs(config.model_copy(update={"base": str(tmp_path / "drawn")}))
 
 
 def test_a_base_made_at_block_1_is_at_home_on_the_longer_stream(stream: Path, tmp_path: Path) -> None:
-    bases.pretrain_base(stream, tmp_path / "base", BaseConfig(epochs=0), MemorySink())
+    bases.pretrain_base(stream, tmp_path / "base", PretrainConfig(epochs=0), MemorySink())
     found, base = Recommend().open_inputs(RunConfig(data=str(stream), base=str(tmp_path / "base")))
     assert base.sids.items == tuple(found.items["item"])
     assert len(base.item_tokens()) == found.n_items > len(load_base(tmp_path / "base").sids.items)

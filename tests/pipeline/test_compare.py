@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import MethodConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.significance import NO_DIFFERENCE
 from cladapt.pipeline import bases, evaluation, runs, streams
@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
         streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-        bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=2), MemorySink())
+        bases.pretrain_base(folder / "stream", folder / "base", PretrainConfig(epochs=2), MemorySink())
         for name, method in METHODS.items():
             for seed in (0, 1):
                 config = RunConfig(

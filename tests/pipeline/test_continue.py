@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import read_json
-from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TrainConfig
+from cladapt.config import AdapterConfig, MethodConfig, PretrainConfig, RunConfig, SimulateConfig, TrainConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import CladaptError, ConfigError, DataError
 from cladapt.methods import available
@@ -234,7 +234,7 @@ def shorter_stream(folder: Path) -> dict[str, Path]:
 
 
 def other_base(folder: Path) -> dict[str, Path]:
-    bases.pretrain_base(folder / "stream", folder / "large", BaseConfig(epochs=0, seed=1), MemorySink())
+    bases.pretrain_base(folder / "stream", folder / "large", PretrainConfig(epochs=0, seed=1), MemorySink())
     return {"base": folder / "large"}
 
 

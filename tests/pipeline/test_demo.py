@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cladapt.artifacts import read_json
-from cladapt.config import BaseConfig, SimulateConfig, TokensConfig
+from cladapt.config import PretrainConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.pipeline import demo
@@ -22,7 +22,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "SimulateConfig", simulate)
-    monkeypatch.setattr(demo, "BaseConfig", lambda seed, epochs: BaseConfig(seed=seed, epochs=1))
+    monkeypatch.setattr(demo, "PretrainConfig", lambda seed, epochs: PretrainConfig(seed=seed, epochs=1))
     monkeypatch.setattr(recommend, "TokensConfig", lambda: TokensConfig(dimensions=8, levels=2, codes=4, capacity=16))
 
 

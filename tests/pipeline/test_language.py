@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cladapt.artifacts import hash_file, read_json, write_json
-from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import InitConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.perplexity import perplexity, read_text, windows_of
 from cladapt.model.load import load_base
@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(folder / "source")
-    rows = BaseConfig(epochs=0)
+    rows = InitConfig(epochs=0)
     bases.init_base(str(folder / "source"), folder / "stream", folder / "base", "packed", rows, MemorySink())
     config_of_run = RunConfig(
         data=str(folder / "stream"),

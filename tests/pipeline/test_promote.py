@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import BaseConfig, EvalConfig, MethodConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import (
+    EvalConfig,
+    MethodConfig,
+    PretrainConfig,
+    PromoteConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+)
 from cladapt.config import TrainConfig as Train
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.promotion import Decision
@@ -27,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         streams.simulate_data(Path("stream"), SimulateConfig(users=60, items=40, topics=4, blocks=4))
         streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4), None)
-        bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=2), SINK)
+        bases.pretrain_base(Path("stream"), Path("base"), PretrainConfig(epochs=2), SINK)
         config = RunConfig(
             data="stream",
             base="base",

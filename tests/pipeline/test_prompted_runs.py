@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig, resolve
+from cladapt.config import InitConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig, resolve
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
@@ -67,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder / "source")
     tokenizer.save_pretrained(folder / "source")
-    rows = BaseConfig(epochs=0)
+    rows = InitConfig(epochs=0)
     bases.init_base(str(folder / "source"), folder / "short", folder / "base", "prompt", rows, MemorySink())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

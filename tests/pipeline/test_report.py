@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cladapt.artifacts import read_json
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import EvalConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.eval.protocol import Measures, continual_summary, differences, slice_table, table
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.pipeline import bases, evaluation, runs, streams
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.chdir(folder)
         streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
         streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-        bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=2), MemorySink())
+        bases.pretrain_base(folder / "stream", folder / "base", PretrainConfig(epochs=2), MemorySink())
         config = RunConfig(data=str(folder / "stream"), base=str(folder / "base"), train=TrainConfig(epochs=2))
         runs.train(config, folder / "run", MemorySink())
     return Run.open(folder / "run")

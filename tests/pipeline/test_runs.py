@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from cladapt.artifacts import read_json, write_json
 from cladapt.config import (
     AdapterConfig,
-    BaseConfig,
     EvalConfig,
     MethodConfig,
+    PretrainConfig,
     RunConfig,
     SimulateConfig,
     TokensConfig,
     TrainConfig,
 )
 from cladapt.data.histories import split_block
-from cladapt.data.schema import Stream
+from cladapt.data.schema import Stream, write_manifest
 from cladapt.data.simulate import ceiling, load_truth
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.metrics import ROWS, summarise
@@ -35,7 +35,7 @@ from cladapt.workloads import recommend
 
 SIMULATE = SimulateConfig(users=60, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
-PRETRAIN = BaseConfig(epochs=2)
+PRETRAIN = PretrainConfig(epochs=2)
 TRAIN = TrainConfig(epochs=3, batch_tokens=1024, precision="fp32")
 EVAL: dict[str, Any] = {"bootstrap": 100}
 
@@ -326,6 +326,15 @@ def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path:
     assert plan["method_state_bytes"] == 4 * plan["trained_parameters"]  # PESO's anchor
 
 
+def test_a_plan_says_where_nothing_is_left_to_learn(world: Path, tmp_path: Path) -> None:
+    stream = Stream.load(world / "stream")
+    shutil.copytree(world / "stream", tmp_path / "stream")
+    write_manifest(tmp_path / "stream", stream.prefix(1).manifest)
+    with pytest.warns(UserWarning, match=r"base has learned all 1 blocks of .*stream: nothing is left to learn"):
+        plan = runs.plan(config_of(world).model_copy(update={"data": str(tmp_path / "stream")}))
+    assert plan["blocks"] == []
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": "nowhere"}, DataError, "nowhere is not a stream directory"),
     ({"base": "nowhere"}, DataError, r"nowhere is not a base\+tokens directory"),
@@ -429,7 +438,7 @@ def test_a_block_that_is_not_there_is_refused(block: int, world: Path) -> None:
 def test_the_embedded_inputs_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recommend, "SimulateConfig", lambda: SIMULATE)
     monkeypatch.setattr(recommend, "TokensConfig", lambda: TOKENS)
-    monkeypatch.setattr(recommend, "BaseConfig", lambda: BaseConfig(epochs=1))
+    monkeypatch.setattr(recommend, "PretrainConfig", lambda: PretrainConfig(epochs=1))
     sink = MemorySink()
     config = runs.with_embedded(RunConfig(), sink)
     assert (config.data, config.base) == ("runs/embedded/stream", "runs/embedded/base")
@@ -449,7 +458,7 @@ def test_a_block_that_was_not_simulated_has_no_ceiling(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     streams.simulate_data(Path("stream"), SIMULATE)
     streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-    bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=0), MemorySink())
+    bases.pretrain_base(Path("stream"), Path("base"), PretrainConfig(epochs=0), MemorySink())
     known = Stream.load(Path("stream"))
     items, end = known.items["item"].to_list(), int(known.interactions["timestamp"].max())  # type: ignore[arg-type]
     rows = [f"someone{u},{items[k]},{end + 1 + u + 10 * k}" for u in range(3) for k in range(4)]

@@ -9,7 +9,15 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import read_json
-from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import (
+    InitConfig,
+    MethodConfig,
+    PretrainConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from cladapt.data.schema import Stream, read_manifest, write_manifest
 from cladapt.data.simulate import simulate
 from cladapt.errors import DataError
@@ -30,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         whole.prefix(2).save(folder / "stream")
         streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-        bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=1), MemorySink())
+        bases.pretrain_base(folder / "stream", folder / "base", PretrainConfig(epochs=1), MemorySink())
         config = RunConfig(
             data=str(folder / "stream"),
             base=str(folder / "base"),
@@ -115,7 +123,7 @@ def test_a_merged_export_has_the_ids_of_the_whole_stream(world: Path, tmp_path: 
     assert pl.read_parquet(tmp_path / "out" / "catalogue.parquet")["item"].to_list() == offered(world)
     assert merged.fitted_block == 2
     report = bases.init_base(
-        str(tmp_path / "out"), world / "stream", tmp_path / "next", "packed", BaseConfig(), MemorySink()
+        str(tmp_path / "out"), world / "stream", tmp_path / "next", "packed", InitConfig(), MemorySink()
     )
     assert report["new_tokens"] == 0
     following = load_base(tmp_path / "next")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from cladapt import ops
 from cladapt.artifacts import read_json
 from cladapt.config import (
-    BaseConfig,
+    InitConfig,
     RunConfig,
     SimulateConfig,
     TaskWeights,
@@ -64,7 +64,7 @@ def world(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     streams.simulate_data(folder / "stream", SimulateConfig(users=24, items=30, topics=4, blocks=2))
     streams.build_tokens(folder / "stream", TOKENS, None)
     checkpoint(folder / "source")
-    init = BaseConfig(epochs=0)
+    init = InitConfig(epochs=0)
     bases.init_base(str(folder / "source"), folder / "stream", folder / "init", "packed", init, MemorySink())
     bases.tune_base(str(folder / "source"), folder / "stream", folder / "tuned", config(), MemorySink())
     return folder
@@ -120,7 +120,7 @@ def test_rows_and_weights_of_the_source_start_as_asked(world: Path, tmp_path: Pa
         ("random weights", {"weights": "random", "seed": 1}),
         ("untied", {"untie": True}),
     ):
-        settings = BaseConfig.model_validate({"epochs": 0, **changes})
+        settings = InitConfig.model_validate({"epochs": 0, **changes})
         folder = tmp_path / name
         report = bases.init_base(str(world / "source"), world / "stream", folder, "packed", settings, MemorySink())
         assert (report["rows_by_meaning"] > 0) == (name != "random rows")
@@ -164,7 +164,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_base(rank: int, world: P
     settings = config(rank=rank, dropout=0.1, checkpoint_steps=1, accumulation=2, batch_tokens=320)
     source, data, out = str(world / "source"), world / "stream", tmp_path / "out"
     whole = MemorySink()
-    bases.tune_base(source, data, tmp_path / "whole", settings, whole)
+    report = bases.tune_base(source, data, tmp_path / "whole", settings, whole)
     last = max(e["step"] for e in whole.events if e["kind"] == "step")
     with pytest.raises(KeyboardInterrupt):
         bases.tune_base(source, data, out, settings, Stops(last - 1))
@@ -172,8 +172,10 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_base(rank: int, world: P
     work = tmp_path / "out.unfinished"
     assert work.is_dir()
     rest = MemorySink()
-    bases.tune_base(source, data, out, settings, rest)
+    resumed = bases.tune_base(source, data, out, settings, rest)
     assert weights(out) == weights(tmp_path / "whole")
+    judged = ("start_log_likelihood", "valid_log_likelihood", "kept_epoch")
+    assert [resumed[name] for name in judged] == [report[name] for name in judged]
     steps = [e["step"] for e in rest.events if e["kind"] == "step"]
     assert steps[0] == last - 1
     assert not work.exists()
@@ -260,7 +262,7 @@ def test_id_tokens_that_a_source_has_already_are_counted(world: Path, tmp_path: 
     model, tokenizer, _ = extend_model(str(world / "source"), SidTable(("x",), np.array([[0, 1]]), (1, 2)), 0)
     model.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    start = BaseConfig(epochs=0)
+    start = InitConfig(epochs=0)
     with pytest.warns(UserWarning, match=r"has 3 of the 24 ID tokens already, the first <a_0>: their rows stay"):
         bases.init_base(str(tmp_path / "source"), world / "stream", tmp_path / "out", "packed", start, MemorySink())
 

@@ -9,7 +9,15 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import hash_file, read_json
-from cladapt.config import BaseConfig, EvalConfig, MethodConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import (
+    EvalConfig,
+    MethodConfig,
+    PretrainConfig,
+    PromoteConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+)
 from cladapt.config import TrainConfig as Train
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
@@ -60,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "starts").write_text(",".join(map(str, starts)))
         rows.filter(pl.col("block") <= KNOWN).drop("position").write_csv("blocks.csv")
         make(folder, "start.csv", starts[1:KNOWN])
-        bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=1), SINK)
+        bases.pretrain_base(Path("stream"), Path("base"), PretrainConfig(epochs=1), SINK)
         runs.train(config("stream"), Path("run"), SINK)
     return folder
 
@@ -265,7 +273,7 @@ def test_a_refused_adapter_is_not_shipped_by_other_commands(inside: Path, monkey
 
 def test_another_stream_or_base_is_refused_before_the_log_is_in_it(inside: Path) -> None:
     streams.simulate_data(Path("other"), SimulateConfig(users=60, items=40, topics=4, blocks=2, seed=5))
-    bases.pretrain_base(Path("stream"), Path("stranger"), BaseConfig(epochs=0, seed=9), SINK)
+    bases.pretrain_base(Path("stream"), Path("stranger"), PretrainConfig(epochs=0, seed=9), SINK)
     before = contents("other", "stream", "run")
     for changes in ({"data": Path("other")}, {"base": Path("stranger")}):
         with pytest.raises(DataError, match=r"began with other inputs|is the stream"):

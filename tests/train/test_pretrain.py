@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from cladapt.config import BaseConfig
+from cladapt.config import PretrainConfig
 from cladapt.model.load import Base, load_base, new_model, save_base, trie_softmax
 from cladapt.tokens.prompts import Document
 from cladapt.tokens.sids import SidTable
@@ -21,7 +21,7 @@ from cladapt.train.sinks import MemorySink
 
 SIDS = SidTable(tuple(f"i{k}" for k in range(9)), np.array([[k // 3, k % 3] for k in range(9)]), (3, 3))
 NEW = [4, 5, 6, 7, 8, 9]  # the rows of the semantic IDs, after the four specials
-CONFIG = BaseConfig(epochs=3, batch_tokens=128, row_tokens=32, lr=1e-2, dropout=0.1)
+CONFIG = PretrainConfig(epochs=3, batch_tokens=128, row_tokens=32, lr=1e-2, dropout=0.1)
 
 
 def cycles(base: Base, count: int, seed: int) -> list[Document]:

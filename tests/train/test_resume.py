@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cladapt.artifacts import read_json, read_tensors, write_json, write_tensors
-from cladapt.config import BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import MethodConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.errors import ConfigError, DataError, EnvironmentProblem
 from cladapt.model.load import load_base, save_base
 from cladapt.pipeline import bases, runs, streams
@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         streams.simulate_data(Path("stream"), SimulateConfig(users=60, items=40, topics=4, blocks=3))
         streams.build_tokens(Path("stream"), TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-        bases.pretrain_base(Path("stream"), Path("base"), BaseConfig(epochs=1), MemorySink())
+        bases.pretrain_base(Path("stream"), Path("base"), PretrainConfig(epochs=1), MemorySink())
         runs.train(config(), Path("whole"), MemorySink())
         with pytest.raises(KeyboardInterrupt):
             runs.train(config(), Path("part"), Stops())

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from cladapt.artifacts import read_tensors
-from cladapt.config import AdapterConfig, BaseConfig, MethodConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
+from cladapt.config import (
+    AdapterConfig,
+    MethodConfig,
+    PretrainConfig,
+    RunConfig,
+    SimulateConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from cladapt.errors import ConfigError
 from cladapt.methods.peso import Peso
 from cladapt.pipeline import bases, runs, streams
@@ -25,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     streams.simulate_data(folder / "stream", SimulateConfig(users=60, items=40, topics=4, blocks=3))
     streams.build_tokens(folder / "stream", TokensConfig(dimensions=8, levels=2, codes=4, capacity=16), None)
-    bases.pretrain_base(folder / "stream", folder / "base", BaseConfig(epochs=1), MemorySink())
+    bases.pretrain_base(folder / "stream", folder / "base", PretrainConfig(epochs=1), MemorySink())
     return folder
 
 

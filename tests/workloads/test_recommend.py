@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import write_parquet
-from cladapt.config import BaseConfig, EvalConfig, RunConfig, SimulateConfig, TokensConfig
+from cladapt.config import EvalConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
 from cladapt.eval.metrics import ROWS
@@ -20,7 +20,7 @@ from cladapt.workloads.recommend import Recommend, make_world, truth_of
 
 SIMULATE = SimulateConfig(users=40, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)
-BASE = BaseConfig(epochs=1)
+BASE = PretrainConfig(epochs=1)
 
 
 @pytest.fixture(scope="module")
