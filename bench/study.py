@@ -182,7 +182,7 @@ def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:
     line["distance between adapters"] = mean_distance(list(run.adapters.values()))
     log = regulariser_log(run)
     for key in LOGGED:
-        values = [block[key] for block in log if key in block]
+        values = [block[key] for block in log if block.get(key) is not None]
         line |= {key.replace("/", " "): sum(values) / len(values)} if values else {}
     spectrum = read_json(run.path / METRICS)["spectrum"]
     last = spectrum[-1] if spectrum else {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LONG_GROUP = 4096  # entries per group from which, on a CPU, group by group in the cache beats one pass over all
+LARGEST = 60.0  # of d whose exponential is taken as it is; float32's overflows at 88
 PHILOX_ROUNDS = 10
 
 
@@ -95,7 +96,8 @@ def proximal_kl(
         d = (v - a) / tau;   d = d - E_q[d];   m = log E_q[exp d];   p = q exp(d - m)
         KL = E_p[d] - m;     dKL/dv = p (d - E_p[d]) / tau
 
-    Centring d by the anchor's q = `anchor_p` leaves no first-order term to cancel, so float32 keeps its digits.
+    Centring d by the anchor's q = `anchor_p` leaves no first-order term to cancel, so float32 keeps its digits. Where d
+    passes LARGEST in a group, what is beyond it is taken off all its d, which changes nothing else: exp would overflow.
     Shapes: value, anchor, anchor_p [n]; lengths, inverse_tau [G]. Returns KL [G], gradient [n]. PESO, section 3.
     """
     if value.numel() > LONG_GROUP * lengths.numel():
@@ -107,6 +109,8 @@ def proximal_kl(
     scale = group_expand(inverse_tau, lengths, total)
     d = (value - anchor) * scale
     d = d - group_expand(group_sum(anchor_p * d, lengths), lengths, total)
+    beyond = (torch.segment_reduce(d, "max", lengths=lengths, unsafe=True) - LARGEST).clamp_min(0.0)
+    d = d - group_expand(beyond, lengths, total)
     log_mean = torch.log1p(group_sum(anchor_p * torch.expm1(d), lengths))
     p = anchor_p * torch.exp(d - group_expand(log_mean, lengths, total))
     mean = group_sum(p * d, lengths)
@@ -116,6 +120,7 @@ def proximal_kl(
 def _proximal_kl_group(value: Tensor, anchor: Tensor, anchor_p: Tensor, inverse_tau: Tensor) -> tuple[Tensor, Tensor]:
     d = (value - anchor).mul_(inverse_tau)
     d.sub_(torch.dot(anchor_p, d))
+    d.sub_((d.max() - LARGEST).clamp_min(0.0))
     log_mean = torch.dot(anchor_p, torch.expm1(d)).log1p()
     p = (d - log_mean).exp_().mul_(anchor_p)
     mean = torch.dot(p, d)

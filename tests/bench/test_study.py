@@ -68,7 +68,9 @@ def made(
     return done, study.tables(one.recipe, done)
 
 
-def test_a_study_of_recommendations(study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_of_recommendations(
+    study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done, tables = made(study, INTERACTIONS, tmp_path)
     assert [(cell.name, cell.seed) for cell, _ in done] == [(n, s) for s in (0, 1) for n in INTERACTIONS["cells"]]
     assert len({cell.config.data for cell, _ in done}) == 1
@@ -95,6 +97,9 @@ def test_a_study_of_recommendations(study: Any, tmp_path: Path, capsys: pytest.C
     _, some = made(study, INTERACTIONS, tmp_path, ["finetune", "frozen"])  # without the reference
     assert [*some["cells"]["cell"].unique(maintain_order=True)] == ["finetune", "frozen"]
     assert some["differences"]["difference"].to_list()[0] == "frozen - finetune"
+    monkeypatch.setattr(study, "regulariser_log", lambda _: [{"peso/term, last": None}, {"peso/term, last": 3.0}])
+    logged = study.tables(study.recipe_of(INTERACTIONS, "mini.yaml"), again)["cells"]["peso term, last"]
+    assert {*logged} == {3.0}  # a value that was not finite is no part of a mean
 
 
 def test_a_study_of_classes(study: Any, drawings: Path) -> None:

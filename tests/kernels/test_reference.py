@@ -65,6 +65,23 @@ def test_float32_keeps_the_digits_that_a_difference_of_logs_loses(
     assert ((naive - truth).abs() / truth.clamp_min(1e-30))[1:].max() > 10 * error.max()
 
 
+@pytest.mark.parametrize("far", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("long_group", [1, reference.LONG_GROUP])
+def test_an_entry_far_from_its_anchor_does_not_overflow_float32(
+    far: float, long_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "LONG_GROUP", long_group)
+    value, anchor = vectors(torch.float32)
+    tau = 0.02
+    value[LENGTHS.cumsum(0) - 1] += far * tau
+    exact = value.double().requires_grad_()
+    truth = brute_force_kl(exact, anchor.double(), torch.full((4,), tau, dtype=torch.float64))
+    truth.sum().backward()
+    penalty, grad = kl(value, anchor, torch.full((4,), 1 / tau))
+    torch.testing.assert_close(penalty.double(), truth.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-4, atol=1e-4 / tau)
+
+
 def test_a_constant_shift_of_a_group_is_free() -> None:
     _, anchor = vectors(torch.float64)
     penalty, grad = kl(anchor + 0.7, anchor, torch.ones(4, dtype=torch.float64))
