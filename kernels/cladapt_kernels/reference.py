@@ -130,16 +130,18 @@ def _proximal_kl_group(value: Tensor, anchor: Tensor, anchor_p: Tensor, inverse_
 def proximal_statistics(
     value: Tensor, anchor: Tensor, anchor_p: Tensor, lengths: Tensor, inverse_tau: Tensor, weight: Tensor
 ) -> Tensor:
-    """What `proximal_kl` needs to know of each group, [G, 6]: weight, 1/tau, log sum exp(a/tau), E_q[d], m, E_p[d].
+    """What `proximal_kl` needs to know of each group, [G, 6]: weight, 1/tau, log sum exp(a/tau), c, m, E_p[d].
 
-    With them the gradient is elementwise: weight / tau * p (d - E_p[d]), d = (v - a) / tau - E_q[d],
-    p = exp(a / tau - log sum + d - m).
+    With them the gradient is elementwise: weight / tau * p (d - E_p[d]), d = (v - a) / tau - c,
+    p = exp(a / tau - log sum + d - m). c is E_q[(v - a) / tau], and where d passes LARGEST what is beyond it too.
     """
     total = value.numel()
     scale = group_expand(inverse_tau, lengths, total)
     d = (value - anchor) * scale
     centre = group_sum(anchor_p * d, lengths)
     d = d - group_expand(centre, lengths, total)
+    beyond = (torch.segment_reduce(d, "max", lengths=lengths, unsafe=True) - LARGEST).clamp_min(0.0)
+    centre, d = centre + beyond, d - group_expand(beyond, lengths, total)
     log_mean = torch.log1p(group_sum(anchor_p * torch.expm1(d), lengths))
     mean = group_sum(anchor_p * torch.exp(d - group_expand(log_mean, lengths, total)) * d, lengths)
     peak = torch.segment_reduce(anchor * scale, "max", lengths=lengths, unsafe=True)
