@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from cladapt.train.sinks import MemorySink
 from cladapt_kernels import lora_linear
 from cladapt_kernels.routes import Factors, Route
 
-FORMS = [("scaled", "factor", 0.1), ("scaled", "module", 0.1), ("literal", "factor", 50.0), ("l2", "factor", 0.5)]
+STRENGTH = {"literal": 50.0, "scaled": 0.1, "l2": 5.0}
+FORMS = [("scaled", "factor"), ("scaled", "module"), ("literal", "factor"), ("l2", "factor")]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,8 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def config(form: str, groups: str, strength: float, method: str = "peso", place: str = "auto") -> RunConfig:
-    options = {"regulariser": form, "groups": groups, "strength": strength, "place": place}
+def config(form: str, groups: str = "factor", method: str = "peso", place: str = "auto") -> RunConfig:
+    options = {"regulariser": form, "groups": groups, "strength": STRENGTH[form], "place": place}
     return RunConfig(
         data="stream",
         base="base",
@@ -69,11 +71,11 @@ def factors(run: str) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}/{name}": t for file in files for name, t in read_tensors(file).items()}
 
 
-@pytest.mark.parametrize(("form", "groups", "strength"), FORMS)
+@pytest.mark.parametrize(("form", "groups"), FORMS)
 def test_inside_the_step_a_term_does_what_it_does_before_it(
-    form: str, groups: str, strength: float, monkeypatch: pytest.MonkeyPatch
+    form: str, groups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(form, groups, strength)
+    settings = config(form, groups)
     runs.train(settings, Path("before"), MemorySink())
     inside(monkeypatch)
     runs.train(settings, Path("inside"), MemorySink())
@@ -90,7 +92,7 @@ def test_inside_the_step_a_term_does_what_it_does_before_it(
 
 
 def test_a_run_with_every_op_in_place_is_the_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config("scaled", "factor", 0.1)
+    settings = config("scaled")
     # the masks of the op and of torch are others
     settings = settings.model_copy(update={"adapter": AdapterConfig(rank=2, dropout=0.0)})
     runs.train(settings, Path("without"), MemorySink())
@@ -114,36 +116,44 @@ def with_linears(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
         monkeypatch.setattr("cladapt_kernels.optim.launch_obstacle", lambda *_: "")
 
 
-PLACES = [  # method, form, what is asked for, what is taken, whether kernels do it
-    ("peso", "scaled", "epilogue", "epilogue", False),
-    ("peso+eblora", "scaled", "auto", "epilogue", False),
-    ("eblora+peso", "scaled", "auto", "optimiser", False),
-    *(
-        pytest.param(*case, True, marks=pytest.mark.slow)
-        for case in (
-            ("peso", "literal", "epilogue", "epilogue"),
-            ("peso", "scaled", "epilogue", "epilogue"),
-            ("peso", "l2", "epilogue", "epilogue"),
-            ("peso+eblora", "scaled", "auto", "epilogue"),
-            ("eblora+peso", "l2", "auto", "optimiser"),
-        )
-    ),
-]
-
-
-@pytest.mark.parametrize(("method", "form", "asked", "taken", "kernels"), PLACES)
+@pytest.mark.parametrize(
+    ("method", "form", "asked", "taken"),
+    [
+        ("peso", "scaled", "epilogue", "epilogue"),
+        ("peso+eblora", "scaled", "auto", "epilogue"),
+        ("eblora+peso", "l2", "auto", "optimiser"),
+    ],
+)
 def test_a_term_does_the_same_in_every_place(
-    method: str, form: str, asked: str, taken: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, form: str, asked: str, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strength = {"literal": 50.0, "scaled": 0.1, "l2": 0.5}[form]
-    with_linears(monkeypatch, kernels)
+    with_linears(monkeypatch, kernels=False)
+    check_places(method, form, asked, taken, {}, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["peso", "peso+eblora"])
+def test_the_kernels_train_what_plain_torch_trains(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_linears(monkeypatch, kernels=True)
+    skinny = pytest.importorskip("cladapt_kernels.skinny", reason="the kernels are written in triton")
+    joined = Mock(wraps=skinny.proximal_of)
+    monkeypatch.setattr(skinny, "proximal_of", joined)
+    one_linear = AdapterConfig(rank=2, dropout=0.1, targets=r".*layers\.0\.self_attn\.q_proj")
+    check_places(method, "scaled", "epilogue", "epilogue", {"adapter": one_linear}, monkeypatch)
+    assert joined.called
+
+
+def check_places(
+    method: str, form: str, asked: str, taken: str, changes: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training with the term where it is asked for is training with it added by plain torch."""
     places: list[str] = []
     place = Peso._place
     monkeypatch.setattr(Peso, "_place", lambda own, ctx: places.append(place(own, ctx)) or places[-1])
     for name in ("eager", asked):
-        settings = config(form, "factor", strength, method, name)
+        settings = config(form, method=method, place=name)
         train = settings.train.model_copy(update={"epochs": 1, "accumulation": 2, "batch_tokens": 256})
-        runs.train(settings.model_copy(update={"train": train}), Path(name), MemorySink())
+        runs.train(settings.model_copy(update={"train": train, **changes}), Path(name), MemorySink())
     assert {*places} == {"eager", taken}
     expected, found = factors("eager"), factors(asked)
     for key, tensor in expected.items():
@@ -168,7 +178,7 @@ def test_a_place_where_the_term_cannot_join_is_refused(method: str, place: str, 
     if torch.cuda.is_available() and method == "peso":
         pytest.skip("the linears run the fused op")
     with pytest.raises(ConfigError, match=message) as caught:
-        runs.train(config("scaled", "factor", 0.1, method, place), Path("run"), MemorySink())
+        runs.train(config("scaled", method=method, place=place), Path("run"), MemorySink())
     assert caught.value.hint == "use place=auto"
 
 
@@ -184,7 +194,7 @@ class Stops(MemorySink):
 @pytest.mark.parametrize("place", ["optimiser", "epilogue"])
 def test_a_run_with_the_term_inside_resumes_to_the_same_bits(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_linears(monkeypatch, kernels=False)
-    settings = config("scaled", "factor", 0.1, place=place)
+    settings = config("scaled", place=place)
     runs.train(settings, Path("whole"), MemorySink())
     with pytest.raises(KeyboardInterrupt):
         runs.train(settings, Path("part"), Stops())
