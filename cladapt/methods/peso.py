@@ -170,8 +170,8 @@ class Peso(Method):
         tiny = torch.finfo(torch.float32).tiny
         task, own = figures.task_norm, figures.term_norm
         ratio, cosine = own / task.clamp_min(tiny), figures.inner / (task * own).clamp_min(tiny)
-        told = torch.stack([t.double() for t in (figures.term, figures.distance, ratio, cosine)]).tolist()
-        ctx.log.update(zip(FIGURES, told, strict=True))
+        numbers = torch.stack([t.double() for t in (figures.term, figures.distance, ratio, cosine)]).tolist()
+        ctx.log.update(zip(FIGURES, numbers, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.anchor is None else {"anchor": self.anchor}

@@ -61,6 +61,7 @@ class Epilogue:
         self.route = ""
         self._pulls: dict[int, Pull] = {}
         self._fused: FusedStep | None = None
+        self._value: Tensor | None = None  # R as armed
         self._step = self._group_of_each = torch.zeros(())
         self._armed = False
 
@@ -69,7 +70,8 @@ class Epilogue:
 
         `ValueError` where the term does not fit, and for a Fisher diagonal, which no epilogue has.
         """
-        self.term, self._fused, self._pulls, self._armed = None, None, {}, False
+        self.term, self._fused, self._pulls = None, None, {}
+        self._value, self._armed = None, False
         if term is None:
             return
         if term.kind not in KINDS:
@@ -102,9 +104,9 @@ class Epilogue:
             return
         if self._fused is not None:
             self._fused.refresh(self._step)
-            rows = self._fused.rows(self._step)
+            rows, self._value = self._fused.rows(self._step), self._fused.value(self._step).sum()
         else:
-            rows = self._rows(self.term)
+            rows, self._value = self._rows(self.term)
         own = rows.to(self.parameters[0].dtype)[self._group_of_each]
         table = torch.stack([own, torch.zeros_like(own)], 1)
         for pull in self._pulls.values():
@@ -133,16 +135,17 @@ class Epilogue:
 
     @torch.no_grad()
     def measure(self) -> Figures:
-        """Figures of the gradients once `finish` is done, nothing waited for; nothing is clipped here."""
-        if self.term is None:
-            raise RuntimeError("set_term comes before measure")
+        """Figures of the gradients once `finish` is done, nothing waited for; nothing is clipped here.
+
+        `RuntimeError` before that.
+        """
+        if self.term is None or self._value is None or self._armed:
+            raise RuntimeError("set_term, arm and finish come before measure")
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if self._fused is not None:
             sums = self._fused.measure(grads, self._step, included=True)
-            value = self._fused.value(self._step).sum()
         else:
             sums = torch.zeros(5, dtype=torch.float64, device=grads[0].device)
-            value = self._value
             for total, pull in zip(grads, self._pulls.values(), strict=True):
                 own, moved = pull.gradient().double(), (pull.value - pull.anchor).double()
                 task = total.double() - own
@@ -151,11 +154,11 @@ class Epilogue:
                 )])  # fmt: skip
         norm, task_norm, term_norm = sums[:3].sqrt()
         return Figures(
-            norm, task_norm, term_norm, sums[3], sums[4].sqrt(), self.term.strength * value, norm.new_ones(())
+            norm, task_norm, term_norm, sums[3], sums[4].sqrt(), self.term.strength * self._value, norm.new_ones(())
         )
 
-    def _rows(self, term: Term) -> Tensor:
-        """`reference.proximal_statistics` [G, 6] in float64, whose sums need no care; keeps R."""
+    def _rows(self, term: Term) -> tuple[Tensor, Tensor]:
+        """`reference.proximal_statistics` [G, 6] and R, in float64, whose sums keep their digits in any order."""
         of_each = term.group_of_each(len(self.parameters))
         order = sorted(range(len(of_each)), key=of_each.__getitem__)
         lengths = [0] * (max(of_each) + 1)
@@ -173,7 +176,5 @@ class Epilogue:
         weight = torch.as_tensor(term.strength).to(value)
         rows = reference.proximal_statistics(value, anchor, anchor_p, sizes, inverse_tau, weight)
         if term.kind == "l2":
-            self._value = 0.5 * (value - anchor).square().sum()
-        else:
-            self._value = (rows[:, 5] - rows[:, 4]).sum()
-        return rows
+            return rows, 0.5 * (value - anchor).square().sum()
+        return rows, (rows[:, 5] - rows[:, 4]).sum()

@@ -87,22 +87,22 @@ def gradients(world: World) -> list[Tensor]:
 
 @pytest.mark.parametrize("together", [False, True], ids=["factors", "module"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["torch", "skinny", "single"])
+@pytest.mark.parametrize("route", ["torch", "skinny", "single"])
 def test_gradients_are_those_of_loss_and_term(
-    way: str, form: str, together: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    route: str, form: str, together: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way != "torch":
-        by_kernels(monkeypatch, "single" if way == "single" else "skinny")
-    dtype = torch.float64 if way == "torch" else torch.float32
+    if route != "torch":
+        by_kernels(monkeypatch, "single" if route == "single" else "skinny")
+    dtype = torch.float64 if route == "torch" else torch.float32
     world = World(form, dtype, device, together)
-    assert world.epilogue.route == ("triton" if way != "torch" else f"torch: no kernels on {device.type}") or (
+    assert world.epilogue.route == ("triton" if route != "torch" else f"torch: no kernels on {device.type}") or (
         device.type == "cuda"
     )
     world.epilogue.arm()
     world.backward()
     assert not any(pull.waiting for pull in world.epilogue._pulls.values())  # none is left to `finish`
     value, pulls = world.own()
-    rtol, atol = (1e-9, 1e-9) if way == "torch" else (1e-4, 1e-4)
+    rtol, atol = (1e-9, 1e-9) if route == "torch" else (1e-4, 1e-4)
     for found, task, pull in zip(gradients(world), world.task(), pulls, strict=True):
         assert pull.abs().max() > 0.02 * task.abs().max()
         torch.testing.assert_close(found, task + pull, rtol=rtol, atol=atol)
@@ -122,11 +122,11 @@ def test_gradients_are_those_of_loss_and_term(
         assert figures[name] == pytest.approx(wanted.item(), abs=tolerance), name
 
 
-@pytest.mark.parametrize("way", ["torch", "skinny"])
+@pytest.mark.parametrize("route", ["torch", "skinny"])
 def test_the_term_joins_once_a_step_and_only_when_armed(
-    way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    route: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "skinny":
+    if route == "skinny":
         by_kernels(monkeypatch)
     world = World("scaled", torch.float32, device)
     world.backward(slice(0, 10))  # a micro-batch that is not the last
@@ -148,11 +148,11 @@ def test_the_term_joins_once_a_step_and_only_when_armed(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["torch", "skinny"])
+@pytest.mark.parametrize("route", ["torch", "skinny"])
 def test_what_no_linear_reaches_is_left_to_finish(
-    way: str, form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    route: str, form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "skinny":
+    if route == "skinny":
         by_kernels(monkeypatch)
     world = World(form, torch.float32, device)
     size = torch.full((1,), 0.7, device=device, requires_grad=True)
@@ -180,11 +180,11 @@ def test_what_no_linear_reaches_is_left_to_finish(
 
 
 @pytest.mark.parametrize("far", [10.0, 100.0, 1000.0])
-@pytest.mark.parametrize("way", ["torch", "skinny"])
+@pytest.mark.parametrize("route", ["torch", "skinny"])
 def test_a_factor_far_from_its_anchor_has_the_gradient_of_float64(
-    way: str, far: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    route: str, far: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "skinny":
+    if route == "skinny":
         by_kernels(monkeypatch)
     world = World("scaled", torch.float32, device)
     with torch.no_grad():
@@ -203,8 +203,13 @@ def test_what_an_epilogue_cannot_add_is_named(device: torch.device) -> None:
     with pytest.raises(ValueError, match="1 anchors for 2 parameters"):
         world.epilogue.set_term(Term("l2", 1.0, world.anchors[:1]))
     assert world.epilogue.of(world.a, world.b) is None
-    with pytest.raises(RuntimeError, match="set_term comes before measure"):
+    with pytest.raises(RuntimeError, match="set_term, arm and finish come before measure"):
         world.epilogue.measure()
+    world.epilogue.set_term(world.term)
+    for prepare in (lambda: None, world.epilogue.arm):
+        prepare()
+        with pytest.raises(RuntimeError, match="set_term, arm and finish come before measure"):
+            world.epilogue.measure()
 
 
 def trained(place: str, form: str, steps: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -239,16 +244,18 @@ def trained(place: str, form: str, steps: int, dtype: torch.dtype, device: torch
     return [p.detach() for p in parameters]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_two_hundred_steps_are_the_same_in_every_place(
-    form: str, device: torch.device, within_budget: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("steps", "kernels"), [(200, False), pytest.param(15, True, marks=pytest.mark.slow)])
+def test_steps_are_the_same_in_every_place(
+    steps: int, kernels: bool, form: str, device: torch.device, within_budget: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     start = World(form, torch.float64, device)
-    truth, plain = (trained("eager", form, 200, dtype, device) for dtype in (torch.float64, torch.float32))
-    assert (truth[0] - start.a.detach()).abs().max() > 0.01  # something was learned
-    by_kernels(monkeypatch)
+    truth, plain = (trained("eager", form, steps, dtype, device) for dtype in (torch.float64, torch.float32))
+    assert (truth[0] - start.a.detach()).abs().max() > 5e-5 * steps  # something was learned
+    if kernels:  # a GPU takes them without being asked
+        by_kernels(monkeypatch)
     for place in ("optimiser", "epilogue"):
-        found = trained(place, form, 200, torch.float32, device)
+        found = trained(place, form, steps, torch.float32, device)
         for name, ours, exact, other in zip("ab", found, truth, plain, strict=True):
             within_budget(f"{place} {name}", ours, exact, other, exact.abs())

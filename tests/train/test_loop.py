@@ -87,10 +87,10 @@ def make_fit(
     sink: MemorySink | None = None,
     batch_tokens: int = 32,
     row_tokens: int = 16,
-    beside: int = 0,
+    extra: int = 0,
     **changes: Any,
 ) -> Fit:
-    """A fit of all of the module, the last `beside` parameters as rows that are no method's."""
+    """A fit of all of the module, the last `extra` parameters as rows that are no method's."""
     module = module or make_module()
     named = list(module.named_parameters())
     train = documents(20) if train is None else train
@@ -98,7 +98,7 @@ def make_fit(
     return Fit(
         module,
         method or Finetune(),
-        Context(dict(named[: len(named) - beside]), block=3, extra_parameters=dict(named[len(named) - beside :])),
+        Context(dict(named[: len(named) - extra]), block=3, extra_parameters=dict(named[len(named) - extra :])),
         PackedFeed(train, valid, batch_tokens, row_tokens),
         replace(SETTINGS, **changes),
         sink or MemorySink(),
@@ -410,11 +410,11 @@ def test_bfloat16_compute_stays_near_and_keeps_weights_and_state_in_float32() ->
     assert results["bf16"][1] == pytest.approx(results["fp32"][1], rel=0.02)
 
 
-def test_a_term_joins_inside_the_step_where_rows_learn_beside_the_adapter() -> None:
+def test_a_term_joins_inside_the_step_where_rows_outside_the_adapter_learn_too() -> None:
     values, logs = {}, {}
     for place in ("eager", "optimiser"):
         sink, method = MemorySink(), Peso(PesoConfig(strength=5.0, regulariser="l2", place=place))
-        fit = make_fit(method=method, sink=sink, clip=0.05, beside=3)
+        fit = make_fit(method=method, sink=sink, clip=0.05, extra=3)
         assert fit.ctx.extra_parameters
         fit.run()
         assert fit.ctx.optimizer is not None
