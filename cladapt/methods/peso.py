@@ -81,23 +81,23 @@ class Peso(Method):
 
     def _place(self, ctx: Context) -> str:
         """Where the term joins; `ConfigError` where it cannot join in the place that was asked for."""
-        wrong = {
-            "optimiser": "" if ctx.optimizer is not None else "the adapter's weights are not all float32",
-            "epilogue": ""
-            if ctx.epilogue is not None
-            else f"the linears do not run the fused op ({ops.backends(ctx.kernels)['lora_linear'][1]})",
-        }
+        obstacles: dict[str, str] = {"optimiser": "", "epilogue": ""}
         if ctx.edited_after:
-            wrong["optimiser"] = "a method that comes after peso edits gradients, and would not see the term"
+            obstacles["optimiser"] = "a method that comes after peso edits gradients, and would not see the term"
+        elif ctx.optimizer is None:
+            obstacles["optimiser"] = "the trained parameters are not all float32"
         if ctx.edited_before:
-            wrong["epilogue"] = "a method that comes before peso edits gradients, and would edit the term too"
+            obstacles["epilogue"] = "a method that comes before peso edits gradients, and would edit the term too"
+        elif ctx.epilogue is None:
+            reason = ops.backends(ctx.kernels)["lora_linear"][1]
+            obstacles["epilogue"] = f"the linears do not run the fused op ({reason})"
         if (asked := self.config.place) != "auto":
-            if wrong.get(asked):
-                raise ConfigError(f"method.options.place={asked}: {wrong[asked]}", "use place=auto")
+            if obstacle := obstacles.get(asked):
+                raise ConfigError(f"method.options.peso.place={asked}: {obstacle}", "use place=auto")
             return asked
         if self.config.groups == "rank" or not ops.uses_kernel("prox_adamw", ctx.kernels):
             return "eager"
-        return next((place for place, reason in wrong.items() if not reason), "eager")
+        return next((place for place, obstacle in obstacles.items() if not obstacle), "eager")
 
     def _prepare(self, vector: AdapterVector, anchor: Tensor) -> None:
         lengths = vector.lengths.to(anchor.device)

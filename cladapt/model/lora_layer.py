@@ -52,7 +52,7 @@ class _Fused(_Layer):
         frozen = frozen and (frozen[0], frozen[1].index_select(0, rows))
         return ops.lora_linear(x, weight, bias, down, up, scale, p, seed, frozen, self._pulls(down, up))
 
-    def _pulls(self, down: Tensor, up: Tensor) -> Any:
+    def _pulls(self, down: Tensor, up: Tensor) -> ops.Pulls:
         return None if self.epilogue is None else self.epilogue.of(down, up)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
