@@ -165,9 +165,7 @@ def test_a_place_that_is_not_there_is_an_error(place: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"method.options.peso.place={place}: {reason}") as caught:
         Peso(PesoConfig(place=place)).begin_block(Context(parameters(), block=1))
     assert caught.value.hint == "use place=auto"
-    with pytest.raises(
-        ConfigError, match=f"place={place} has groups of whole factors, groups is rank: use"
-    ):
+    with pytest.raises(ConfigError, match=f"place={place} has groups of whole factors, groups is rank: use"):
         build(MethodConfig(name="peso", options={"groups": "rank", "place": place}))
 
 
