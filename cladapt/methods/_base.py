@@ -47,7 +47,13 @@ class Context:
     kernels: ops.Choice = "auto"
     """Which implementation of the ops runs."""
     optimizer: ops.ProxAdamW | None = None
-    """The optimiser, where it takes a proximal term into its step; without, a term's gradient is added before."""
+    """The optimiser, where it can take a proximal term into its step."""
+    epilogue: ops.Epilogue | None = None
+    """The linears' backward passes, where they can add a proximal term to the gradients that they write."""
+    edited_before: bool = False
+    """Whether methods that come before this one edit gradients: what is in the gradients by then, they edit too."""
+    edited_after: bool = False
+    """Whether methods that come after this one edit gradients: what joins after `edit_grads`, they do not see."""
     figures: ops.Figures | None = None
     """What the optimiser measured of this step, where it has a term."""
     log: dict[str, float] = field(default_factory=dict)
@@ -58,8 +64,9 @@ class Context:
         cls, model: "PeftModel", block: int, initial: Mapping[str, Tensor], kernels: ops.Choice = "auto"
     ) -> "Context":
         """The context of an adapted model."""
+        parameters = adapter.adapter_parameters(model)
         return cls(
-            adapter.adapter_parameters(model),
+            parameters,
             block=block,
             initial=initial,
             weights=adapter.adapted_weights(model),
@@ -67,6 +74,7 @@ class Context:
             factors=partial(adapter.adapter_tensors, model),
             base_alone=partial(history.base_alone, model),
             kernels=kernels,
+            epilogue=adapter.epilogue_of(model, parameters),
         )
 
 
@@ -88,6 +96,11 @@ class Method:
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
+
+    @property
+    def edits_gradients(self) -> bool:
+        """Whether `edit_grads` does anything."""
+        return type(self).edit_grads is not Method.edit_grads
 
     def learned_with(self, block: int) -> Sequence[int]:
         """The blocks whose data is learned when `block` is the newest, which comes last."""

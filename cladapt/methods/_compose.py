@@ -37,8 +37,9 @@ class Compose(Method):
         return any(method.weight_gradients for _, method in self.methods)
 
     def begin_block(self, ctx: Context) -> None:
-        ctx.optimizer = None  # inside its step, a term would be hidden from the edits that come after
-        for _, method in self.methods:
+        edit = [method.edits_gradients for _, method in self.methods]
+        for i, (_, method) in enumerate(self.methods):
+            ctx.edited_before, ctx.edited_after = any(edit[:i]), any(edit[i + 1 :])
             method.begin_block(ctx)
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:

@@ -7,8 +7,14 @@
     l2        R = 1/2 ||v - a||^2
 
 The gradient is the closed form p * (d - E_p[d]) / tau with d = (v - a) / tau, added once per optimiser step, in
-float32: before the step, or inside it where the optimiser takes it in (not for rank groups). A group whose anchor
-has no spread (B = 0 at the first block) takes the spread of the whole anchor as tau.
+float32. It joins the task's gradient in one of three `place`s, in which it is the same but for rounding, and the norm
+of the sum is what is clipped:
+optimiser  inside its step, with no pass over the parameters of its own; after the edits of methods composed with it
+epilogue   in the last backward pass of a step, where the fused linears write dA and dB; before all edits
+eager      between the two, by plain torch, for rank groups too
+`auto` is eager without kernels, else the first of the three that means what the order of the methods says: by the
+model of `bench kernels` it moves 44 bytes a parameter and step, figures and clipping included, and the epilogue 76.
+A group whose anchor has no spread (B = 0 at the first block) takes the spread of the whole anchor as tau.
 Log: `peso/term` = lambda R, `peso/ratio` and `peso/cosine` of its gradient against the task's, `peso/distance` =
 ||v - a||. Block 1 has no predecessor to stay near and is learned without the term.
 State: the anchor, 4 bytes per adapter parameter, the same in every block.
@@ -18,11 +24,12 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cladapt import ops
 from cladapt.config import Settings
+from cladapt.errors import ConfigError
 from cladapt.methods._base import Context, Method
 from cladapt.model.anchors import AdapterVector, Grouping
 
@@ -38,6 +45,15 @@ class PesoConfig(Settings):
     """Which proximal term."""
     groups: Grouping = "factor"
     """Softmax groups: each factor, each module (A and B together), or each rank-1 vector."""
+    place: Literal["auto", "optimiser", "epilogue", "eager"] = "auto"
+    """Where the term's gradient joins the task's: inside the optimiser's step, in the backward pass of the linears
+    (a GPU), or between them by plain torch; `auto`: the cheapest that runs here and keeps the order of methods."""
+
+    @model_validator(mode="after")
+    def _place_has_groups(self) -> "PesoConfig":
+        if self.groups == "rank" and self.place in ("optimiser", "epilogue"):
+            raise ValueError(f"place={self.place} has groups of whole factors, groups is rank: use place=eager")
+        return self
 
 
 class Peso(Method):
@@ -51,13 +67,37 @@ class Peso(Method):
         self.anchor: Tensor | None = None
         self._vector: AdapterVector | None = None
         self._optimizer: ops.ProxAdamW | None = None
+        self._epilogue: ops.Epilogue | None = None
+        self._pulled: list[nn.Parameter] = []
 
     def begin_block(self, ctx: Context) -> None:
         self._active = self.config.strength > 0.0 and ctx.block > 1
         self._vector = AdapterVector(ctx.parameters, self.config.groups)
-        inside = self._active and self.config.groups != "rank"
-        self._optimizer = ctx.optimizer if inside else None
+        place = self._place(ctx)
+        self._optimizer = ctx.optimizer if self._active and place == "optimiser" else None
+        self._epilogue = ctx.epilogue if self._active and place == "epilogue" else None
+        self._pulled = list(ctx.parameters.values())
         self._prepare(self._vector, self._vector.flatten([p.detach() for p in ctx.parameters.values()]))
+
+    def _place(self, ctx: Context) -> str:
+        """Where the term joins; `ConfigError` where it cannot join in the place that was asked for."""
+        obstacles: dict[str, str] = {"optimiser": "", "epilogue": ""}
+        if ctx.edited_after:
+            obstacles["optimiser"] = "a method that comes after peso edits gradients, and would not see the term"
+        elif ctx.optimizer is None:
+            obstacles["optimiser"] = "the trained parameters are not all float32"
+        if ctx.edited_before:
+            obstacles["epilogue"] = "a method that comes before peso edits gradients, and would edit the term too"
+        elif ctx.epilogue is None:
+            reason = ops.backends(ctx.kernels)["lora_linear"][1]
+            obstacles["epilogue"] = f"the linears do not run the fused op ({reason})"
+        if (asked := self.config.place) != "auto":
+            if obstacle := obstacles.get(asked):
+                raise ConfigError(f"method.options.peso.place={asked}: {obstacle}", "use place=auto")
+            return asked
+        if self.config.groups == "rank" or not ops.uses_kernel("prox_adamw", ctx.kernels):
+            return "eager"
+        return next((place for place, obstacle in obstacles.items() if not obstacle), "eager")
 
     def _prepare(self, vector: AdapterVector, anchor: Tensor) -> None:
         lengths = vector.lengths.to(anchor.device)
@@ -68,7 +108,9 @@ class Peso(Method):
             self._inverse_tau = torch.ones(lengths.numel(), dtype=anchor.dtype, device=anchor.device)
         self._anchor_p = ops.group_softmax(anchor * self._inverse_tau.repeat_interleave(lengths), lengths)
         if self._optimizer is not None:
-            self._optimizer.set_term(self._term(vector, anchor))
+            self._optimizer.set_term(self._term(vector, anchor), self._pulled)
+        if self._epilogue is not None:
+            self._epilogue.set_term(self._term(vector, anchor))
 
     def _term(self, vector: AdapterVector, anchor: Tensor) -> ops.Term:
         anchors = [part.contiguous() for part in vector.unflatten(anchor)]
@@ -99,6 +141,10 @@ class Peso(Method):
             raise RuntimeError("begin_block comes before edit_grads")
         if self._optimizer is not None:
             return
+        if self._epilogue is not None:
+            self._epilogue.finish()
+            self._log(ctx, self._epilogue.measure())
+            return
         parameters = list(ctx.parameters.values())
         value = self._vector.flatten([p.detach() for p in parameters])
         distance = torch.linalg.vector_norm(value - self.anchor)
@@ -117,14 +163,15 @@ class Peso(Method):
         torch._foreach_add_(grads, [g.to(p.dtype) for g, p in zip(self._vector.unflatten(grad), grads, strict=True)])
 
     def after_step(self, ctx: Context) -> None:
-        figures = ctx.figures
-        if self._optimizer is None or figures is None:
-            return
+        if self._optimizer is not None and ctx.figures is not None:
+            self._log(ctx, ctx.figures)
+
+    def _log(self, ctx: Context, figures: ops.Figures) -> None:
         tiny = torch.finfo(torch.float32).tiny
         task, own = figures.task_norm, figures.term_norm
         ratio, cosine = own / task.clamp_min(tiny), figures.inner / (task * own).clamp_min(tiny)
-        told = torch.stack([t.double() for t in (figures.term, figures.distance, ratio, cosine)]).tolist()
-        ctx.log.update(zip(FIGURES, told, strict=True))
+        numbers = torch.stack([t.double() for t in (figures.term, figures.distance, ratio, cosine)]).tolist()
+        ctx.log.update(zip(FIGURES, numbers, strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.anchor is None else {"anchor": self.anchor}

@@ -202,6 +202,20 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return own
 
 
+def epilogue_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> ops.Epilogue | None:
+    """Where a proximal term of these parameters can join what the fused linears' backward passes write.
+
+    It takes the place of an earlier one; None where no layer is a fused linear.
+    """
+    layers = [layer for layer in lora_layers(model).values() if hasattr(layer, "epilogue")]
+    if not layers:
+        return None
+    found = ops.Epilogue([*parameters.values()])
+    for layer in layers:
+        layer.epilogue = found
+    return found
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A detached copy of the adapter's A and B, frozen and computed ones too, under the names of LoRA's weights."""
     return {

@@ -23,7 +23,8 @@ class AdapterVector:
             raise ConfigError("the adapter has no trainable tensors", "check adapter.targets")
         self.names = tuple(parameters)
         self._shapes = [parameters[name].shape for name in self.names]
-        self._transposed = [is_up(name) for name in self.names]
+        # a module may have a number s as well, B = s U
+        self._transposed = [is_up(name) and parameters[name].dim() == 2 for name in self.names]
         self._sizes = [parameters[name].numel() for name in self.names]
         self.lengths = torch.tensor(self._lengths(grouping), dtype=torch.int64)
 

@@ -27,6 +27,9 @@ class _Fused(_Layer):
     A second one at the same scale, frozen and without dropout, is more ranks of the op: a history.
     """
 
+    epilogue: ops.Epilogue | None = None
+    """What a proximal term adds to the factors' gradients in the backward pass."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.stock_reason(x):
             return super().forward(x, *args, **kwargs)
@@ -43,11 +46,14 @@ class _Fused(_Layer):
         frozen = self._factors(*others) if others else None
         base, scale = self.get_base_layer(), self.scaling[name]
         if rows is None:
-            return self._product(base, x, down, up, scale, p, seed, frozen)
+            return self._product(base, x, down, up, scale, p, seed, frozen, self._pulls(down, up))
         weight, up = (cast(Tensor, table).index_select(0, rows) for table in (base.weight, up))
         bias = None if base.bias is None else cast(Tensor, base.bias).index_select(0, rows)
         frozen = frozen and (frozen[0], frozen[1].index_select(0, rows))
-        return ops.lora_linear(x, weight, bias, down, up, scale, p, seed, frozen)
+        return ops.lora_linear(x, weight, bias, down, up, scale, p, seed, frozen, self._pulls(down, up))
+
+    def _pulls(self, down: Tensor, up: Tensor) -> ops.Pulls:
+        return None if self.epilogue is None else self.epilogue.of(down, up)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight

@@ -49,7 +49,7 @@ def adapter_folder(run: Path, block: int) -> Path:
     return run / "adapters" / f"block_{block:03d}"
 
 
-def fit_settings(config: LearningConfig, seed: int, block: int, kernels: ops.Choice = "auto") -> FitSettings:
+def fit_settings(config: LearningConfig, seed: int, block: int) -> FitSettings:
     """The loop's settings for one block: later blocks have their own learning-rate factor."""
     return FitSettings(
         lr=config.lr_of(block),
@@ -63,7 +63,6 @@ def fit_settings(config: LearningConfig, seed: int, block: int, kernels: ops.Cho
         keep=config.keep,
         precision=ops.precision(config.precision),
         checkpointing=config.checkpointing,
-        fold_terms=ops.uses_kernel("prox_adamw", kernels),
     )
 
 
@@ -109,7 +108,7 @@ def learn_blocks(
         ctx = replace(Context.of(model, block, initial, config.kernels), extra_parameters=base.extra_parameters)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block, config.kernels), sink)
+        fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block), sink)
         result = results[block] = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
             checkpoint_steps=config.train.checkpoint_steps,

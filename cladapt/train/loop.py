@@ -43,7 +43,6 @@ class FitSettings:
     patience: int = 0  # epochs without improvement before stopping; 0 = never
     precision: ops.Precision = "fp32"
     checkpointing: bool = False  # layers are computed again in the backward pass
-    fold_terms: bool = False  # a method may put its proximal term inside the optimiser's step
 
 
 @dataclass(frozen=True)
@@ -109,16 +108,16 @@ class Fit:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         ctx, settings = self.ctx, self.settings
-        fused = all(p.dtype == torch.float32 for p in self.trained.values())
         groups: list[dict[str, Any]] = [
             {"params": list(ctx.parameters.values()), "weight_decay": settings.weight_decay}
         ]
         if ctx.extra_parameters:  # decay would pull at rows that this block does not learn
             groups.append({"params": list(ctx.extra_parameters.values()), "weight_decay": 0.0})
-        elif settings.fold_terms and fused:
-            ctx.optimizer = ops.ProxAdamW(groups, lr=settings.lr)
-            return ctx.optimizer
-        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+        if any(p.dtype != torch.float32 for p in self.trained.values()):
+            return torch.optim.AdamW(groups, lr=settings.lr, fused=False)
+        # without a term it is torch's fused AdamW, bit for bit
+        ctx.optimizer = ops.ProxAdamW(groups, lr=settings.lr)
+        return ctx.optimizer
 
     def run(
         self,
@@ -238,6 +237,8 @@ class Fit:
                 with self._autocast():
                     loss = self.module(*local).sum() / targets
                 terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
+                if last and ctx.epilogue is not None:
+                    ctx.epilogue.arm()
                 # DDP averages over processes, the loss is a sum over them
                 self.accelerator.backward(processes * (loss + share * sum(terms.values(), torch.zeros_like(loss))))
             total += loss.detach()
@@ -293,6 +294,8 @@ class Fit:
         limit = self.settings.clip or math.inf
         optimizer = self.ctx.optimizer
         if optimizer is not None and optimizer.term is not None:
+            if optimizer.stale:  # a method's `after_step` changed what its step had left
+                optimizer.refresh()
             self.ctx.figures = optimizer.measure(limit)  # it clips the sum of both gradients in its step
             norm = self.ctx.figures.norm.item()
         else:

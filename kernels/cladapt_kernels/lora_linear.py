@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cladapt_kernels import reference
+from cladapt_kernels.proximal import Pulls
 from cladapt_kernels.routes import Gemm, Route, route, runs_kernels
 
 LIBRARY = "cladapt"
@@ -34,23 +35,25 @@ def lora_linear(
     p: float = 0.0,
     seed: Tensor | None = None,
     frozen: Frozen = None,
+    pulls: Pulls = None,
 ) -> Tensor:
     """x [..., K], weight [N, K], bias [N], a [r, K], b [N, r] -> [..., N]; dropout `p` before A, from `seed` int64 [1].
 
     `scale` is alpha / r; 1 / (1 - p) is applied here, to A and B alone. Under autocast x, weight and bias are cast, the
-    factors are not. `ValueError` for shapes that do not fit, weights or frozen factors that learn, and dropout without
+    factors are not. The backward pass adds to dA and dB what `pulls` has waiting (`proximal.Epilogue`), except where
+    something traces. `ValueError` for shapes that do not fit, weights or frozen factors that learn, and dropout without
     a seed.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_linear(x, weight, bias, a, b, scale, p, seed, frozen)
+            return lora_linear(x, weight, bias, a, b, scale, p, seed, frozen, pulls)
     _check(x, weight, bias, a, b, p, seed, frozen)
     if _is_traced(x):
         rows = x.reshape(-1, x.shape[-1])
         y, _ = torch.ops.cladapt.lora_linear(rows, weight, bias, a, b, scale / (1.0 - p), p, seed, *(frozen or ()))
         return y.view(*x.shape[:-1], weight.shape[0])
-    return cast(Tensor, _LoraLinear.apply(x, weight, None, bias, a, b, scale / (1.0 - p), p, seed, frozen))
+    return cast(Tensor, _LoraLinear.apply(x, weight, None, bias, a, b, scale / (1.0 - p), p, seed, frozen, pulls))
 
 
 def lora_linear_dequantised(
@@ -63,6 +66,7 @@ def lora_linear_dequantised(
     p: float = 0.0,
     seed: Tensor | None = None,
     frozen: Frozen = None,
+    pulls: Pulls = None,
 ) -> Tensor:
     """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them.
 
@@ -71,9 +75,9 @@ def lora_linear_dequantised(
     if torch.is_autocast_enabled(x.device.type):
         x = _autocast(x)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_linear_dequantised(x, dequantise, bias, a, b, scale, p, seed, frozen)
+            return lora_linear_dequantised(x, dequantise, bias, a, b, scale, p, seed, frozen, pulls)
     bias = None if bias is None else _as(bias, x.dtype)
-    return cast(Tensor, _LoraLinear.apply(x, None, dequantise, bias, a, b, scale / (1.0 - p), p, seed, frozen))
+    return cast(Tensor, _LoraLinear.apply(x, None, dequantise, bias, a, b, scale / (1.0 - p), p, seed, frozen, pulls))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -134,6 +138,7 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
         frozen: Frozen,
+        pulls: Pulls,
     ) -> Tensor:
         whole = weight
         if whole is None:
@@ -148,7 +153,8 @@ class _LoraLinear(torch.autograd.Function):
             y, s = forward_by(chosen.forward, rows, whole, bias, a, b, scale, p, seed, frozen)
         need_a, need_b = ctx.needs_input_grad[4:6]
         ctx.save_for_backward(rows if need_a else None, weight, a, b, s if need_b else None, seed)
-        ctx.scale, ctx.p, ctx.dequantise, ctx.shape, ctx.frozen = scale, p, dequantise, shape, frozen
+        ctx.scale, ctx.p, ctx.dequantise, ctx.shape = scale, p, dequantise, shape
+        ctx.frozen, ctx.pulls = frozen, pulls
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
     @staticmethod
@@ -165,10 +171,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if len(shape) != 2:
         dy = dy.reshape(-1, dy.shape[-1])
     need_dx, _, _, _, need_da, need_db, *_ = ctx.needs_input_grad
-    dx, da, db = _gradients(dy, x, weight, a, b, s, ctx.scale, ctx.p, seed, need_dx, need_da, need_db, ctx.frozen)
+    needs = (need_dx, need_da, need_db)
+    dx, da, db = _gradients(dy, x, weight, a, b, s, ctx.scale, ctx.p, seed, *needs, ctx.frozen, ctx.pulls)
     if dx is not None and len(shape) != 2:
         dx = dx.view(shape)
-    return dx, None, None, None, da, db, None, None, None, None
+    return dx, None, None, None, da, db, None, None, None, None, None
 
 
 _backward_once = once_differentiable(_backward)
@@ -188,18 +195,19 @@ def _gradients(
     need_da: bool,
     need_db: bool,
     frozen: Frozen,
+    pulls: Pulls,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB, None where not needed; what was cast in the forward pass is not cast again here."""
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
-            return _gradients(dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen)
+            return _gradients(dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen, pulls)
     dy = dy.contiguous()
     if torch.compiler.is_compiling():
         needs = (need_dx, need_da, need_db)
         found = torch.ops.cladapt.lora_linear_backward(dy, x, weight, a, b, s, scale, p, seed, *needs, *(frozen or ()))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))  # type: ignore[return-value]
     chosen = _route(dy, weight, a, p, frozen)
-    return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen)
+    return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen, pulls)
 
 
 def _route(like: Tensor, weight: Tensor, a: Tensor, p: float, frozen: Frozen) -> Route:
@@ -260,8 +268,12 @@ def backward_by(
     need_da: bool = True,
     need_db: bool = True,
     frozen: Frozen = None,
+    pulls: Pulls = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA and dB by one route, None where not needed; x may be None without dA, s without dB."""
+    """dX, dA and dB by one route, None where not needed; x may be None without dA, s without dB.
+
+    What `pulls` has waiting is in dA and dB, by the epilogue of `skinny` (`single` has none) or by torch.
+    """
     dx, ds = None, None
     if need_dx or need_da:
         dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx, frozen)
@@ -271,14 +283,24 @@ def backward_by(
 
         # a and b may be transposed views, the kernel writes row by row
         down, up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b))
+        first, second = pulls or (None, None)
         with on_device_of(x):
-            (skinny.single if chosen.factors == "single" else skinny.skinny)(ds, x, s, dy, scale, down, up, p, seed)
+            if first is not None and first.waiting:
+                skinny.skinny(ds, x, s, dy, scale, down, up, p, seed, proximal=skinny.proximal_of(first, second, b))
+            elif chosen.factors == "single":
+                skinny.single(ds, x, s, dy, scale, down, up, p, seed)
+            else:
+                skinny.skinny(ds, x, s, dy, scale, down, up, p, seed)
         return dx, down, up
     da = db = None
     if need_da:
         da = _as(cast(Tensor, ds).T @ _dropped(cast(Tensor, x), p, seed), a.dtype)
     if need_db:
         db = _as(_scaled(scale, dy.T, cast(Tensor, s)), b.dtype)
+    for grad, pull in zip((da, db), pulls or (None, None), strict=True):
+        if grad is not None and pull is not None and pull.waiting:
+            pull.waiting = False
+            grad.add_(pull.gradient())
     return dx, da, db
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cladapt_kernels.adamw import FusedStep
+    from cladapt_kernels.fused_step import FusedStep
 
 KINDS = ("kl", "l2", "fisher")
 CACHED = 262144  # entries that are worked on at a time: larger falls out of the cache, smaller pays for calls
@@ -68,6 +68,24 @@ class Term:
             raise ValueError(f"inverse_tau is {tuple(self.inverse_tau.shape)}, expected {(max(groups) + 1,)}")
 
 
+def check_kind(parameters: Sequence[Tensor]) -> None:
+    """`ValueError` where a term cannot pull parameters of these dtypes on these devices."""
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1 or parameters[0].dtype not in (torch.float32, torch.float64):
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"parameters are {found}; a term needs float32 or float64, of one kind on one device")
+
+
+def launch_obstacle(parameters: Sequence[Tensor]) -> str:
+    """Why no launch of `adamw` works on these parameters, empty where one does."""
+    device, dtype = parameters[0].device, parameters[0].dtype
+    if device.type != "cuda":
+        return f"no kernels on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if dtype == torch.float32 else f"no kernel in {dtype}"
+
+
 class Figures(NamedTuple):
     """Of a step before it is done, each a [] on the device; `clip` is what the step multiplies by."""
 
@@ -93,9 +111,10 @@ class Figures(NamedTuple):
 class ProxAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW(fused=True)` and a term: `set_term`, each step `measure` if its figures are wanted, `step`.
 
-    Without a term a step is torch's, bit for bit. `p.grad` stays the task's gradient. State and groups have AdamW's
-    keys, so either reads the other's checkpoints; a term is not part of the state: set it again after a load. `route`
-    says which implementation the last step took, and why.
+    A term may pull some of the parameters alone, of one group where a launch does the step. Without a term a step is
+    torch's, bit for bit. `p.grad` stays the task's gradient. State and groups have AdamW's keys, so either reads the
+    other's checkpoints; a term is not part of the state: set it again after a load. `route` says which implementation
+    the last step took, and why.
     """
 
     def __init__(
@@ -125,27 +144,34 @@ class ProxAdamW(torch.optim.Optimizer):
         self._clip: Tensor | None = None
         self._ready: tuple[int, ...] | None = None  # versions at which _total was filled
         self._obstacle = ""
+        self._pulled: list[Tensor] = []
+        self._others: list[Tensor] = []
 
-    def set_term(self, term: Term | None) -> None:
-        """Pull towards the term's anchors from the next step on, or with None no longer; one anchor per parameter."""
-        parameters = self._parameters()
+    def set_term(self, term: Term | None, parameters: Sequence[Tensor] | None = None) -> None:
+        """Pull `parameters` towards the term's anchors from the next step on, or with None none of them any longer.
+
+        One anchor per parameter; without `parameters` all are pulled. The others are stepped as without a term, and
+        their gradients count in the norm that is clipped. `ValueError` where the term does not fit.
+        """
+        every = self._parameters()
+        pulled = every if parameters is None else list(parameters)
         self.term, self._fused, self._blocks, self._total = None, None, [], []
-        self._clip, self._ready = None, None
+        self._clip, self._ready, self._pulled, self._others = None, None, [], every
         if term is None:
             return
-        term.check(parameters)
-        kinds = {(p.dtype, p.device) for p in parameters}
-        if len(kinds) > 1 or parameters[0].dtype not in (torch.float32, torch.float64):
-            told = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-            raise ValueError(f"parameters are {told}; a term needs float32 or float64, of one kind on one device")
-        self.term = term
+        ids = {id(p) for p in pulled}
+        if not ids <= {id(p) for p in every}:
+            raise ValueError("a term pulls parameters that this optimiser does not step")
+        term.check(pulled)
+        check_kind(pulled)
+        self.term, self._pulled, self._others = term, pulled, [p for p in every if id(p) not in ids]
 
     @torch.no_grad()
     def measure(self, max_norm: float = math.inf) -> Figures:
         """Figures of the step to come, nothing waited for; that step scales g to `max_norm` where it is longer."""
-        parameters, zero = self._parameters(), torch.zeros(())
+        parameters, zero = self._pulled, torch.zeros(())
         if self.term is None:
-            found = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            found = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
             norm, task, own, inner, distance, value = found, found, *[zero.to(found)] * 4
         elif (fused := self._launcher(parameters)) is not None:
             step = self.state[parameters[0]]["step"]
@@ -157,9 +183,12 @@ class ProxAdamW(torch.optim.Optimizer):
             norm = torch.nn.utils.get_total_norm(self._total)
             (task, own), inner, distance = sums[:2].sqrt(), sums[2], sums[3].sqrt()
             value = self.term.strength * sums[4]
+        rest = [p.grad for p in self._others if p.grad is not None] if self.term is not None else []
+        if rest:
+            norm = torch.hypot(norm, torch.nn.utils.get_total_norm(rest).to(norm))
         # torch's clip_grad_norm_, its 1e-6 included
         self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm < math.inf else None
-        self._ready = self._versions(parameters)
+        self._ready = self._versions(self._parameters())
         return Figures(norm, task, own, inner, distance, value, norm.new_ones(()) if self._clip is None else self._clip)
 
     @torch.no_grad()
@@ -169,34 +198,27 @@ class ProxAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = self._parameters()
         ready, self._ready = self._ready, None
         clip, self._clip = self._clip, None
-        if ready is not None and ready != self._versions(parameters):
+        if ready is not None and ready != self._versions(self._parameters()):
             raise RuntimeError("a parameter or a gradient changed since measure: measure again before the step")
-        if self.term is not None and (fused := self._launcher(parameters)) is not None:
-            self._launch(fused, parameters, clip)
-            return loss
         if self.term is None:
             self.route = "torch: no term"
-            stepped = [p for p in parameters if p.grad is not None]
-            total: list[Tensor] = [p.grad for p in stepped if p.grad is not None]
+        elif (fused := self._launcher(self._pulled)) is not None:
+            self._launch(fused, self._pulled, clip)
         else:
             self.route = f"torch: {self._obstacle}"
             if ready is None:
-                self._fill(parameters, figures=False)
-            stepped, total = parameters, self._total
-        if clip is not None and total:
-            # what is ours may be scaled in place, the task's gradients are not
-            if self.term is None:
-                total = list(torch._foreach_mul(total, clip))
-            else:
-                torch._foreach_mul_(total, clip)
-        gradient = dict(zip(stepped, total, strict=True))
-        for group in self.param_groups:
-            own = [p for p in group["params"] if p in gradient]
-            if own:
-                self._torch_step(group, own, [gradient[p] for p in own])
+                self._fill(self._pulled, figures=False)
+            if clip is not None:
+                torch._foreach_mul_(self._total, clip)  # what is ours may be scaled in place
+            self._torch_steps(self._pulled, self._total)
+        others = self._parameters() if self.term is None else self._others
+        stepped = [p for p in others if p.grad is not None]
+        grads = [p.grad for p in stepped if p.grad is not None]
+        if clip is not None and grads:
+            grads = list(torch._foreach_mul(grads, clip.to(grads[0])))  # the task's gradients may not
+        self._torch_steps(stepped, grads)
         return loss
 
     @property
@@ -245,6 +267,14 @@ class ProxAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in parameters]
         return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
 
+    def _torch_steps(self, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """A step of these parameters, each by the options of its group."""
+        gradient = dict(zip(parameters, grads, strict=True))
+        for group in self.param_groups:
+            own = [p for p in group["params"] if p in gradient]
+            if own:
+                self._torch_step(group, own, [gradient[p] for p in own])
+
     def _torch_step(self, group: Mapping[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
         first, second, steps = self._moments(parameters)
         torch._foreach_add_(steps, 1)
@@ -259,29 +289,28 @@ class ProxAdamW(torch.optim.Optimizer):
         if self._fused is None and self.term is not None:
             self._obstacle = self._why_torch(parameters)
             if not self._obstacle:
-                from cladapt_kernels.adamw import FusedStep
+                from cladapt_kernels.fused_step import FusedStep
 
                 self._fused = FusedStep(parameters, self.term)
                 self._fused.refresh(self.state[parameters[0]]["step"])
         return self._fused
 
     def _why_torch(self, parameters: list[Tensor]) -> str:
-        device, dtype = parameters[0].device, parameters[0].dtype
-        if device.type != "cuda":
-            return f"no kernels on {device.type}"
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if dtype != torch.float32:
-            return f"no kernel in {dtype}"
-        if len(self.param_groups) > 1:
-            return f"{len(self.param_groups)} groups of parameters"
+        if obstacle := launch_obstacle(parameters):
+            return obstacle
+        if len(groups := self._groups_of(parameters)) > 1:
+            return f"{len(groups)} groups of parameters"
         if len({float(step) for step in self._moments(parameters)[2]}) > 1:
             return "parameters have done different numbers of steps"
         return ""
 
+    def _groups_of(self, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+        ids = {id(p) for p in parameters}
+        return [group for group in self.param_groups if any(id(p) in ids for p in group["params"])]
+
     def _launch(self, fused: "FusedStep", parameters: list[Tensor], clip: Tensor | None) -> None:
         self.route = "triton: one launch"
-        (group,) = self.param_groups
+        (group,) = self._groups_of(parameters)
         fused.check_fresh()  # before the steps are counted
         first, second, steps = self._moments(parameters)
         torch._foreach_add_(steps, 1)

@@ -130,21 +130,36 @@ def _proximal_kl_group(value: Tensor, anchor: Tensor, anchor_p: Tensor, inverse_
 def proximal_statistics(
     value: Tensor, anchor: Tensor, anchor_p: Tensor, lengths: Tensor, inverse_tau: Tensor, weight: Tensor
 ) -> Tensor:
-    """What `proximal_kl` needs to know of each group, [G, 6]: weight, 1/tau, log sum exp(a/tau), E_q[d], m, E_p[d].
+    """What `proximal_kl` needs to know of each group, [G, 6]: weight, 1/tau, log sum exp(a/tau), c, m, E_p[d].
 
-    With them the gradient is elementwise: weight / tau * p (d - E_p[d]), d = (v - a) / tau - E_q[d],
-    p = exp(a / tau - log sum + d - m).
+    With them the gradient is elementwise: weight / tau * p (d - E_p[d]), d = (v - a) / tau - c,
+    p = exp(a / tau - log sum + d - m). c is E_q[(v - a) / tau], and where d passes LARGEST what is beyond it too.
     """
     total = value.numel()
     scale = group_expand(inverse_tau, lengths, total)
     d = (value - anchor) * scale
     centre = group_sum(anchor_p * d, lengths)
     d = d - group_expand(centre, lengths, total)
+    beyond = (torch.segment_reduce(d, "max", lengths=lengths, unsafe=True) - LARGEST).clamp_min(0.0)
+    centre, d = centre + beyond, d - group_expand(beyond, lengths, total)
     log_mean = torch.log1p(group_sum(anchor_p * torch.expm1(d), lengths))
     mean = group_sum(anchor_p * torch.exp(d - group_expand(log_mean, lengths, total)) * d, lengths)
     peak = torch.segment_reduce(anchor * scale, "max", lengths=lengths, unsafe=True)
     log_sum = peak + group_sum(torch.exp(anchor * scale - group_expand(peak, lengths, total)), lengths).log()
     return torch.stack([weight.expand_as(mean), inverse_tau, log_sum, centre, log_mean, mean], dim=1)
+
+
+def proximal_gradient(kind: str, value: Tensor, anchor: Tensor, statistics: Tensor) -> Tensor:
+    """weight dR/dv of entries of one group, `kl` or `l2`, by its row of `proximal_statistics` [6]; of value's shape.
+
+    The exponent is taken once: exp(a / tau - log sum) and exp(d - m) leave the range where p does not.
+    """
+    weight, inverse_tau, log_sum, centre, log_mean, mean = statistics.unbind()
+    if kind == "l2":
+        return weight * (value - anchor)
+    d = (value - anchor) * inverse_tau - centre
+    p = torch.exp(anchor * inverse_tau - log_sum + (d - log_mean))
+    return weight * inverse_tau * p * (d - mean)
 
 
 def proximal_l2(value: Tensor, anchor: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ what a training step logs. The model of bytes on a GPU has everything come from 
     one launch with KL or L2, with Fisher               32, 36: the anchor, the diagonal
     its figures before it, one more launch              12, 16: g, v, the anchor, the diagonal
     bf16 copies                                          2
+    the term in the gradients, by `Epilogue`, and AdamW  76: the statistics twice 16, v and the anchor where a linear
+                                                         writes the gradient 8, figures 12, norm and clip 12, AdamW 28;
+                                                         84 where no linear comes before: g once more each way
     the penalty by autograd, beside AdamW              116: 52 forward, 52 backward, 12 to add it to the gradient
 """
 
@@ -19,12 +22,14 @@ from torch import Tensor, nn
 
 from cladapt_kernels import reference
 from cladapt_kernels.optim import ProxAdamW, Term
+from cladapt_kernels.proximal import Epilogue
 from cladapt_kernels.timing import Entry, Providers, Work
 
 STRENGTH, RATE, LIMIT = 0.1, 1e-6, 1.0
-TESTS = ("tests/kernels/test_optim.py", "tests/kernels/test_adamw.py")
+TESTS = ("tests/kernels/test_optim.py", "tests/kernels/test_adamw.py", "tests/kernels/test_proximal.py")
 AUTOGRAD, CLOSED = "fused AdamW, penalty by autograd", "fused AdamW, penalty in closed form"
 INSIDE, PLAIN = "ProxAdamW", "fused AdamW, no penalty"
+JOINED = "fused AdamW, Epilogue without a linear"
 
 
 class _Case:
@@ -92,6 +97,22 @@ class _Case:
 
         return step
 
+    def joined(self) -> Callable[[], None]:
+        """The term in the gradients by the epilogue's last launch: no linear has written them with it."""
+        parameters = self.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+        epilogue = Epilogue(parameters)
+        epilogue.set_term(Term("kl", STRENGTH, self.anchors))
+
+        def step() -> None:
+            epilogue.arm()
+            epilogue.finish()
+            epilogue.measure().numbers()
+            torch.nn.utils.clip_grad_norm_(parameters, LIMIT).item()
+            optimizer.step()
+
+        return step
+
     def no_term(self) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, fused=True)
         return lambda: optimizer.step() and None
@@ -109,16 +130,21 @@ def _step(groups: int, size: int, device: torch.device) -> Providers:
 
 def _measured_step(groups: int, size: int, device: torch.device) -> Providers:
     case = _Case(groups, size, device)
-    return {CLOSED: case.beside(case.closed_form, measured=True), INSIDE: case.inside(measured=True)}
+    return {
+        CLOSED: case.beside(case.closed_form, measured=True),
+        INSIDE: case.inside(measured=True),
+        JOINED: case.joined(),
+    }
 
 
 def _entries(groups: int, size: int) -> tuple[Entry, Entry]:
     count, shape = groups * size, f"{groups} groups of {size}"
-    inside, measured = Work(bytes=32 * count), Work(bytes=44 * count)
+    inside = Work(bytes=32 * count)
+    measured = {INSIDE: Work(bytes=44 * count), JOINED: Work(bytes=84 * count)}
     work = {AUTOGRAD: Work(bytes=144 * count), INSIDE: inside, PLAIN: Work(bytes=28 * count)}
     return (
         Entry("prox_adamw", shape, TESTS, partial(_step, groups, size), inside, work),
-        Entry("prox_adamw, measured", shape, TESTS, partial(_measured_step, groups, size), inside, {INSIDE: measured}),
+        Entry("prox_adamw, measured", shape, TESTS, partial(_measured_step, groups, size), inside, measured),
     )
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cladapt_kernels.proximal import Pull
 from cladapt_kernels.reference import drop_threshold
 from cladapt_kernels.tiles import keep_tile, load_tile, padded, processors, store_tile
 
@@ -79,7 +80,7 @@ def _partial(
 
 @triton.jit
 def _fold(
-    sums, da, db, squares, a, b, anchor_a, anchor_b, statistics, chunks, k, n, r,
+    sums, da, db, squares, a, b, anchor_a, anchor_b, statistics, statistics_row, chunks, k, n, r,
     BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr, PROXIMAL: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Programs of row 0 finish dA [r, K], those of row 1 dB [N, r], stored transposed."""
@@ -104,15 +105,16 @@ def _fold(
         value = tl.load(a + place, mask=down, other=0.0).to(tl.float32)
         value += tl.load(b + place, mask=up_own, other=0.0).to(tl.float32)
         anchor = tl.load(anchor_a + place, mask=down, other=0.0) + tl.load(anchor_b + place, mask=up_own, other=0.0)
-        weight = tl.load(statistics + 6 * up)
+        statistics += statistics_row * up
+        weight = tl.load(statistics)
         if PROXIMAL == "l2":
             total += weight * (value - anchor)
         else:
-            inverse_tau, log_sum = tl.load(statistics + 6 * up + 1), tl.load(statistics + 6 * up + 2)
-            centre, log_mean = tl.load(statistics + 6 * up + 3), tl.load(statistics + 6 * up + 4)
+            inverse_tau, log_sum = tl.load(statistics + 1), tl.load(statistics + 2)
+            centre, log_mean = tl.load(statistics + 3), tl.load(statistics + 4)
             d = (value - anchor) * inverse_tau - centre
-            p = tl.exp(anchor * inverse_tau - log_sum) * tl.exp(d - log_mean)
-            total += weight * inverse_tau * p * (d - tl.load(statistics + 6 * up + 5))
+            p = tl.exp(anchor * inverse_tau - log_sum + (d - log_mean))  # of two, one may leave the range
+            total += weight * inverse_tau * p * (d - tl.load(statistics + 5))
     tl.store(da + place, total.to(da.dtype.element_ty), mask=down)
     tl.store(db + place, total.to(db.dtype.element_ty), mask=up_own)
 
@@ -169,7 +171,20 @@ class Proximal:
     anchor_b: Tensor
     """float32 [N, r]."""
     statistics: Tensor
-    """float32 [2, 6], of A and of B."""
+    """float32 [2, 6] of contiguous rows, of A and of B."""
+
+
+def proximal_of(first: Pull, second: Pull | None, b: Tensor) -> Proximal:
+    """What `skinny` adds to dA, and to dB where that waits too; neither waits any longer.
+
+    A row of zeros adds nothing to dB, whose B [N, r] then stands for the anchor as well.
+    """
+    first.waiting = False
+    if second is None or not second.waiting:
+        b = b.contiguous()
+        return Proximal(first.kind, first.value, b, first.anchor, b, first.rows(None))
+    second.waiting = False
+    return Proximal(first.kind, first.value, second.value, first.anchor, second.anchor, first.rows(second))
 
 
 def skinny(
@@ -211,8 +226,9 @@ def skinny(
     )  # fmt: skip
     programs = triton.cdiv(r * max(k, n), BLOCK_FOLD)
     norms = torch.empty(2, programs, device=x.device) if squares else None
-    term = (None,) * 5 if proximal is None else (
-        proximal.a, proximal.b, proximal.anchor_a, proximal.anchor_b, proximal.statistics
+    term = (None, None, None, None, None, 0) if proximal is None else (
+        proximal.a, proximal.b, proximal.anchor_a, proximal.anchor_b,
+        proximal.statistics, proximal.statistics.stride(0),
     )  # fmt: skip
     _fold[(programs, 2)](
         sums, da, db, norms, *term, chunks, k, n, r, BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate,

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cladapt_kernels import adamw, gemm, mask, retract_triton, shrink, skinny
+from cladapt_kernels import gemm, mask, retract_triton, shrink, skinny
 from cladapt_kernels.aot import Variant
+from cladapt_kernels.fused_step import FusedStep
+from cladapt_kernels.optim import Term
 
 TOKENS, K, N, RANK = 8192, 1024, 4096, 16
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -15,7 +17,7 @@ ROUNDING = ("mma", "wgmma", "tcgen05")  # of tensor cores, which would take floa
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _seed() -> Tensor:
@@ -50,13 +52,45 @@ def _single(r: int, dtype: torch.dtype = BF16, p: float = 0.0) -> None:
     skinny.single(s, x, s, dy, 2.0, _empty(r, K, dtype=FP32), _empty(N, r, dtype=FP32), p, _seed())
 
 
-def _skinny(r: int, dtype: torch.dtype = BF16, p: float = 0.0, hooks: bool = False, odd: int = 0) -> None:
+def _skinny(
+    r: int, dtype: torch.dtype = BF16, p: float = 0.0, hooks: bool = False, odd: int = 0, kind: str = ""
+) -> None:
     k, n = K + odd, N + odd
     x, dy, s = _empty(TOKENS, k, dtype=dtype), _empty(TOKENS, n, dtype=dtype), _empty(TOKENS, r, dtype=dtype)
     da, db = _empty(r, k, dtype=FP32), _empty(n, r, dtype=FP32)
-    term = skinny.Proximal("kl", da, db, da, db, _empty(2, 6, dtype=FP32)) if hooks else None
+    term = skinny.Proximal(kind, da, db, da, db, _empty(2, 6, dtype=FP32)) if kind else None
     offsets = _empty(33, dtype=torch.int32) if hooks else None
     skinny.skinny(s, x, s, dy, 2.0, da, db, p, _seed(), hooks, offsets, term, hooks)
+
+
+def _vectors(dtype: torch.dtype = FP32, size: int = 16384) -> list[Tensor]:
+    return [_empty(size, dtype=dtype) for _ in range(4)]
+
+
+def _fused(kind: str, copy: torch.dtype | None = None, size: int = 16384) -> FusedStep:
+    """A step's launches whose statistics are taken for fresh."""
+    fisher = _vectors(size=size) if kind == "fisher" else None
+    term = None if kind == "none" else Term(kind, 1.0, _vectors(size=size), fisher=fisher)
+    found = FusedStep(_vectors(size=size), term, None if copy is None else _vectors(copy, size))
+    found._versions = [p._version for p in found.parameters]
+    return found
+
+
+def _adamw(kind: str, copy: torch.dtype | None = None, size: int = 16384) -> None:
+    grads, first, second = (_vectors(size=size) for _ in range(3))
+    _fused(kind, copy, size).step(grads, first, second, _empty(dtype=FP32), 1e-3, weight_decay=0.01)
+
+
+def _refresh(recentre: bool) -> None:
+    _fused("kl")._take(_empty(dtype=FP32), recentre)
+
+
+def _measure(included: bool) -> None:
+    _fused("kl").measure(_vectors(), _empty(dtype=FP32), included)
+
+
+def _add(kind: str) -> None:
+    _fused(kind).add(_vectors(), _empty(dtype=FP32))
 
 
 def _mask(dtype: torch.dtype) -> None:
@@ -102,7 +136,9 @@ VARIANTS = (
     Variant("factors at once, fp32", partial(_single, RANK, FP32), forbids=ROUNDING),
     Variant("factors at once, fp32, rank 64, dropout", partial(_single, 64, FP32, 0.1), forbids=ROUNDING),
     Variant("factors, dropout", partial(_skinny, RANK, p=0.1)),
-    Variant("factors, all hooks", partial(_skinny, RANK, hooks=True)),
+    Variant("factors, all hooks", partial(_skinny, RANK, hooks=True, kind="kl")),
+    Variant("factors, kl term", partial(_skinny, RANK, kind="kl")),
+    Variant("factors, l2 term", partial(_skinny, RANK, kind="l2")),
     Variant("factors, odd sizes", partial(_skinny, RANK, odd=1)),
     Variant("factors, fp32, odd sizes", partial(_skinny, RANK, FP32, odd=1), forbids=ROUNDING),
     *(
@@ -121,6 +157,14 @@ VARIANTS = (
     ),
     Variant("mask", partial(_mask, BF16)),
     Variant("mask, fp32", partial(_mask, FP32)),
-    *adamw.variants(),
+    *(Variant(f"adamw, {kind}", partial(_adamw, kind)) for kind in ("none", "kl", "l2", "fisher")),
+    Variant("adamw, kl, bf16 copies", partial(_adamw, "kl", BF16)),
+    Variant("adamw, kl, odd sizes", partial(_adamw, "kl", None, 16389)),
+    Variant("adamw, refresh", partial(_refresh, False)),
+    Variant("adamw, refresh, recentred", partial(_refresh, True)),
+    Variant("adamw, measure", partial(_measure, False)),
+    Variant("adamw, measure, term included", partial(_measure, True)),
+    Variant("adamw, add kl", partial(_add, "kl")),
+    Variant("adamw, add l2", partial(_add, "l2")),
     *retract_triton.variants(),
 )

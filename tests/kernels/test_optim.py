@@ -160,6 +160,42 @@ def test_float32_figures_keep_their_digits(kind: str) -> None:
     assert figures.clip.item() == pytest.approx(0.01 / (expected[0].item() + 1e-6), rel=1e-4)
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_term_may_pull_some_parameters_and_the_others_count_in_the_norm(
+    launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if launched:
+        pytest.importorskip("triton", reason="the kernels are written in triton")
+        monkeypatch.setattr(optim, "launch_obstacle", lambda *_: "")
+    dtype = torch.float32 if launched else torch.float64
+    (ours, anchors), (theirs, _) = world(dtype, (4, 64, 30)), world(torch.float64, (4, 64, 30))
+    pulled, term = ours[:2], term_of("scaled", anchors[:2], strength=20.0)
+    exact = term_of("scaled", [a.double() for a in anchors[:2]], strength=20.0)
+    rest = {**OPTIONS, "weight_decay": 0.0}
+    own, known = (
+        kind([{"params": ps[:2], **OPTIONS}, {"params": ps[2:], **rest}])
+        for kind, ps in ((ProxAdamW, ours), (torch.optim.AdamW, theirs))
+    )
+    own.set_term(term, pulled)
+    for step in range(3):
+        for parameters in (ours, theirs):
+            give_gradients(parameters, step)
+        figures = own.measure(max_norm=5e-3)
+        own.step()
+        assert own.route == ("triton: one launch" if launched else "torch: no kernels on cpu")
+        grads = torch.autograd.grad(penalty(exact, theirs[:2]), theirs[:2])
+        for p, grad in zip(theirs[:2], grads, strict=True):
+            gradient(p).add_(grad)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 5e-3).item()
+        known.step()
+        assert figures.norm.item() == pytest.approx(norm, rel=1e-4)
+        assert figures.clip.item() < 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3 * OPTIONS["lr"])
+    with pytest.raises(ValueError, match="a term pulls parameters that this optimiser does not step"):
+        own.set_term(term, theirs[:2])
+
+
 def test_the_reference_knows_each_term_and_the_step() -> None:
     parameters, anchors = world(torch.float64)
     lengths = torch.tensor([a.numel() for a in anchors])

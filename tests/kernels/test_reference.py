@@ -82,6 +82,34 @@ def test_an_entry_far_from_its_anchor_does_not_overflow_float32(
     torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-4, atol=1e-4 / tau)
 
 
+@pytest.mark.parametrize("far", [0.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_give_penalty_and_gradient_of_each_group_alone(dtype: torch.dtype, far: float) -> None:
+    value, anchor = vectors(dtype)
+    taus = torch.tensor([1.0, 0.05, 0.03, 0.02], dtype=dtype)
+    ends = LENGTHS.cumsum(0) - 1
+    value[ends] += far * taus
+    exact = value.double().requires_grad_()
+    truth = brute_force_kl(exact, anchor.double(), taus.double())
+    truth.sum().backward()
+    anchor_p = reference.group_softmax(anchor / taus.repeat_interleave(LENGTHS), LENGTHS)
+    weight = torch.tensor(3.0, dtype=dtype)
+    rows = reference.proximal_statistics(value, anchor, anchor_p, LENGTHS, 1 / taus, weight)
+    *_, log_mean, mean = rows.unbind(1)
+    near = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-12}
+    torch.testing.assert_close((mean - log_mean).double(), truth.detach(), **near)
+    parts = zip(value.split(LENGTHS.tolist()), anchor.split(LENGTHS.tolist()), rows, strict=True)
+    grad = torch.cat([reference.proximal_gradient("kl", *part) for part in parts])
+    rounding = 3.0 / taus.min().item() * (4.0 + 10.0 * far) * torch.finfo(dtype).eps  # of d, as large as `far`
+    torch.testing.assert_close(grad.double(), 3.0 * exact.grad, rtol=near["rtol"], atol=rounding)
+
+
+def test_the_gradient_of_l2_is_the_difference_times_its_weight() -> None:
+    value, anchor = vectors(torch.float64)
+    row = torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(reference.proximal_gradient("l2", value, anchor, row), 3.0 * (value - anchor))
+
+
 def test_a_constant_shift_of_a_group_is_free() -> None:
     _, anchor = vectors(torch.float64)
     penalty, grad = kl(anchor + 0.7, anchor, torch.ones(4, dtype=torch.float64))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from cladapt import ops
 from cladapt.config import MethodConfig
 from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
 from cladapt.methods.peso import Peso, PesoConfig, anchor_spread
+from cladapt.model.anchors import Grouping
 
 
 def parameters(zero_b: bool = False) -> dict[str, nn.Parameter]:
@@ -40,14 +42,18 @@ def penalty_by_autograd(ps: dict[str, nn.Parameter], anchors: list[torch.Tensor]
     return config.strength * total  # one module: the code's mean over modules equals the sum
 
 
+@pytest.mark.parametrize("place", ["eager", "epilogue"])
 @pytest.mark.parametrize("regulariser", ["literal", "code", "scaled", "l2"])
-def test_edit_grads_adds_the_gradient_that_autograd_gives(regulariser: str) -> None:
-    config = PesoConfig(strength=3.0, regulariser=regulariser)
+def test_edit_grads_adds_the_gradient_that_autograd_gives(regulariser: str, place: str) -> None:
+    config = PesoConfig(strength=3.0, regulariser=regulariser, place=place)
     ps = parameters()
     anchors = [p.detach().clone() for p in ps.values()]
-    method, ctx = Peso(config), Context(ps, block=2)
+    epilogue = ops.Epilogue([*ps.values()])
+    method, ctx = Peso(config), Context(ps, block=2, epilogue=epilogue)
     method.begin_block(ctx)
+    assert (epilogue.term is not None) == (place == "epilogue")
     moved(ps)
+    epilogue.arm()  # no linear comes by: all is left to `edit_grads`
     task = [torch.randn_like(p) for p in ps.values()]
     for p, g in zip(ps.values(), task, strict=True):
         p.grad = g.clone()
@@ -126,6 +132,41 @@ def test_block_one_has_nothing_to_stay_near() -> None:
     method.edit_grads(ctx)
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in ps.values())
     assert ctx.log.keys() == {"peso/distance"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "before", "after", "kernels", "place"),
+    [
+        ("factor", False, False, False, "eager"),
+        ("factor", False, False, True, "optimiser"),
+        ("module", True, False, True, "optimiser"),
+        ("factor", False, True, True, "epilogue"),
+        ("factor", True, True, True, "eager"),
+        ("rank", False, False, True, "eager"),
+    ],
+)
+def test_auto_keeps_the_order_of_methods_and_the_groups(
+    groups: Grouping, before: bool, after: bool, kernels: bool, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "uses_kernel", lambda *_: kernels)
+    ps = parameters()
+    optimizer, epilogue = ops.ProxAdamW(ps.values()), ops.Epilogue([*ps.values()])
+    ctx = Context(ps, block=2, optimizer=optimizer, epilogue=epilogue, edited_before=before, edited_after=after)
+    Peso(PesoConfig(groups=groups)).begin_block(ctx)
+    taken = {"optimiser": optimizer.term, "epilogue": epilogue.term}
+    assert [name for name, term in taken.items() if term is not None] == [name for name in taken if name == place]
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("optimiser", "the trained parameters are not all float32"), ("epilogue", "the linears do not run the fused op")],
+)
+def test_a_place_that_is_not_there_is_an_error(place: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.options.peso.place={place}: {reason}") as caught:
+        Peso(PesoConfig(place=place)).begin_block(Context(parameters(), block=1))
+    assert caught.value.hint == "use place=auto"
+    with pytest.raises(ConfigError, match=f"place={place} has groups of whole factors, groups is rank: use"):
+        build(MethodConfig(name="peso", options={"groups": "rank", "place": place}))
 
 
 def test_options_are_checked_with_the_nearest_name() -> None:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cladapt.errors import DataError
 from cladapt.methods import Context, Method
 from cladapt.methods.finetune import Finetune
+from cladapt.methods.peso import Peso, PesoConfig
 from cladapt.model.packed import PackedLoss
 from cladapt.tokens.prompts import Document
 from cladapt.train.feeds import Batch, PackedFeed
@@ -86,15 +87,18 @@ def make_fit(
     sink: MemorySink | None = None,
     batch_tokens: int = 32,
     row_tokens: int = 16,
+    extra: int = 0,
     **changes: Any,
 ) -> Fit:
+    """A fit of all of the module, the last `extra` parameters as rows that are no method's."""
     module = module or make_module()
+    named = list(module.named_parameters())
     train = documents(20) if train is None else train
     valid = documents(5, seed=1) if valid is None else valid
     return Fit(
         module,
         method or Finetune(),
-        Context(dict(module.named_parameters()), block=3),
+        Context(dict(named[: len(named) - extra]), block=3, extra_parameters=dict(named[len(named) - extra :])),
         PackedFeed(train, valid, batch_tokens, row_tokens),
         replace(SETTINGS, **changes),
         sink or MemorySink(),
@@ -404,6 +408,26 @@ def test_bfloat16_compute_stays_near_and_keeps_weights_and_state_in_float32() ->
     assert results["bf16"][0] == pytest.approx(results["fp32"][0], rel=0.02)
     assert results["bf16"][0] != results["fp32"][0]
     assert results["bf16"][1] == pytest.approx(results["fp32"][1], rel=0.02)
+
+
+def test_a_term_joins_inside_the_step_where_rows_outside_the_adapter_learn_too() -> None:
+    values, logs = {}, {}
+    for place in ("eager", "optimiser"):
+        sink, method = MemorySink(), Peso(PesoConfig(strength=5.0, regulariser="l2", place=place))
+        fit = make_fit(method=method, sink=sink, clip=0.05, extra=3)
+        assert fit.ctx.extra_parameters
+        fit.run()
+        assert fit.ctx.optimizer is not None
+        assert (fit.ctx.optimizer.term is not None) == (place == "optimiser")
+        values[place] = [p.detach() for p in fit.trained.values()]
+        logs[place] = [event for event in sink.events if event["kind"] == "step"]
+    for one, two in zip(values["eager"], values["optimiser"], strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    for one, two in zip(logs["eager"], logs["optimiser"], strict=True):
+        assert one["grad_norm"] > 0.05  # what is clipped is the norm of all
+        for key in ("loss", "grad_norm", "peso/term", "peso/ratio", "peso/distance"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-7), key
+    assert logs["optimiser"][-1]["peso/term"] > 0
 
 
 def test_a_fit_is_a_function_of_its_seed_and_block() -> None:
