@@ -1,7 +1,7 @@
 """How kernels are judged: the device, the dtypes, the budget of errors, buffers that tell who touched them."""
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -110,3 +110,93 @@ def guarded() -> Iterator[Guarded]:
     made = Guarded()
     yield made
     made.check()
+
+
+class Observer:
+    """What a GPU does and the interpreter of kernels does not, told as an error where it would go wrong.
+
+    Products of float32 that are not asked for in IEEE precision are TF32; what is said to be a multiple is read as one;
+    threads of a program see what others wrote after a barrier alone, and memory that was written before may be written
+    again only once all have read it.
+    """
+
+    def __init__(self, interpreter: Any, language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._language, self._builder = language, interpreter.InterpreterBuilder
+        self._forget()
+        monkeypatch.setattr(interpreter.TensorHandle, "set_attr", self._promise)
+        for name in ("dot", "masked_load", "masked_store", "atomic_rmw", "barrier"):
+            before, whole = getattr(self, f"_{name}"), f"create_{name}"
+            monkeypatch.setattr(self._builder, whole, self._with(before, getattr(self._builder, whole)))
+        begin = self._builder.set_grid_idx
+        monkeypatch.setattr(self._builder, "set_grid_idx", self._with(lambda *_: self._forget(), begin))
+
+    @staticmethod
+    def _with(before: Callable[..., None], ordinary: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(builder: Any, *args: Any, **more: Any) -> Any:
+            before(*args)
+            return ordinary(builder, *args, **more)
+
+        return observed
+
+    def _forget(self) -> None:
+        self._ever: set[int] = set()
+        self._barrier()
+
+    def _barrier(self) -> None:
+        self._written: set[int] = set()
+        self._read: set[int] = set()
+
+    def _dot(self, left: Any, right: Any, total: Any, precision: Any, *_: Any) -> None:
+        if left.dtype.scalar == self._language.float32:
+            assert precision.name == "IEEE", f"a product of float32 in {precision.name}"
+
+    @staticmethod
+    def _places(place: Any, mask: Any) -> set[int]:
+        own = mask.data if mask.data.shape == place.data.shape else mask.data.all()  # one mask of all
+        return {*place.data[own].flat}
+
+    def _masked_load(self, place: Any, mask: Any, *_: Any) -> None:
+        own = self._places(place, mask)
+        assert not own & self._written, "read before a barrier: another thread may have written it"
+        self._read |= own
+
+    def _masked_store(self, place: Any, value: Any, mask: Any, *_: Any) -> None:
+        own = self._places(place, mask)
+        assert not own & self._ever & (self._read | self._written), "written again before a barrier"
+        self._written |= own
+        self._ever |= own
+
+    def _atomic_rmw(self, *_: Any) -> None:
+        assert not self._written, "one thread says that all have written, before a barrier"
+
+    @staticmethod
+    def _promise(handle: Any, name: str, values: Any) -> None:
+        assert name == "tt.divisibility", name
+        first = int(handle.data.flat[0])
+        assert first % values[0] == 0, f"{first} is no multiple of {values[0]}"
+
+
+@pytest.fixture
+def observer(monkeypatch: pytest.MonkeyPatch) -> Observer | None:
+    """Tells what would go wrong on a GPU alone; on a GPU, None."""
+    if torch.cuda.is_available():
+        return None
+    language = pytest.importorskip("triton.language")
+    from triton.runtime import interpreter
+
+    return Observer(interpreter, language, monkeypatch)
+
+
+@pytest.fixture
+def outputs(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers allocate are views of NaN, around which nothing may be written."""
+    ordinary = torch.empty
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **more: Any) -> Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        kind = dtype or torch.get_default_dtype()
+        if more or not kind.is_floating_point or torch.device(device or "cpu").type == "meta":
+            return ordinary(*size, dtype=dtype, device=device, **more)
+        return guarded(shape, kind, torch.device(device or "cpu"))
+
+    monkeypatch.setattr(torch, "empty", empty)
