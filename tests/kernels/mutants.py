@@ -18,6 +18,7 @@ tell it. The exit status is 1 where one survived, or where the list has rows tha
 import argparse
 import ast
 import csv
+import hashlib
 import json
 import os
 import random
@@ -31,7 +32,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,8 @@ TESTS = {
     "retract_triton.py": ("branches_retract",),
 }
 """The test files of a file of kernels."""
+SPARE_SECONDS = 20
+"""What a mutant may take beyond four times what the tests take."""
 STATUSES = ("killed", "stopped", "survived", "equivalent")
 COLUMNS = ("status", "file", "function", "line", "before", "after", "place", "killer", "seconds")
 ARITHMETIC = {
@@ -215,7 +220,7 @@ def _changed_call(node: ast.Call) -> Iterator[ast.AST]:
         case "range" if len(args) == 3:
             yield _with(node, args=[args[0], ast.BinOp(args[1], ast.Sub(), args[2]), args[2]])
             yield _with(node, args=[ast.BinOp(args[0], ast.Add(), args[2]), *args[1:]])
-    for i, (first, second) in enumerate(zip(args, args[1:], strict=False)):
+    for i, (first, second) in enumerate(pairwise(args)):
         if _is_value(first) and _is_value(second) and ast.unparse(first) != ast.unparse(second):
             yield _with(node, args=[*args[:i], second, first, *args[i + 2 :]])
 
@@ -285,32 +290,16 @@ class Watch:
         self._running: set[tuple[str, str]] = set()
 
     def follow(self) -> None:
-        """Keep in mind which kernels run; and skip what the interpreter does again for every call of a function."""
-        from triton.runtime.errors import InterpreterError
-        from triton.runtime.interpreter import GridExecutor, InterpretedFunction, _patch_lang
+        """Keep in mind which kernels run."""
+        from triton.runtime.interpreter import InterpretedFunction
 
-        ordinary, launch = InterpretedFunction.rewrite, GridExecutor.__call__
-        patched: set[int] = set()  # modules of functions, in this launch
+        ordinary = InterpretedFunction.rewrite
 
         def rewrite(function: Any) -> Any:
             self._running.add((Path(function.fn.__code__.co_filename).name, function.fn.__name__))
             return ordinary(function)
 
-        def call(function: Any, *args: Any, **more: Any) -> Any:
-            if id(function.fn.__globals__) not in patched:
-                patched.add(id(function.fn.__globals__))
-                _patch_lang(function.fn)
-            try:
-                return function.rewrite()(*args, **more)
-            except Exception as error:
-                raise InterpreterError(repr(error)) from error
-
-        def launched(grid: Any, *args: Any, **more: Any) -> Any:
-            patched.clear()
-            return launch(grid, *args, **more)
-
-        InterpretedFunction.rewrite, InterpretedFunction.__call__ = rewrite, call
-        GridExecutor.__call__ = launched
+        InterpretedFunction.rewrite = rewrite
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         if self.order:
@@ -340,16 +329,34 @@ class Watch:
 class Copies:
     """Copies of the sources, one for each process that runs tests at a time."""
 
-    def __init__(self, root: Path, folder: Path, jobs: int) -> None:
-        self.folders = [folder / str(job) for job in range(jobs)]
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folders = [folder / "0"]
         self.sources = {path.name: path.read_bytes() for path in sorted((root / PACKAGE).glob("*.py"))}
-        for own in self.folders:
-            for part in COPIED:
-                (own / part).parent.mkdir(parents=True, exist_ok=True)
-                if (root / part).is_dir():
-                    shutil.copytree(root / part, own / part, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
-                    shutil.copy2(root / part, own / part)
+        for part in COPIED:
+            (self.folders[0] / part).parent.mkdir(parents=True, exist_ok=True)
+            if (root / part).is_dir():
+                shutil.copytree(root / part, self.folders[0] / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(root / part, self.folders[0] / part)
+
+    def add(self, count: int) -> None:
+        """More copies of the first one, with the byte code that it has by now."""
+        first = self.folders[0]
+        for number in range(1, count):
+            self.folders.append(first.with_name(str(number)))
+            shutil.copytree(first, self.folders[-1])
+
+    def digest(self, test: str) -> str:
+        """Of all that decides what a file of tests tells of the sources as they are."""
+        found = hashlib.sha256()
+        for part in (
+            *(PACKAGE / name for name in self.sources),
+            "tests/conftest.py",
+            "tests/kernels/conftest.py",
+            test,
+        ):
+            found.update((self.folders[0] / part).read_bytes())
+        return found.hexdigest()[:16]
 
     def write(self, folder: Path, mutant: Mutant | None) -> None:
         """The sources as they are, but for this mutant."""
@@ -384,7 +391,7 @@ def start(folder: Path, tests: Sequence[str], order: Sequence[str], seconds: flo
 def _run(folder: Path, tests: Sequence[str], order: Sequence[str], stop: bool) -> int:
     import pytest
 
-    sys.dont_write_bytecode = True  # two mutants of equal length within a second would be taken for one
+    sys.dont_write_bytecode = stop  # two mutants of equal length within a second would be taken for one
     sys.path[:0] = [str(folder), str(folder / "kernels")]
     spec = find_spec("cladapt_kernels")
     if spec is None or not str(spec.origin).startswith(str(folder)):
@@ -401,17 +408,22 @@ def watched(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"killer": "", "seconds": {}, "ran": {}}
 
 
-def baseline(copies: Copies, files: Iterable[str]) -> Known:
-    """What the sources as they are tell. `RuntimeError` where a test fails."""
-    folder = copies.folders[0]
-    tests = sorted({test for file in files for test in tests_of(file)})
-    copies.write(folder, None)
-    _, status = os.waitpid(start(folder, tests, (), None), 0)
-    if status:
-        told = (folder / "output.txt").read_text(encoding="utf-8")[-3000:]
-        raise RuntimeError(f"the tests fail without any mutant ({os.waitstatus_to_exitcode(status)}):\n{told}")
-    found = watched(folder)
-    return Known(found["seconds"], {name: {(a, b) for a, b in ran} for name, ran in found["ran"].items()})
+def baseline(copies: Copies, files: Iterable[str], cache: Path) -> Known:
+    """What the sources as they are tell, kept in `cache`. `RuntimeError` where a test fails."""
+    folder, known = copies.folders[0], Known()
+    cache.mkdir(parents=True, exist_ok=True)
+    for test in sorted({test for file in files for test in tests_of(file)}):
+        path = cache / f"{Path(test).stem}-{copies.digest(test)}.json"
+        if not path.is_file():
+            _, status = os.waitpid(start(folder, [test], (), None), 0)
+            if status:
+                told = (folder / "output.txt").read_text(encoding="utf-8")[-3000:]
+                raise RuntimeError(f"{test} fails without any mutant ({os.waitstatus_to_exitcode(status)}):\n{told}")
+            path.write_text(json.dumps(watched(folder)), encoding="utf-8")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known.seconds |= found["seconds"]
+        known.ran |= {name: {(a, b) for a, b in ran} for name, ran in found["ran"].items()}
+    return known
 
 
 def verdict(status: int, mutant: Mutant, folder: Path) -> tuple[str, str]:
@@ -423,8 +435,8 @@ def verdict(status: int, mutant: Mutant, folder: Path) -> tuple[str, str]:
         return "killed", signal.Signals(-code).name
     if code == 0:
         return "survived", ""
-    if code in (1, 2):  # tests failed; a module could not be imported
-        return "killed", watched(folder)["killer"]
+    if code in (1, 2, 4) and (killer := watched(folder)["killer"]):  # a test failed, or could not be imported
+        return "killed", killer
     told = (folder / "output.txt").read_text(encoding="utf-8")[-3000:]
     raise RuntimeError(f"{mutant}: pytest ended with {code}:\n{told}")
 
@@ -432,7 +444,7 @@ def verdict(status: int, mutant: Mutant, folder: Path) -> tuple[str, str]:
 def judged(copies: Copies, known: Known, mutants: Sequence[Mutant]) -> Iterator[dict[str, Any]]:
     """A row of the report for every mutant, as each is done."""
     waiting, idle = list(reversed(mutants)), list(copies.folders)
-    running: dict[int, tuple[Mutant, Path, float]] = {}
+    running: dict[int, tuple[Mutant, Path]] = {}
     killers: dict[tuple[str, str], list[str]] = {}
     while waiting or running:
         while waiting and idle:
@@ -443,15 +455,15 @@ def judged(copies: Copies, known: Known, mutants: Sequence[Mutant]) -> Iterator[
                 yield _row(mutant, "survived", "no test runs it", 0.0)
                 continue
             copies.write(folder, mutant)
-            seconds = 20 + 4 * sum(known.seconds[test] for test in tests)
-            running[start(folder, tests, tests, seconds)] = mutant, folder, time.monotonic()
+            seconds = SPARE_SECONDS + 4 * sum(known.seconds[test] for test in tests)
+            running[start(folder, tests, tests, seconds)] = mutant, folder
         if running:
-            pid, status = os.wait()
-            mutant, folder, began = running.pop(pid)
+            pid, status, usage = os.wait3(0)
+            mutant, folder = running.pop(pid)
             found, killer = verdict(status, mutant, folder)
             killers.setdefault((mutant.file, mutant.function), []).append(killer)
             idle.append(folder)
-            yield _row(mutant, found, killer, time.monotonic() - began)
+            yield _row(mutant, found, killer, usage.ru_utime + usage.ru_stime)
 
 
 def _row(mutant: Mutant, status: str, killer: str, seconds: float) -> dict[str, Any]:
@@ -505,16 +517,19 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import torch.testing  # noqa: F401 - all that is imported here, the forked processes need not
-    import triton.runtime.interpreter  # noqa: F401
+    for module in ("torch._dynamo", "torch.testing", "triton.runtime.interpreter"):
+        import_module(module)  # what is imported here, the forked processes need not
 
     counts = dict.fromkeys(STATUSES, 0)
     survivors = []
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, asked.out.open("w", newline="", encoding="utf-8") as file:
-        copies = Copies(ROOT, Path(folder), asked.jobs)
-        known = baseline(copies, {mutant.file for mutant in mutants})
-        print(f"{len(mutants)} mutants; {len(known.seconds)} tests take {sum(known.seconds.values()):.0f} s", flush=True)
+        copies = Copies(ROOT, Path(folder))
+        known = baseline(copies, {mutant.file for mutant in mutants}, asked.out.parent / "mutants")
+        copies.add(asked.jobs)
+        print(
+            f"{len(mutants)} mutants; {len(known.seconds)} tests take {sum(known.seconds.values()):.0f} s", flush=True
+        )
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in judged(copies, known, mutants):
@@ -530,7 +545,106 @@ def main(given: Sequence[str] | None = None) -> int:
     return 1 if survivors else 0
 
 
-NAMED: tuple[Named, ...] = ()
+NAMED = (
+    Named("the last group's height ignored", "tiles.py", "height = min(m_tiles - first, GROUP)", "height = GROUP"),
+    Named(
+        "groups that overlap", "tiles.py", "first = (program // per_group) * GROUP", "first = program // per_group"
+    ),
+    Named("a start of 32 bits", "tiles.py", "tl.full((), row, tl.int64) * row_stride", "row * row_stride"),
+    Named(
+        "a row beyond the matrix", "tiles.py", "(tl.arange(0, ROWS) < rows - row)", "(tl.arange(0, ROWS) <= rows - row)"
+    ),
+    Named(
+        "later tiles of a strip without the low-rank term", "gemm.py",
+        "BLOCK_R, DROP_Y\n        )\n        total = _product(",
+        "BLOCK_R, DROP_Y\n        ) * 0.0\n        total = _product(",
+    ),
+    Named(
+        "later tiles of a strip skipped", "gemm.py",
+        "range(strip + strips, tl.cdiv(n, BLOCK_N), strips)", "range(strip + strips, 0, strips)",
+    ),
+    Named("a wide tile of 96 rows", "gemm.py", 'WIDE = {"BLOCK_M": 128', 'WIDE = {"BLOCK_M": 96'),
+    Named(
+        "products in TF32", "gemm.py",
+        'total = tl.dot(left, right, total, input_precision="ieee")\n    return',
+        'total = tl.dot(left, right, total, input_precision="tf32")\n    return',
+    ),
+    Named(
+        "the last block of a product left out", "gemm.py",
+        '"""total + X W of one tile."""\n    for inner in range(0, k, BLOCK_K)',
+        '"""total + X W of one tile."""\n    for inner in range(0, k - BLOCK_K, BLOCK_K)',
+    ),
+    Named(
+        "a mask of another width", "shrink.py", "row, column, k, threshold, BLOCK_M",
+        "row, column, k + 4, threshold, BLOCK_M",
+    ),
+    Named(
+        "dB without its scale", "skinny.py",
+        "total *= tl.full((), scale, tl.float32)\n        store_tile", "store_tile",
+    ),
+    Named("a fold without the last chunk", "skinny.py", "for _ in range(chunks):", "for _ in range(chunks - 1):"),
+    Named(
+        "chunks that end late", "skinny.py",
+        "last = min(first + chunk_rows, m)\n    workspace", "last = first + chunk_rows\n    workspace",
+    ),
+    Named("sums for sums of squares", "skinny.py", "strip, tl.sum(total * total)", "strip, tl.sum(total)"),
+    Named(
+        "a fold from the second chunk", "adamw.py",
+        "h = tl.max(peak)\n    for start in range(first, last, FOLD)",
+        "h = tl.max(peak)\n    for start in range(first + 1, last, FOLD)",
+    ),
+    Named(
+        "a step that reads the buffer it writes", "adamw.py",
+        "n_groups, 1 - turn, KIND, FOLD)\n        grad", "n_groups, turn, KIND, FOLD)\n        grad",
+    ),
+    Named(
+        "a bias correction one step late", "adamw.py", "(1.0 - tl.exp(count.to(tl.float64) * log_beta1))",
+        "(1.0 - tl.exp((count.to(tl.float64) + 1.0) * log_beta1))",
+    ),
+    Named("nothing clipped", "adamw.py", "grad *= tl.load(clip)", "pass"),
+    Named("a sign of the series", "adamw.py", "0.5 + d * (1.0 / 6.0 + d", "0.5 + d * (1.0 / 6.0 - d"),
+    Named(
+        "alignment of parameters never checked", "fused_step.py",
+        "aligned = self._vector and all(address % 16 == 0 for row in rows for address in row)", "aligned = True",
+    ),
+    Named(
+        "a stale table of addresses", "fused_step.py",
+        "if use not in self._tables or self._tables[use][0] != rows:", "if use not in self._tables:",
+    ),
+    Named(
+        "products by way of memory without barriers", "retract_triton.py",
+        "tl.debug_barrier()\n        found = tl.zeros((RANK, RANK), tl.float32)\n",
+        "found = tl.zeros((RANK, RANK), tl.float32)\n",
+    ),
+    Named(
+        "memory written again before all have read it", "retract_triton.py",
+        "        tl.debug_barrier()\n    return found", "    return found",
+    ),
+    Named(
+        "products by way of memory that read ahead", "retract_triton.py",
+        '{"num_warps": 8, "num_stages": 1},\n', '{"num_warps": 8},\n',
+    ),
+    Named(
+        "alignment of factors never checked", "retract_triton.py",
+        "aligned = all(a % 16 == 0 for a in rows[::3]) and all(stride % 4 == 0 for stride in rows[1::3])",
+        "aligned = True",
+    ),
+    Named(
+        "rows of C beyond k", "retract_triton.py",
+        "size, count, k - column, RANK, RANK)", "size, count, RANK, RANK, RANK)",
+    ),
+    Named(
+        "the sign of C^T C", "retract_triton.py", "excess -= tl.dot(tl.trans(c), c", "excess += tl.dot(tl.trans(c), c"
+    ),
+    Named(
+        "rows beyond the factor", "retract_triton.py",
+        "last = tl.minimum(first + CHUNK_ROWS, n)\n    part =", "last = first + CHUNK_ROWS\n    part =",
+    ),
+    Named("the sign of Newton's correction", "retract_triton.py", "return e - 0.5 * (rest", "return e + 0.5 * (rest"),
+    Named(
+        "a step of C without the multiplier", "retract_triton.py", "d = at + multiplier * (d - at)", "d = at + (d - at)"
+    ),
+)  # fmt: skip
 
 
 if __name__ == "__main__":

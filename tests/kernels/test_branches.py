@@ -5,7 +5,9 @@ GPU is, `observer` tells what the interpreter lets pass, and what launchers allo
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +98,30 @@ def test_a_tile_of_a_matrix_of_more_than_2_to_the_31_entries_lies_where_it_shoul
     _addresses[(1,)](torch.zeros(1, device=device), found, row, column, *strides, ROWS=4, COLUMNS=8)
     expected = [[4 * ((row + i) * strides[0] + (column + j) * strides[1]) for j in range(8)] for i in range(4)]
     assert found.tolist() == expected
+
+
+@pytest.mark.usefixtures("small")
+def test_the_workspace_of_many_samples_has_more_than_2_to_the_31_entries(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cuda":
+        pytest.skip("on a GPU such a workspace takes 8 GiB")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    places: list[int] = []
+
+    def store(builder: object, place: Any, value: object, *_: object) -> None:
+        places.append(int(place.data.flat[0]))
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)  # nothing is written, and none is held
+    m, k, n, chunks = 3, 8, 2**30, 3
+    sums, offsets = torch.zeros(1), torch.arange(chunks + 1, dtype=torch.int32)
+    x, ds = drawn(device, (m, k), (m, 1))
+    skinny._partial[(1, chunks)](
+        ds, x, ds, x, sums, None, offsets, None, m, k, n, 1, 0, *x.stride(), *x.stride(), 1.0, 0,
+        BLOCK_M=16, BLOCK_C=16, BLOCK_R=16, DROPOUT=False, OFFSETS=True, SQUARES=False,
+    )  # fmt: skip
+    assert places == [sums.data_ptr() + 4 * chunk * (k + n) for chunk in range(chunks)]
 
 
 @triton.jit
@@ -299,7 +325,7 @@ def test_skinny_with_all_its_hooks_and_none(
     assert squares is not None
     assert samples is not None
     close(squares, torch.stack([t.square().sum() for t in whole]), 1e-3)
-    own = [factors(given, p, slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    own = [factors(given, p, slice(a, b)) for a, b in pairwise(edges)]
     close(samples, torch.stack([a.square().sum() + b.square().sum() for a, b in own]), 1e-3)
 
 
@@ -483,9 +509,16 @@ def _square(x, PRECISION: tl.constexpr):
     tl.store(x + own, tl.dot(tile, tile, input_precision=PRECISION))
 
 
+@triton.jit
+def _reads(x, COUNT: tl.constexpr, MOST: tl.constexpr):
+    i = tl.arange(0, MOST)
+    tl.store(x, tl.sum(tl.load(x + i, mask=i < COUNT, other=0.0)))
+
+
 @pytest.mark.parametrize(
     ("kernel", "sound", "faulty", "start", "message"),
     [
+        (_reads, {"COUNT": 260, "MOST": 512}, {"COUNT": 261, "MOST": 512}, 0, "outside of the tensors of the launch"),
         (_reverse, {"FENCED": True, "SIZE": 8}, {"FENCED": False, "SIZE": 8}, 0, "read before a barrier"),
         (_claims, {"MULTIPLE": 64}, {"MULTIPLE": 64}, 1, "is no multiple of 64"),
         (_square, {"PRECISION": "ieee"}, {"PRECISION": "tf32"}, 0, "product of float32 in TF32"),

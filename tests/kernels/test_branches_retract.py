@@ -61,6 +61,20 @@ class World:
         return None if f is None else f.double()
 
 
+def shifted(make: Make, start: int, gap: int) -> Make:
+    """Views that start off sixteen bytes, or whose rows do."""
+
+    def made(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] = ()) -> Tensor:
+        n, r = shape
+        if not strides:  # a subspace, which is copied
+            return make(shape, dtype, device)
+        whole = make((n * r * 4 + 64,), dtype, device)
+        wide = tuple(stride if stride == 1 else stride + gap for stride in strides)
+        return whole.as_strided(shape, wide, whole.storage_offset() + start)
+
+    return made
+
+
 def retracted(world: World, kind: Kind, gauge: Gauge, multiplier: float, limit: float) -> None:
     stiefel = Stiefel(world.moved, world.fs, kind, gauge, kernel=True)
     stiefel.remember(world.points)
@@ -88,6 +102,13 @@ def test_retractions_are_those_of_float64(
     guarded: Make,
 ) -> None:  # fmt: skip
     retracted(World(shapes, 0.4, device, guarded), kind, gauge, multiplier, 1e-6)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("start", "gap"), [(1, 0), (0, 1)])
+def test_factors_that_lie_off_sixteen_bytes(start: int, gap: int, device: torch.device, guarded: Make) -> None:
+    world = World(EVEN[:1], 0.4, device, shifted(guarded, start, gap))
+    retracted(world, "symmetric", "qr", 1.0, 1e-6)
 
 
 @pytest.mark.parametrize(("gauge", "size"), [("polar", 0.3), ("qr", 0.3)])
