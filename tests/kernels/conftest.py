@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -198,7 +199,7 @@ class Observer:
             assert precision.name == "IEEE", f"a product of float32 in {precision.name}"
 
     def _places(self, place: Any, mask: Any) -> set[int]:
-        own = mask.data.astype(bool)
+        own = numpy.asarray(mask.data, dtype=bool)
         places = {*map(int, place.data[own if own.shape == place.data.shape else own.all()].flat)}  # or one mask of all
         if places:
             low, high = min(places), max(places)

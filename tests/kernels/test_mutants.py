@@ -46,8 +46,14 @@ def tool() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["mutants"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        spec.loader.exec_module(module)
     return module
+
+
+def by_hand(*given: str) -> Any:
+    return sys.modules["mutations"].Named(*given)
 
 
 def lines_of(tool: ModuleType) -> dict[str, str]:
@@ -95,8 +101,9 @@ def test_mutants_are_of_each_kind(tool: ModuleType) -> None:
         "x / n => (x * n)": "return (x * n)",
     }.items():
         assert found[change] == line
+    mutations = sys.modules["mutations"]
     calls = [ast.parse("f(row, column, k, BLOCK, 3)").body[0].value, ast.parse("tl.dot(a, b, total)").body[0].value]
-    made = [[ast.unparse(changed) for changed in tool._changed(call)] for call in calls]
+    made = [[ast.unparse(changed) for changed in mutations._changed(call)] for call in calls]
     assert made[0] == ["f(column, row, k, BLOCK, 3)", "f(row, k, column, BLOCK, 3)"]
     assert made[1] == ["tl.dot(a, b)", "tl.dot(b, a, total)", "tl.dot(a, total, b)"]
 
@@ -112,11 +119,11 @@ def test_a_sample_is_of_every_function_and_the_same_for_the_same_seed(tool: Modu
 
 def test_a_change_by_hand_that_no_longer_fits_is_an_error(tool: ModuleType) -> None:
     sources = {"toy.py": TOY.encode()}
-    (mutant,) = tool.named([tool.Named("no limit", "toy.py", "x + LIMIT", "x")], sources)
+    (mutant,) = tool.named([by_hand("no limit", "toy.py", "x + LIMIT", "x")], sources)
     assert mutant.applied(sources["toy.py"]).decode() == TOY.replace("x + LIMIT", "x")
     for text, count in (("x + BOUND", 0), ("@triton.jit", 2)):
         with pytest.raises(ValueError, match=f"mutant 'no limit': toy.py has {count} times .*, expected once"):
-            tool.named([tool.Named("no limit", "toy.py", text, "x")], sources)
+            tool.named([by_hand("no limit", "toy.py", text, "x")], sources)
 
 
 def test_an_equivalent_mutant_has_a_reason(tool: ModuleType, tmp_path: Path) -> None:
@@ -166,8 +173,8 @@ def checkout(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "equivalent.csv").write_text("file,function,before,after,place,reason\n")
     for name, value in (
         ("ROOT", root), ("TESTS", {"toy.py": ("toy",)}), ("EQUIVALENT", tmp_path / "equivalent.csv"),
-        ("NAMED", (tool.Named("never ends", "toy.py", "total += 1", "pass"),
-                   tool.Named("no module", "toy.py", "return total", "retur total"))),
+        ("NAMED", (by_hand("never ends", "toy.py", "total += 1", "pass"),
+                   by_hand("no module", "toy.py", "return total", "retur total"))),
     ):  # fmt: skip
         monkeypatch.setattr(tool, name, value)
     return root
@@ -181,10 +188,11 @@ import importlib.util, sys, pathlib
 spec = importlib.util.spec_from_file_location("mutants", {tool.__file__!r})
 tool = importlib.util.module_from_spec(spec)
 sys.modules["mutants"] = tool
+sys.path.insert(0, {str(Path(str(tool.__file__)).parent)!r})
 spec.loader.exec_module(tool)
 tool.ROOT, tool.TESTS = pathlib.Path({str(checkout)!r}), {{"toy.py": ("toy",)}}
 tool.EQUIVALENT = pathlib.Path({str(tool.EQUIVALENT)!r})
-tool.NAMED = tuple(tool.Named(*given) for given in {[tuple(vars(n).values()) for n in tool.NAMED]!r})
+tool.NAMED = tuple(sys.modules['mutations'].Named(*given) for given in {[tuple(vars(n).values()) for n in tool.NAMED]!r})
 tool.SPARE_SECONDS = 1
 sys.exit(tool.main([*{list(given)!r}, "--jobs", "1", "--out", {str(out)!r}]))
 """
