@@ -15,7 +15,7 @@ from cladapt_kernels import adamw, fused_step, reference
 from cladapt_kernels.fused_step import FusedStep
 from cladapt_kernels.optim import Term
 
-ODD, EVEN = (5, 20, 33), (4, 20, 36)  # one chunk, two, three, of which the first and the last are one group
+ODD, EVEN = (21, 20, 33), (20, 20, 36)  # two chunks, two and three; five are one group: the last fold is not full
 GROUPS, STRENGTH, CLIP = (0, 1, 0), 20.0, 0.5
 LR, BETAS, EPS, DECAY = 0.05, (0.8, 0.95), 1e-3, 0.3
 Make = Callable[..., Tensor]

@@ -154,16 +154,17 @@ def checkout(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     texts = {
         package / "__init__.py": "",
         package / "toy.py": (
-            "class triton:\n    @staticmethod\n    def jit(f):\n        return f\n\n\n"
-            "@triton.jit\ndef count(n, spare):\n    total = 0\n    while total < n:\n        total += 1\n"
-            "    return total + spare * 0\n"
+            "import triton\nimport triton.language as tl\n\nLIMIT = 2\n\n\n"
+            "@triton.jit\ndef twice(found, n, spare):\n    tl.store(found, n * 2 + spare // 1)\n"
         ),
         Path("tests/conftest.py"): "",
         Path("tests/kernels/conftest.py"): "",
         Path("tests/kernels/test_toy.py"): (
-            "from cladapt_kernels.toy import count\n\n\n"
-            "def test_slow_one():\n    assert [count(i, 0) for i in range(20000, 20010)][0] == 20000\n\n\n"
-            "def test_count():\n    assert count(3, 0) == 3\n"
+            "import torch\nfrom cladapt_kernels.toy import twice\n\n\n"
+            "def found(n):\n    at = torch.zeros(1, dtype=torch.int32)\n    twice[(1,)](at, n, 0)\n"
+            "    return at.item()\n\n\n"
+            "def test_many():\n    assert [found(i) for i in range(3, 40)] == [*range(6, 80, 2)]\n\n\n"
+            "def test_one():\n    assert found(3) == 6\n"
         ),
         Path("pyproject.toml"): "[tool.pytest.ini_options]\nmarkers = ['slow']\n",
     }
@@ -173,8 +174,8 @@ def checkout(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "equivalent.csv").write_text("file,function,before,after,place,reason\n")
     for name, value in (
         ("ROOT", root), ("TESTS", {"toy.py": ("toy",)}), ("EQUIVALENT", tmp_path / "equivalent.csv"),
-        ("NAMED", (by_hand("never ends", "toy.py", "total += 1", "pass"),
-                   by_hand("no module", "toy.py", "return total", "retur total"))),
+        ("NAMED", (by_hand("never ends", "toy.py", "LIMIT = 2", "while True:\n    pass"),
+                   by_hand("no module", "toy.py", "import triton\n", "import tritn\n"))),
     ):  # fmt: skip
         monkeypatch.setattr(tool, name, value)
     return root
@@ -192,7 +193,8 @@ sys.path.insert(0, {str(Path(str(tool.__file__)).parent)!r})
 spec.loader.exec_module(tool)
 tool.ROOT, tool.TESTS = pathlib.Path({str(checkout)!r}), {{"toy.py": ("toy",)}}
 tool.EQUIVALENT = pathlib.Path({str(tool.EQUIVALENT)!r})
-tool.NAMED = tuple(sys.modules['mutations'].Named(*given) for given in {[tuple(vars(n).values()) for n in tool.NAMED]!r})
+import mutations
+tool.NAMED = tuple(mutations.Named(*given) for given in {[tuple(vars(n).values()) for n in tool.NAMED]!r})
 tool.SPARE_SECONDS = 1
 sys.exit(tool.main([*{list(given)!r}, "--jobs", "1", "--out", {str(out)!r}]))
 """
@@ -209,21 +211,20 @@ def test_killed_stopped_survived_and_equivalent(tool: ModuleType, checkout: Path
     before = {path: path.read_bytes() for path in checkout.rglob("*.py")}
     code, rows = outcome(tool, checkout, "--all")
     assert code == 1
-    status = {change: row["status"] for change, row in rows.items()}
-    assert status["never ends: total += 1 => pass"] == "stopped"
-    assert status["no module: return total => retur total"] == "killed"
-    assert status["count: total < n => (total <= n)"] == "killed"
-    assert (
-        rows["count: total < n => (total <= n)"]["killer"] == "tests/kernels/test_toy.py::test_count"
-    )  # the quick one
-    survived = {change for change, found in status.items() if found == "survived"}
-    assert survived == {"count: spare * 0 => (spare + 0)", "count: 0 => 1"}
+    status = {row["function"]: row["status"] for row in rows.values() if row["function"] != "twice"}
+    assert status == {"never ends": "stopped", "no module": "killed"}
+    own = {change: row["status"] for change, row in rows.items() if row["function"] == "twice"}
+    same = {"spare // 1 => (spare % 1)", "1 => 2", "n * 2 + spare // 1 => (n * 2 - spare // 1)"}  # since spare is 0
+    assert {change for change, found in own.items() if found == "survived"} == {f"twice: {change}" for change in same}
+    assert {*own.values()} == {"survived", "killed"}
+    assert rows["twice: 2 => 3"]["killer"] == "tests/kernels/test_toy.py::test_one"  # the quick one
     tool.EQUIVALENT.write_text(
-        tool.EQUIVALENT.read_text()
-        + 'toy.py,count,spare * 0,(spare + 0),1,"spare is 0"\ntoy.py,count,0,1,2,"spare is 0"\n'
-        + 'toy.py,count,total < n,(total <= n),1,"a reason that does not hold"\n'
+        "file,function,before,after,place,reason\n"
+        + "".join(f"toy.py,twice,{change.replace(' => ', ',')},1,spare is 0\n" for change in same)
+        + "toy.py,twice,2,3,1,a reason that does not hold\n"
     )
     code, rows = outcome(tool, checkout, "--check")
     assert code == 1
-    assert [row["status"] for row in rows.values()] == ["killed", "equivalent", "equivalent"]
+    status = {change: row["status"] for change, row in rows.items()}
+    assert status == {f"twice: {change}": "equivalent" for change in same} | {"twice: 2 => 3": "killed"}
     assert {path: path.read_bytes() for path in checkout.rglob("*.py")} == before
