@@ -93,7 +93,7 @@ def _fold(
     for _ in range(chunks):
         total += tl.load(source, mask=own, other=0.0)
         source += r * (k + n)
-    down, up_own = own & (up == 0), own & (up != 0)
+    down, up_own = i < tl.where(up == 0, r * k, 0), i < tl.where(up == 0, 0, r * n)
     place = tl.where(up == 0, i, column * r + rank)
     if ACCUMULATE:
         total += tl.load(da + place, mask=down, other=0.0).to(tl.float32)
