@@ -83,8 +83,8 @@ def uses_kernel(op: str, configured: Choice = "auto") -> bool:
 def compiler_problem() -> str:
     """What is known to be wrong with the code that the installed Triton makes for this GPU, empty where nothing is.
 
-    Triton 3.4.0 to 3.7.0 give wrong gradients on Hopper where a product's result is transposed: issue 640 and pull request
-    983 of flash-linear-attention.
+    Triton 3.4.0 to 3.7.0 give wrong gradients on Hopper where a product's result is transposed: flash-linear-attention,
+    issue 640 and pull request 983.
     """
     if _obstacle() or torch.cuda.get_device_capability(compute_device())[0] != 9:
         return ""
@@ -93,7 +93,7 @@ def compiler_problem() -> str:
     if not (3, 4, 0) <= release < (3, 7, 1):
         return ""
     return (
-        f"Triton {version} is known to compile a backward kernel wrongly on Hopper GPUs, another package's: use torch 2.12.1"
+        f"Triton {version} is known to compile a backward kernel of another package wrongly on Hopper GPUs: use torch 2.12.1"
         " or later, which brings Triton 3.7.1, or see that `make gpu-test` passes here"
     )
 
