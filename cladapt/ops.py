@@ -93,8 +93,8 @@ def compiler_problem() -> str:
     if not (3, 4, 0) <= release < (3, 7, 1):
         return ""
     return (
-        f"Triton {version} is known to compile a backward kernel of another package wrongly on Hopper GPUs: use torch 2.12.1"
-        " or later, which brings Triton 3.7.1, or see that `make gpu-test` passes here"
+        f"Triton {version} is known to compile a backward kernel of another package wrongly on Hopper GPUs: use torch"
+        " 2.12.1 or later, which brings Triton 3.7.1, or see that `make gpu-test` passes here"
     )
 
 
