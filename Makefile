@@ -7,7 +7,12 @@ STAMP := $(VENV)/.installed
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cladapt
 LLM := $(CACHE)/llm/.fetched
 
-.PHONY: demo install llm test slow lint check budgets mutants bench gpu gpu-test gpu-bench clean
+# What torch 2.11, 2.13 and 2.15 bring along, oldest first; MATRIX holds an environment of each, made over VENV.
+TRITONS ?= 3.6.0 3.7.1 3.9.0
+MATRIX ?= build
+WITH_3.6.0 := numpy==2.3.5  # its interpreter makes a conversion that numpy 2.4 refuses
+
+.PHONY: demo install llm test slow lint check budgets kernel-matrix kernel-newest newest mutants bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -44,10 +49,33 @@ lint: $(STAMP)  ## style, types, import layers, rules of the sources
 
 check: lint test  ## what a change must pass
 
-budgets: $(STAMP)  ## compile the kernels that have changed ahead of time, and write what they take
-	mkdir -p build
-	PYTHONPATH=kernels $(BIN)/python -m cladapt_kernels.aot --known tests/kernels/budgets.csv > build/budgets.csv
-	mv build/budgets.csv tests/kernels/budgets.csv
+.SECONDARY:  # environments stay
+
+$(MATRIX)/triton-%/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --no-deps triton==$* $(WITH_$*)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth
+	touch $@
+
+kernel-matrix: $(TRITONS:%=kernels-%)  ## kernel tests, interpreted, and budgets with every Triton of the matrix
+
+kernel-newest: kernels-$(lastword $(TRITONS))  ## the same with the newest alone
+
+kernels-%: $(MATRIX)/triton-%/.installed
+	$(<D)/bin/python -m pytest tests/kernels -n auto --dist loadfile -m "not slow"
+	$(<D)/bin/python -m pytest tests/kernels/test_budgets.py -m slow
+
+budgets: $(TRITONS:%=budgets-%)  ## compile the kernels that have changed by every Triton, and write what they take
+
+budgets-%: $(MATRIX)/triton-%/.installed
+	PYTHONPATH=kernels $(<D)/bin/python -m cladapt_kernels.aot tests/kernels/budgets
+
+newest:  ## the fast tests with the newest release of everything but torch
+	$(PYTHON) -m venv --clear $(MATRIX)/newest
+	grep ^torch== constraints.txt > $(MATRIX)/newest/torch.txt
+	$(MATRIX)/newest/bin/python -m pip install --quiet --editable '.[dev]' --constraint $(MATRIX)/newest/torch.txt
+	$(MATRIX)/newest/bin/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # MUTANTS="--all gemm.py": see tests/kernels/mutants.py --help
 mutants: $(STAMP)  ## small errors in the kernels, one at a time, each of which a test must tell

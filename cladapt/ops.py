@@ -4,8 +4,10 @@
 and a GPU to run it, else the plain-torch reference; `triton` is an error where it cannot be had.
 """
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
@@ -77,6 +79,24 @@ def backends(configured: Choice = "auto") -> Mapping[str, tuple[str, str]]:
 def uses_kernel(op: str, configured: Choice = "auto") -> bool:
     """Whether the op runs as a Triton kernel."""
     return backends(configured)[op][0] == "triton"
+
+
+def compiler_problem() -> str:
+    """What is known to be wrong with the code that the installed Triton makes for this GPU, empty where nothing is.
+
+    Triton 3.4.0 to 3.7.0 give wrong gradients on Hopper where a product's result is transposed: flash-linear-attention,
+    issue 640 and pull request 983.
+    """
+    if _obstacle() or torch.cuda.get_device_capability(compute_device())[0] != 9:
+        return ""
+    version = importlib.metadata.version("triton")
+    release = tuple(map(int, re.findall(r"[0-9]+", version)[:3]))
+    if not (3, 4, 0) <= release < (3, 7, 1):
+        return ""
+    return (
+        f"Triton {version} is known to compile a backward kernel of another package wrongly on Hopper GPUs: use torch"
+        " 2.12.1 or later, which brings Triton 3.7.1, or see that `make gpu-test` passes here"
+    )
 
 
 def _obstacle() -> str:

@@ -52,3 +52,20 @@ def test_the_environment_overrides_the_configured_choice(monkeypatch: pytest.Mon
 def test_asking_for_a_kernel_that_cannot_run_is_an_error_not_a_fallback() -> None:
     with pytest.raises(EnvironmentProblem, match="kernels=triton: there is no GPU"):
         ops.backends("triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "wrong"),
+    [("3.3.1", 9, False), ("3.4.0", 9, True), ("3.7.0+git1", 9, True), ("3.7.0", 8, False), ("3.7.1", 9, False)],
+)
+def test_a_triton_that_is_known_to_compile_wrongly_for_this_gpu_is_named(
+    monkeypatch: pytest.MonkeyPatch, version: str, capability: int, wrong: bool
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ops.compiler_problem() == ""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    found = ops.compiler_problem()
+    assert bool(found) == wrong
+    assert not wrong or found.startswith(f"Triton {version} is known to compile a backward kernel of another package")

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def doctor() -> dict[str, Any]:
-    """Versions, devices, kernels and why, free space here."""
+    """Versions, devices, kernels and why, free space here; warns of a Triton that is known to be wrong on this GPU."""
     import torch
 
+    if problem := ops.compiler_problem():
+        warnings.warn(problem, stacklevel=2)
     found = environment()
     packages = found.pop("packages")
     usage = shutil.disk_usage(Path.cwd())

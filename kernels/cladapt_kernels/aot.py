@@ -5,8 +5,8 @@ specialisation that a launch makes (strides of 1, sizes and pointers divisible b
 
     make budgets
 
-A row names the source it was compiled from: what `--known budgets.csv` has of it by the same Triton is taken
-from there, and only the rest is compiled.
+Every Triton has a file of its own, FOLDER/<version>.csv. A row names the source it was compiled from: what the file has
+of a source is taken from there, and only the rest is compiled.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import hashlib
 import io
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +49,7 @@ TYPES = {
     torch.uint8: "*u8",
 }
 FIGURES = ("registers", "spills", "shared", "instructions")
-COLUMNS = ("variant", "kernel", "sm", *FIGURES, "expects", "forbids", "source", "triton")
+COLUMNS = ("variant", "kernel", "sm", *FIGURES, "expects", "forbids", "source")
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,9 @@ def source_of(launch: Launch, capability: int) -> str:
 def budgets(
     variants: Sequence[Variant],
     capabilities: Sequence[int] = CAPABILITIES,
-    known: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per variant, kernel and architecture; figures of the same source by the same Triton come from `known`."""
+    """One row per variant, kernel and architecture; figures of a source that `known` has come from there."""
     rows = []
     for variant in variants:
         for capability in capabilities:
@@ -169,39 +168,49 @@ def budgets(
             for launch in launches:
                 source = source_of(launch, capability)
                 row = {"variant": variant.name, "kernel": launch.kernel.__name__, "sm": capability}
-                if found := (known or {}).get((source, triton.__version__)):
+                if found := (known or {}).get(source):
                     row |= {name: found[name] for name in FIGURES}
                 else:
                     built = compile_launch(launch, capability)
                     figures = (built.registers, built.spills, built.shared, " ".join(built.instructions))
                     row |= dict(zip(FIGURES, figures, strict=True))
                 row |= {"expects": " ".join(variant.expects), "forbids": " ".join(variant.forbids)}
-                rows.append(row | {"source": source, "triton": triton.__version__})
+                rows.append(row | {"source": source})
     return rows
 
 
-def _budgets_of(index: int, known: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
+def path_of(folder: Path) -> Path:
+    """The file of the budgets of the Triton that is installed."""
+    return folder / f"{triton.__version__}.csv"
+
+
+def _budgets_of(index: int, known: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     from cladapt_kernels.variants import VARIANTS
 
     return budgets([VARIANTS[index]], known=known)
 
 
 def main() -> None:
-    """Write the budgets of all variants as csv, a process per core."""
+    """Write the budgets of all variants by the Triton that is installed, a process per core."""
     from cladapt_kernels.variants import VARIANTS
 
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--known", type=Path, help="csv of earlier budgets, whose figures hold where nothing changed")
-    given = parser.parse_args().known
-    known: dict[tuple[str, str], Mapping[str, Any]] = {}
-    if given is not None:
-        with given.open(encoding="utf-8") as file:
-            known = {(row["source"], row["triton"]): row for row in csv.DictReader(file)}
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    parser.add_argument("folder", type=Path, help="where <version of Triton>.csv lies or is to lie")
+    path = path_of(parser.parse_args().folder)
+    known: dict[str, Mapping[str, Any]] = {}
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            known = {row["source"]: row for row in csv.DictReader(file)}
+    unfinished = path.with_suffix(".part")
+    with (
+        unfinished.open("w", encoding="utf-8") as file,
+        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+    ):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for rows in pool.map(partial(_budgets_of, known=known), range(len(VARIANTS))):
             writer.writerows(rows)
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ from cladapt_kernels.tiles import (
 
 GROUP = 8
 FEW_ROWS = 2048
-STAGES = 3
-WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
-SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
-SMALL = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4}
-NARROW = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
-EXACT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8}  # float32, which tensor cores would round
-EXACT_STRIP = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
+WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+NARROW = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+# float32, which tensor cores would round; with three stages Triton 3.9 spills a register, with two 3.7.1 does
+EXACT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
+EXACT_STRIP = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def seeded(
         u = widened(x, u)
         _seeded[(triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
             x, w, s, u, bias, y, seed, m, n, k, r, *x.stride(), *w.stride(), *u.stride(), scale, drop_threshold(p),
-            **tile, BLOCK_R=padded(r), GROUP=GROUP, DROPOUT=p > 0, BIAS=bias is not None, num_stages=STAGES,
+            **tile, BLOCK_R=padded(r), GROUP=GROUP, DROPOUT=p > 0, BIAS=bias is not None,
         )  # fmt: skip
     return y
 
@@ -210,7 +210,6 @@ def described(
         describe(x, rows, depth), describe(stored, *((columns, depth) if transposed else (depth, columns))),
         s, u, bias, describe(y, rows, columns), seed, m, n, k, r, *u.stride(), scale, drop_threshold(p),
         **tile, BLOCK_R=padded(r), GROUP=GROUP, TRANSPOSED=transposed, DROPOUT=p > 0, BIAS=bias is not None,
-        num_stages=STAGES,
     )  # fmt: skip
     return y
 
@@ -242,7 +241,7 @@ def strip(
         _strip[(blocks * strips,)](
             x, w, a, u, bias, y, s, seed, m, n, k, r, strips, *x.stride(), *w.stride(), *a.stride(), *u.stride(),
             scale, inner_scale, drop_threshold(max(drop_x, drop_y)), **tile, BLOCK_R=padded(r),
-            DROP_X=drop_x > 0, DROP_Y=drop_y > 0, BIAS=bias is not None, num_stages=STAGES,
+            DROP_X=drop_x > 0, DROP_Y=drop_y > 0, BIAS=bias is not None,
         )  # fmt: skip
     return y, s
 

@@ -94,7 +94,7 @@ def _fold(
     for _ in range(chunks):
         total += tl.load(source, mask=own, other=0.0)
         source += r * (k + n)
-    down, up_own = own & (up == 0), own & (up != 0)
+    down, up_own = i < tl.where(up == 0, r * k, 0), i < tl.where(up == 0, 0, r * n)
     place = tl.where(up == 0, i, column * r + rank)
     if ACCUMULATE:
         total += tl.load(da + place, mask=down, other=0.0).to(tl.float32)
@@ -151,7 +151,8 @@ def _single(
         total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for i in range(0, chunks, 4):
             for j in tl.static_range(4):  # loads of four at once, sums in order
-                total += tl.load(workspace + (i + j) * SIZE, mask=i + j < chunks, other=0.0, cache_modifier=".cg")
+                left = (chunks - i - j) * SIZE
+                total += tl.load(workspace + (i + j) * SIZE, mask=inside < left, other=0.0, cache_modifier=".cg")
         if strip < x_strips:
             store_tile(da, total, 0, column, r, k, k, 1, BLOCK_R, BLOCK_C)
         else:

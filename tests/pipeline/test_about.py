@@ -29,6 +29,12 @@ def test_doctor_names_versions_kernels_and_why(monkeypatch: pytest.MonkeyPatch, 
     assert attention[1]["implementation"] == "dense"
 
 
+def test_doctor_warns_of_a_compiler_that_is_known_to_be_wrong_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "compiler_problem", lambda: "Triton 3.7.0 is wrong")
+    with pytest.warns(UserWarning, match=r"^Triton 3\.7\.0 is wrong$"):
+        about.doctor()
+
+
 def test_every_method_of_the_folder_is_listed_with_its_first_line() -> None:
     listed = {row["method"]: row for row in about.list_methods()["methods"]}
     assert list(listed) == list(available())
