@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cladapt_kernels.reference import drop_threshold
-from cladapt_kernels.tiles import keep_tile, load_tile, padded, store_tile, widened
+from cladapt_kernels.tiles import capability, keep_tile, load_tile, padded, store_tile, widened
 
 BLOCK_M = 64
 STAGES = 3
@@ -29,6 +29,11 @@ def _shrink(
     store_tile(s, total, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
 
 
+def _warps(x: Tensor) -> int:
+    """Float32, which is summed outside of tensor cores, spills with 4 before sm_90, and with 8 on sm_100."""
+    return 8 if x.element_size() == 4 and capability(x.device) < 90 else 4
+
+
 def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """scale (keep * x) a^T: x [M, K], a [r, K] of any strides -> [M, r] of x's dtype; a is cast to it on load."""
     (m, k), r = x.shape, a.shape[0]
@@ -38,7 +43,7 @@ def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tenso
         _shrink[(triton.cdiv(m, BLOCK_M),)](
             x, a, s, seed, m, k, r, *x.stride(), *a.stride(), scale, drop_threshold(p),
             BLOCK_M=BLOCK_M, BLOCK_K=128 if r <= 32 and p == 0 else 64, BLOCK_R=padded(r), DROPOUT=p > 0,
-            num_warps=8 if x.element_size() == 4 else 4,  # float32 is summed outside of tensor cores: 4 spill on sm_80
+            num_warps=_warps(x),
             num_stages=STAGES,
         )  # fmt: skip
     return s
