@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cladapt_kernels import reference, registry_adamw, registry_retract, routes
-from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear
-from cladapt_kernels.routes import Factors, Gemm, Route
+from cladapt_kernels import reference, registry_adamw, registry_retract
+from cladapt_kernels.lora import routes
+from cladapt_kernels.lora.linear import backward_by, forward_by, lora_linear
+from cladapt_kernels.lora.routes import Factors, Gemm, Route
 from cladapt_kernels.timing import COLD, HOST, HOT, MODELLED, TIME, WALL, Call, Entry, Providers, Row, Work
 
 SCALE = 2.0
@@ -175,7 +176,7 @@ def _part(size: Size, part: str, device: torch.device) -> Providers:
 
 
 def _skinny(size: Size, device: torch.device) -> Providers:
-    from cladapt_kernels.skinny import single, skinny
+    from cladapt_kernels.lora.skinny import single, skinny
 
     x, _, a, b, dy = (t.detach() for t in layer(size, device, torch.float32))
     s, ds = x @ a.T.to(x.dtype), SCALE * (dy @ b.to(dy.dtype))
@@ -188,7 +189,7 @@ def _skinny(size: Size, device: torch.device) -> Providers:
 
 
 def _shrink(size: Size, device: torch.device) -> Providers:
-    from cladapt_kernels.shrink import shrink
+    from cladapt_kernels.lora.shrink import shrink
 
     x, _, a, _, _ = (t.detach() for t in layer(size, device))
     return {"matmul": lambda: x @ a.T, "shrink": lambda: shrink(x, a)}

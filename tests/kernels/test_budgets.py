@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 
-from cladapt_kernels.aot import COLUMNS, SHARED_LIMIT
+from cladapt_kernels.aot.compile import COLUMNS, SHARED_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = Path(__file__).with_name("budgets.csv")
@@ -20,7 +20,7 @@ KEY = ("variant", "kernel", "sm")
 UPDATE = "make budgets"
 PROBLEMS = """
 import torch, triton, triton.language as tl
-from cladapt_kernels.aot import Variant, budgets
+from cladapt_kernels.aot.compile import Variant, budgets
 
 @triton.jit
 def greedy(x, BLOCK: tl.constexpr):

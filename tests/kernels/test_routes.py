@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cladapt_kernels import routes
+from cladapt_kernels.lora import routes
+from cladapt_kernels.lora.routes import Route
 from cladapt_kernels.registry import ROUTE_COLUMNS, SIZES, WAYS, write_routes
-from cladapt_kernels.routes import Route
 from cladapt_kernels.timing import COLD, HOT, Row
 
 GPU = "Some Maker G9"

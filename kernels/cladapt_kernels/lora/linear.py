@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cladapt_kernels import reference
-from cladapt_kernels.proximal import Pulls
-from cladapt_kernels.routes import Gemm, Route, route, runs_kernels
+from cladapt_kernels.lora.routes import Gemm, Route, route, runs_kernels
+from cladapt_kernels.optim.proximal import Pulls
 
 LIBRARY = "cladapt"
 Frozen = tuple[Tensor, Tensor] | None
@@ -239,7 +239,7 @@ def forward_by(
             return y.addmm_(s, _as(b, x.dtype).T, alpha=scale), s
         low = torch.cat([_scaled(1.0 - p, x, _as(frozen[0], x.dtype).T), s], 1)
         return y.addmm_(low, _as(torch.cat([frozen[1], b], 1), x.dtype).T, alpha=scale), s
-    from cladapt_kernels import gemm, shrink
+    from cladapt_kernels.lora import gemm, shrink
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(x):
@@ -278,7 +278,7 @@ def backward_by(
     if need_dx or need_da:
         dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx, frozen)
     if ds is not None and x is not None and s is not None and need_da and need_db and chosen.factors != "matmul":
-        from cladapt_kernels import skinny
+        from cladapt_kernels.lora import skinny
         from cladapt_kernels.tiles import on_device_of
 
         # a and b may be transposed views, the kernel writes row by row
@@ -322,7 +322,7 @@ def _input_gradient(
     by one more pass over dX.
     """
     if way == "strip" and need_dx and frozen is None:
-        from cladapt_kernels import gemm
+        from cladapt_kernels.lora import gemm
         from cladapt_kernels.tiles import on_device_of
 
         with on_device_of(dy):
@@ -342,7 +342,7 @@ def _down(way: Gemm, dy: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale dY B."""
     if way == "addmm":
         return _scaled(scale, dy, _as(b, dy.dtype))
-    from cladapt_kernels import shrink
+    from cladapt_kernels.lora import shrink
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(dy):
@@ -356,7 +356,7 @@ def _up(way: Gemm, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, p: float, 
         if p == 0:
             return dx.addmm_(ds, down)
         return dx.addcmul_(ds @ down, _keep(dx, p, seed))
-    from cladapt_kernels import gemm
+    from cladapt_kernels.lora import gemm
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(dy):
@@ -380,7 +380,7 @@ def _keep(like: Tensor, p: float, seed: Tensor | None) -> Tensor:
     rows, columns = like.shape
     if not runs_kernels(like.device):
         return reference.keep_mask(seed, rows, columns, p).to(like.dtype)
-    from cladapt_kernels.mask import keep_mask
+    from cladapt_kernels.lora.mask import keep_mask
 
     return keep_mask(seed, rows, columns, p, like.dtype)
 

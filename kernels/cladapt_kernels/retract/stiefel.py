@@ -14,20 +14,15 @@ to 1, drift over thousands of steps included; beyond, an error of eps t^2 is wha
 2602.00722) takes an SVD for the same; the algebra is our own.
 """
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
-Kind = Literal["symmetric", "canonical"]
-Gauge = Literal["polar", "qr"]
-Factors = Sequence[Tensor]
-Subspaces = Sequence[Tensor | None]
+from cladapt_kernels.retract.options import MOST_ITERATIONS, Factors, Gauge, Kind, Subspaces
 
 CHUNK_BYTES = 8 << 20  # factors, steps and F that are worked on together: they stay in the cache between the passes
 HIGHEST_KERNEL_RANK = 64
-MOST_ITERATIONS = 40  # of Newton-Schulz; 25 are enough for a step of norm 1,000
 
 
 class _Part(Protocol):
@@ -148,7 +143,7 @@ def _check(xs: Factors, fs: Subspaces, kind: str, gauge: str) -> None:
 
 def _part(kernel: bool, xs: Factors, fs: Subspaces, kind: Kind, gauge: Gauge) -> _Part:
     if kernel:
-        from cladapt_kernels.retract_triton import FusedStiefel
+        from cladapt_kernels.retract.kernels import FusedStiefel
 
         return FusedStiefel(xs, fs, kind, gauge)
     return _Stack(xs, fs, kind, gauge)

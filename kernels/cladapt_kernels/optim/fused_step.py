@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from cladapt_kernels.adamw import _add, _measure, _refresh, _step
-from cladapt_kernels.optim import Term
+from cladapt_kernels.optim.adamw import _add, _measure, _refresh, _step
+from cladapt_kernels.optim.terms import Term
 from cladapt_kernels.tiles import on_device_of
 
 BLOCK, FOLD = 2048, 64  # entries of a chunk, chunks folded at a time

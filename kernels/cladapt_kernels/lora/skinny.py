@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cladapt_kernels.proximal import Pull
+from cladapt_kernels.optim.proximal import Pull
 from cladapt_kernels.reference import drop_threshold
 from cladapt_kernels.tiles import keep_tile, load_tile, padded, processors, store_tile
 

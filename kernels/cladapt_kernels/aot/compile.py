@@ -3,26 +3,18 @@
 A variant is a call of the kernel's own launcher on tensors without storage. What it would launch is recorded with the
 specialisation that a launch makes (strides of 1, sizes and pointers divisible by 16), so what is compiled is what runs.
 
-    make budgets
-
-A row names the source it was compiled from: what `--known budgets.csv` has of it by the same Triton is taken
+A row of `budgets` names the source it was compiled from, so that what is known of a source by the same Triton is taken
 from there, and only the rest is compiled.
 """
 
-import argparse
-import csv
 import hashlib
 import io
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -178,31 +170,3 @@ def budgets(
                 row |= {"expects": " ".join(variant.expects), "forbids": " ".join(variant.forbids)}
                 rows.append(row | {"source": source, "triton": triton.__version__})
     return rows
-
-
-def _budgets_of(index: int, known: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from cladapt_kernels.variants import VARIANTS
-
-    return budgets([VARIANTS[index]], known=known)
-
-
-def main() -> None:
-    """Write the budgets of all variants as csv, a process per core."""
-    from cladapt_kernels.variants import VARIANTS
-
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--known", type=Path, help="csv of earlier budgets, whose figures hold where nothing changed")
-    given = parser.parse_args().known
-    known: dict[tuple[str, str], Mapping[str, Any]] = {}
-    if given is not None:
-        with given.open(encoding="utf-8") as file:
-            known = {(row["source"], row["triton"]): row for row in csv.DictReader(file)}
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(partial(_budgets_of, known=known), range(len(VARIANTS))):
-            writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()
