@@ -46,11 +46,8 @@ sys.meta_path.insert(0, Absent())
 def python(code: str, names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """Run code where these packages are not installed."""
     text = BLOCKED.format(names=set(names), code=code)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
+    roots = os.pathsep.join(str(ROOT / name) for name in ("kernels", "bench"))
+    environment = {**os.environ, "PYTHONPATH": roots, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -152,7 +152,13 @@ def budgets(
     capabilities: Sequence[int] = CAPABILITIES,
     known: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per variant, kernel and architecture; figures of the same source by the same Triton come from `known`."""
+    """One row of COLUMNS per variant, kernel and architecture.
+
+    Args:
+        variants: calls of launchers.
+        capabilities: architectures, 90 for sm_90.
+        known: earlier rows by source and version of Triton, whose figures are taken.
+    """
     rows = []
     for variant in variants:
         for capability in capabilities:

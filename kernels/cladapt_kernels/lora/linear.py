@@ -37,12 +37,22 @@ def lora_linear(
     frozen: Frozen = None,
     pulls: Pulls = None,
 ) -> Tensor:
-    """x [..., K], weight [N, K], bias [N], a [r, K], b [N, r] -> [..., N]; dropout `p` before A, from `seed` int64 [1].
+    """x W^T + bias + scale (keep * x) A^T B^T, differentiable in x, A and B.
 
-    `scale` is alpha / r; 1 / (1 - p) is applied here, to A and B alone. Under autocast x, weight and bias are cast, the
-    factors are not. The backward pass adds to dA and dB what `pulls` has waiting (`proximal.Epilogue`), except where
-    something traces. `ValueError` for shapes that do not fit, weights or frozen factors that learn, and dropout without
-    a seed.
+    Args:
+        x: [..., K]; under autocast it, weight and bias are cast, the factors are not.
+        weight, bias: [N, K], [N]; frozen.
+        a, b: [r, K], [N, r].
+        scale: alpha / r; 1 / (1 - p) is applied here, to A and B alone.
+        p, seed: dropout before A, drawn from `seed` int64 [1].
+        frozen: F_A [R, K] and F_B [N, R], which see no dropout.
+        pulls: what the backward pass adds to dA and dB (`Epilogue.of`), except where something traces.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ValueError: shapes that do not fit, weights or frozen factors that learn, dropout without a seed.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
@@ -70,7 +80,7 @@ def lora_linear_dequantised(
 ) -> Tensor:
     """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them.
 
-    Weight and bias are cast to the dtype of x, which under autocast is autocast's.
+    `dequantise()` gives it; it and bias are cast to the dtype of x, which under autocast is autocast's.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = _autocast(x)
@@ -227,7 +237,7 @@ def forward_by(
     seed: Tensor | None = None,
     frozen: Frozen = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y and S by one way; all ways give the same within their dtype's rounding.
+    """Y [M, N] and S [M, r] by one way, of x [M, K]; all ways give the same within their dtype's rounding.
 
     With frozen factors [(1 - p) X F_A^T, S] is multiplied by [F_B, B], and `strip`, which makes one S alone, is
     `seeded`.
@@ -270,7 +280,9 @@ def backward_by(
     frozen: Frozen = None,
     pulls: Pulls = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA and dB by one route, None where not needed; x may be None without dA, s without dB.
+    """dX [M, K], dA [r, K] and dB [N, r] of dY [M, N] by one route, None where not needed.
+
+    x [M, K] may be None without dA, s [M, r] without dB.
 
     What `pulls` has waiting is in dA and dB, by the epilogue of `skinny` (`single` has none) or by torch.
     """

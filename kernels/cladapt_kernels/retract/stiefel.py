@@ -26,7 +26,7 @@ HIGHEST_KERNEL_RANK = 64
 
 
 class _Part(Protocol):
-    """Factors that one implementation moves."""
+    """Factors that one implementation moves; what its methods do `Stiefel` says."""
 
     def remember(self, xs: Factors) -> None: ...
     def tangent_(self, xs: Factors, gs: Factors) -> None: ...
@@ -36,9 +36,16 @@ class _Part(Protocol):
 class Stiefel:
     """Orthonormal factors that move together: tangents of their gradients, retractions of their steps.
 
-    xs: tall [n, r], float32 or float64, any strides (of a LoRA A [r, n] the view A.mT); fs: orthonormal [n, k] or None
-    for each, with F^T X = 0. Shapes may all differ. What is given later must have the same shapes, its addresses may
-    change. `kernel` takes Triton for float32 and ranks to 64, torch for the rest. `ValueError` for what does not fit.
+    Args:
+        xs: tall [n, r], float32 or float64, any strides (of a LoRA A [r, n] the view A.mT). Shapes may all differ; what
+            is given later must have the same, its addresses may change.
+        fs: orthonormal [n, k] or None for each, with F^T X = 0.
+        kind: the tangent map, see `reference.tangent`.
+        gauge: the orthonormal matrix at a step's end, see `reference.retract`.
+        kernel: take Triton for float32 and ranks to 64, torch for the rest.
+
+    Raises:
+        ValueError: factors or subspaces that do not fit.
     """
 
     def __init__(
@@ -111,7 +118,7 @@ def retract(
     gauge: Gauge = "polar",
     multiplier: float = 1.0,
 ) -> list[Tensor]:
-    """`reference.retract` of every factor at multiplier times its step; see `Stiefel` for what fits."""
+    """`reference.retract` of every factor X [n, r] by multiplier times its step D [n, r]; `Stiefel` says what fits."""
     stiefel = Stiefel(xs, fs, kind, gauge)
     stiefel._match("steps", ds)
     stiefel.remember(xs)
@@ -121,7 +128,7 @@ def retract(
 
 
 def tangent(xs: Factors, ds: Factors, fs: Subspaces | None = None, kind: Kind = "symmetric") -> list[Tensor]:
-    """`reference.tangent` of every direction at its factor."""
+    """`reference.tangent` of every direction D [n, r] at its factor X [n, r]."""
     stiefel, found = Stiefel(xs, fs, kind), [d.clone() for d in ds]
     stiefel.tangent_(xs, found)
     return found
