@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cladapt
 LLM := $(CACHE)/llm/.fetched
 
-.PHONY: demo install llm test slow lint check budgets bench gpu gpu-test gpu-bench clean
+.PHONY: demo install llm test slow lint check budgets mutants bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -48,6 +48,10 @@ budgets: $(STAMP)  ## compile the kernels that have changed ahead of time, and w
 	mkdir -p build
 	PYTHONPATH=kernels $(BIN)/python -m cladapt_kernels.aot --known tests/kernels/budgets.csv > build/budgets.csv
 	mv build/budgets.csv tests/kernels/budgets.csv
+
+# MUTANTS="--all lora/gemm.py": see tests/kernels/mutants.py --help
+mutants: $(STAMP)  ## small errors in the kernels, one at a time, each of which a test must tell
+	$(BIN)/python tests/kernels/mutants.py $(MUTANTS)
 
 bench: $(STAMP)  ## measure the registry on this machine
 	$(BIN)/python bench/run.py

@@ -1,13 +1,39 @@
 """How kernels are judged: the device, the dtypes, the budget of errors, buffers that tell who touched them."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 GUARD = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """The interpreter patches triton's language at every call of a function; once a launch takes a third less time."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    ordinary, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: set[int] = set()
+
+    def launch(grid: Any, *args: Any, **more: Any) -> Any:
+        patched.clear()
+        return ordinary(grid, *args, **more)
+
+    def patch_once(function: Any) -> Any:
+        own = id(function.__globals__)
+        if own not in patched:
+            patched.add(own)
+            return patch(function)
+
+    interpreter.GridExecutor.__call__ = launch
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture
@@ -78,6 +104,8 @@ class Guarded:
 
     def __init__(self) -> None:
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.bands: list[tuple[int, int]] = []
+        """Addresses around the views, first and one beyond the last."""
 
     def __call__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
@@ -91,11 +119,14 @@ class Guarded:
         outside = torch.ones(buffer.shape, dtype=torch.bool, device=device)
         outside.as_strided(shape, strides, self.BAND).fill_(False)
         self._held.append((bits, bits.clone(), outside))
+        size, start = buffer.element_size(), buffer.data_ptr()
+        first, last, end = (start + size * at for at in (self.BAND, self.BAND + extent, buffer.numel()))
+        self.bands += [(start, first), (last, end)]
         return buffer.as_strided(shape, strides, self.BAND)
 
     def check(self) -> None:
         """Fail where anything around a view changed, and forget the buffers."""
-        held, self._held = self._held, []
+        held, self._held, self.bands = self._held, [], []
         for index, (bits, before, outside) in enumerate(held):
             places = ((bits != before) & outside).nonzero().flatten() - self.BAND
             assert not places.numel(), (
@@ -110,3 +141,117 @@ def guarded() -> Iterator[Guarded]:
     made = Guarded()
     yield made
     made.check()
+
+
+class Observer:
+    """What a GPU does and the interpreter of kernels does not, told as an error where it would go wrong.
+
+    Products of float32 that are not asked for in IEEE precision are TF32; what is said to be a multiple is read as one;
+    threads of a program see what others wrote after a barrier alone, and memory that was written before may be written
+    again only once all have read it; nothing is read or written outside of the tensors that a launch is given, nor
+    around views of `guarded`, even if it is not used.
+    """
+
+    TABLES = ("addresses", "moving")
+    """Arguments that hold addresses: such a launch is given more than its tensors."""
+
+    def __init__(self, interpreter: Any, language: Any, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._language, self._builder, self._guarded = language, interpreter.InterpreterBuilder, guarded
+        self._storages: list[tuple[int, int]] = []
+        self._forget()
+        launch = interpreter.GridExecutor.__call__
+
+        def launched(grid: Any, *args: Any, **more: Any) -> Any:
+            known = not {*self.TABLES} & {*grid.arg_names}
+            tensors = (getattr(arg, "base", arg) for arg in args) if known else ()
+            self._storages = [
+                (s.data_ptr(), s.data_ptr() + s.nbytes())
+                for s in (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+            ]
+            return launch(grid, *args, **more)
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+        monkeypatch.setattr(interpreter.TensorHandle, "set_attr", self._promise)
+        for name in ("dot", "masked_load", "masked_store", "atomic_rmw", "barrier"):
+            before, whole = getattr(self, f"_{name}"), f"create_{name}"
+            monkeypatch.setattr(self._builder, whole, self._with(before, getattr(self._builder, whole)))
+        begin = self._builder.set_grid_idx
+        monkeypatch.setattr(self._builder, "set_grid_idx", self._with(lambda *_: self._forget(), begin))
+
+    @staticmethod
+    def _with(before: Callable[..., None], ordinary: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(builder: Any, *args: Any, **more: Any) -> Any:
+            before(*args)
+            return ordinary(builder, *args, **more)
+
+        return observed
+
+    def _forget(self) -> None:
+        self._ever: set[int] = set()
+        self._barrier()
+
+    def _barrier(self) -> None:
+        self._written: set[int] = set()
+        self._read: set[int] = set()
+
+    def _dot(self, left: Any, right: Any, total: Any, precision: Any, *_: Any) -> None:
+        if left.dtype.scalar == self._language.float32:
+            assert precision.name == "IEEE", f"a product of float32 in {precision.name}"
+
+    def _places(self, place: Any, mask: Any) -> set[int]:
+        own = numpy.asarray(mask.data, dtype=bool)
+        places = {*map(int, place.data[own if own.shape == place.data.shape else own.all()].flat)}  # or one mask of all
+        if places:
+            low, high = min(places), max(places)
+            if self._storages:
+                assert any(a <= low and high < b for a, b in self._storages), "outside of the tensors of the launch"
+            for first, end in self._guarded.bands:
+                if low < end and first <= high:
+                    assert not any(first <= at < end for at in places), "outside of a view"
+        return places
+
+    def _masked_load(self, place: Any, mask: Any, *_: Any) -> None:
+        own = self._places(place, mask)
+        assert not own & self._written, "read before a barrier: another thread may have written it"
+        self._read |= own
+
+    def _masked_store(self, place: Any, value: Any, mask: Any, *_: Any) -> None:
+        own = self._places(place, mask)
+        assert not own & self._ever & (self._read | self._written), "written again before a barrier"
+        self._written |= own
+        self._ever |= own
+
+    def _atomic_rmw(self, *_: Any) -> None:
+        assert not self._written, "one thread says that all have written, before a barrier"
+
+    @staticmethod
+    def _promise(handle: Any, name: str, values: Any) -> None:
+        assert name == "tt.divisibility", name
+        first = int(handle.data.flat[0])
+        assert first % values[0] == 0, f"{first} is no multiple of {values[0]}"
+
+
+@pytest.fixture
+def observer(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> Observer | None:
+    """Tells what would go wrong on a GPU alone; on a GPU, None."""
+    if torch.cuda.is_available():
+        return None
+    language = pytest.importorskip("triton.language")
+    from triton.runtime import interpreter
+
+    return Observer(interpreter, language, guarded, monkeypatch)
+
+
+@pytest.fixture
+def outputs(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers allocate are views of NaN, around which nothing may be written."""
+    ordinary = torch.empty
+
+    def empty(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **more: Any) -> Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        kind = dtype or torch.get_default_dtype()
+        if more or not kind.is_floating_point or torch.device(device or "cpu").type == "meta":
+            return ordinary(*size, dtype=dtype, device=device, **more)
+        return guarded(shape, kind, torch.device(device or "cpu"))
+
+    monkeypatch.setattr(torch, "empty", empty)

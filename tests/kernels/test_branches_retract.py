@@ -1,0 +1,153 @@
+"""Every branch of tangents and retractions on chunks of a few rows, ranks of a few columns and both orders."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are written in triton")
+
+from cladapt_kernels import reference
+from cladapt_kernels.retract import Gauge, Kind, Stiefel, kernels
+
+ON_GPU = torch.cuda.is_available()
+NARROW = ((7, 5, 2, False), (21, 3, 9, True), (9, 6, 0, False))  # n, r, k and whether columns lie together
+EVEN = ((8, 4, 4, False), (20, 8, 4, True))
+WIDE = ((52, 17, 33, True), (35, 9, 3, False))
+Make = Callable[..., Tensor]
+
+pytestmark = pytest.mark.usefixtures("observer", "outputs")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of several tiles, ranks and subspaces of several blocks; a GPU multiplies nothing that small."""
+    if ON_GPU:
+        return
+    monkeypatch.setattr(kernels, "padded", lambda rank: 8)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(kernels, "BLOCK_K", 4)
+    monkeypatch.setitem(kernels.TILES, 8, ({"ROWS": 4}, {}, {"ROWS": 4}))
+
+
+class World:
+    """Orthonormal points, subspaces orthogonal to them, and a step of spectral norm `size` from each point."""
+
+    def __init__(self, shapes: tuple[tuple[int, int, int, bool], ...], size: float, device: torch.device, make: Make):
+        generator = torch.Generator().manual_seed(0)
+
+        def laid(values: Tensor, columns: bool, gap: int) -> Tensor:
+            n, r = values.shape
+            strides = (1, n + gap) if columns else (r + gap, 1)
+            return make((n, r), torch.float32, device, strides).copy_(values)
+
+        self.points, self.moved, self.fs, self.gradients = [], [], [], []
+        for n, r, k, columns in shapes:
+            basis = torch.linalg.qr(torch.randn(n, r + k, generator=generator, dtype=torch.float64))[0]
+            # not orthonormal to the last digit, as after many steps
+            turned = torch.eye(r, dtype=torch.float64) + 3e-5 * torch.randn(r, r, generator=generator)
+            point = basis[:, :r] @ turned
+            step = torch.randn(n, r, generator=generator, dtype=torch.float64)
+            gap = (-n if columns else -r) % 4 + 4  # so that strides are multiples of 4
+            self.points.append(laid(point, columns, gap))
+            self.moved.append(laid(point + size * step / torch.linalg.matrix_norm(step, 2), columns, gap))
+            self.gradients.append(laid(step, not columns, 4 + (-r if columns else -n) % 4))
+            f = make((n, k), torch.float32, device) if k else None
+            self.fs.append(None if f is None else f.copy_(basis[:, r:]))
+
+    def f(self, i: int) -> Tensor | None:
+        f = self.fs[i]
+        return None if f is None else f.double()
+
+
+def shifted(make: Make, start: int, gap: int) -> Make:
+    """Views that start off sixteen bytes, or whose rows do."""
+
+    def made(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] = ()) -> Tensor:
+        n, r = shape
+        if not strides:  # a subspace, which is copied
+            return make(shape, dtype, device)
+        whole = make((n * r * 4 + 64,), dtype, device)
+        wide = tuple(stride if stride == 1 else stride + gap for stride in strides)
+        return whole.as_strided(shape, wide, whole.storage_offset() + start)
+
+    return made
+
+
+def retracted(world: World, kind: Kind, gauge: Gauge, multiplier: float, limit: float) -> None:
+    stiefel = Stiefel(world.moved, world.fs, kind, gauge, kernel=True)
+    stiefel.remember(world.points)
+    before = [x.double() for x in world.moved]
+    points = [x.double() for x in world.points]
+    stiefel.retract_(world.moved, multiplier)
+    for i, (x, after, found) in enumerate(zip(points, before, world.moved, strict=True)):
+        truth = reference.retract(x, multiplier * (after - x), world.f(i), kind, gauge)
+        assert (found.double() - truth).abs().max() <= limit
+        inner = found.double().mT @ found.double()
+        assert (inner - torch.eye(len(inner), device=inner.device)).abs().max() <= 1e-6
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("kind", "gauge", "multiplier", "shapes"),
+    [
+        ("symmetric", "polar", 2.0, NARROW),
+        ("canonical", "polar", 0.5, EVEN),
+        ("canonical", "qr", 2.0, NARROW),
+    ],
+)
+def test_retractions_are_those_of_float64(
+    kind: Kind, gauge: Gauge, multiplier: float, shapes: tuple[tuple[int, int, int, bool], ...], device: torch.device,
+    guarded: Make,
+) -> None:  # fmt: skip
+    retracted(World(shapes, 0.4, device, guarded), kind, gauge, multiplier, 1e-6)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("start", "gap"), [(1, 0), (0, 1)])
+def test_factors_that_lie_off_sixteen_bytes(start: int, gap: int, device: torch.device, guarded: Make) -> None:
+    world = World(EVEN[:1], 0.4, device, shifted(guarded, start, gap))
+    retracted(world, "symmetric", "qr", 1.0, 1e-6)
+
+
+@pytest.mark.parametrize(("gauge", "size"), [("polar", 0.3), ("qr", 0.3)])
+def test_retractions_of_ranks_that_are_multiplied_by_way_of_memory(
+    gauge: Gauge, size: float, device: torch.device, guarded: Make
+) -> None:
+    retracted(World(WIDE, size, device, guarded), "symmetric", gauge, 1.0, 1e-6)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("size", [1e-3, 4.0])
+def test_short_and_long_steps(size: float, device: torch.device, guarded: Make) -> None:
+    retracted(World(NARROW[:1], size, device, guarded), "symmetric", "polar", 1.0, 1e-6 * max(1.0, size))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["symmetric", "canonical"])
+def test_tangents_are_those_of_float64(kind: Kind, device: torch.device, guarded: Make) -> None:
+    world = World(NARROW, 0.4, device, guarded)
+    fused = Stiefel(world.points, world.fs, kind, kernel=True)
+    before = [g.double() for g in world.gradients]
+    fused.tangent_(world.points, world.gradients)
+    ((_, part),) = fused._parts
+    for i, (x, d, found) in enumerate(zip(world.points, before, world.gradients, strict=True)):
+        truth = reference.tangent(x.double(), d, world.f(i), kind)
+        assert (found.double() - truth).abs().max() <= 2e-6 * d.abs().max()
+        assert torch.equal(part._points[i], x)
+
+
+def test_a_kernel_that_multiplies_by_way_of_memory_reads_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[int] = []
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **options: stages.append(options.get("num_stages", 0))
+
+    for name in ("_products", "_apply", "_weights"):
+        monkeypatch.setattr(kernels, name, Noted() if name == "_weights" else {(1,): lambda *_, **__: None})
+    for rank in (17, 33, 64):  # above 16, `_product` goes by way of memory
+        x = torch.eye(80)[:, :rank].contiguous()
+        Stiefel([x], [None], kernel=True).tangent_([x], [x.clone()])
+    assert stages == [1, 1, 1]
