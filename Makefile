@@ -78,7 +78,7 @@ newest:  ## the fast tests with the newest release of everything but torch
 	$(MATRIX)/newest/bin/python -m pip install --quiet --editable '.[dev]' --constraint $(MATRIX)/newest/torch.txt
 	$(MATRIX)/newest/bin/python -m pytest -n auto --dist loadfile -m "not slow"
 
-# MUTANTS="--all gemm.py": see tests/kernels/mutants.py --help
+# MUTANTS="--all lora/gemm.py": see tests/kernels/mutants.py --help
 mutants: $(STAMP)  ## small errors in the kernels, one at a time, each of which a test must tell
 	$(BIN)/python tests/kernels/mutants.py $(MUTANTS)
 

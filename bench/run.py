@@ -17,17 +17,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "kernels"))
+sys.path[:0] = [str(ROOT), str(ROOT.parent / "kernels")]
 
-from cladapt_kernels.registry import (  # noqa: E402 - the path comes first
-    REGISTRY,
-    ROUTES,
-    red,
-    red_by_report,
-    summary,
-    write_routes,
-)
-from cladapt_kernels.timing import FEWEST_RUNS, Entry, Row, measure, measure_roofs, where, write_rows  # noqa: E402
+# ruff: noqa: E402 - the paths come first
+from cladapt_kernels.timing import FEWEST_RUNS, Entry, Row, measure, measure_roofs, where, write_rows
+from registry import REGISTRY, ROUTES, red, red_by_report, summary, write_routes
 
 
 def main(arguments: Sequence[str] | None = None, results: Path = ROOT / "results") -> int:

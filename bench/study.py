@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from inputs import Recipe, merge, recipe_of
 
 from cladapt import workloads
 from cladapt.artifacts import atomic_path, hash_file, hash_value, read_json, read_tensors, write_json
@@ -32,6 +31,7 @@ from cladapt.pipeline.report import METRICS, regulariser_log
 from cladapt.run import open_run
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads._base import Comparison
+from inputs import Recipe, merge, recipe_of
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT.parent.parent / "shared" / "data"

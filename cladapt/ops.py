@@ -15,9 +15,8 @@ import torch
 
 from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
-from cladapt_kernels.lora_linear import lora_linear, lora_linear_dequantised
-from cladapt_kernels.optim import Figures, ProxAdamW, Term
-from cladapt_kernels.proximal import Epilogue, Pulls
+from cladapt_kernels.lora import lora_linear, lora_linear_dequantised
+from cladapt_kernels.optim import Epilogue, Figures, ProxAdamW, Pulls, Term
 from cladapt_kernels.retract import Stiefel
 
 __all__ = ["Epilogue", "Figures", "ProxAdamW", "Pulls", "Stiefel", "Term", "lora_linear", "lora_linear_dequantised"]

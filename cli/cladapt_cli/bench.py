@@ -31,7 +31,7 @@ def kernels(
     runs: Annotated[int, typer.Option("--runs", help="Interleaved runs behind each median.")] = 51,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the rows to this .csv file.")] = None,
 ) -> dict[str, Any]:
-    """Measure each kernel against its peers on a GPU; on a CPU ratios, and what a model predicts of an H200."""
+    """In a checkout, measure each kernel against its peers on a GPU; on a CPU ratios and a model of an H200."""
     from cladapt.pipeline import kernels as pipeline
 
     return pipeline.kernels(runs, out, Progress())

@@ -62,7 +62,13 @@ def lora_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `lora_linear`: with dS = scale dY B,  dX = dY W + keep * (dS A),  dA = dS^T (keep * X),
-    dB = scale dY^T (keep * X) A^T; shapes of x, a and b.
+    dB = scale dY^T (keep * X) A^T.
+
+    Args:
+        grad: dY [M, N]; the others as of `lora_linear`.
+
+    Returns:
+        dX [M, K], dA [r, K], dB [N, r].
     """
     dropped = x if keep is None else x * keep
     inner = scale * grad @ b
@@ -72,17 +78,17 @@ def lora_linear_backward(
 
 
 def group_sum(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sum of each group: [n], [G] -> [G]; deterministic, ordered within a group."""
+    """Sum of each group: values [n], lengths [G] -> [G]; deterministic, ordered within a group."""
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 def group_expand(values: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Repeat each group's value over its entries: [G], [G] -> [total]."""
+    """Repeat each group's value over its entries: values [G], lengths [G] -> [total]."""
     return torch.repeat_interleave(values, lengths, output_size=total)
 
 
 def group_softmax(values: Tensor, lengths: Tensor) -> Tensor:
-    """Softmax inside each group: [n] -> [n]."""
+    """Softmax inside each group: values [n], lengths [G] -> [n]."""
     peak = torch.segment_reduce(values, "max", lengths=lengths, unsafe=True)
     exp = torch.exp(values - group_expand(peak, lengths, values.numel()))
     return exp / group_expand(group_sum(exp, lengths), lengths, values.numel())
@@ -163,7 +169,7 @@ def proximal_gradient(kind: str, value: Tensor, anchor: Tensor, statistics: Tens
 
 
 def proximal_l2(value: Tensor, anchor: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """1/2 ||v - a||^2 of each group [G] and its gradient v - a [n]."""
+    """1/2 ||v - a||^2 of each group [G] and its gradient v - a [n], of value, anchor [n] and lengths [G]."""
     d = value - anchor
     return 0.5 * group_sum(d * d, lengths), d
 

@@ -11,6 +11,8 @@ from cladapt.pipeline import kernels
 from cladapt_cli.app import run
 from cladapt_kernels.timing import Entry, Work
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_the_group_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--help"]) == 0
@@ -32,10 +34,10 @@ def two_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = Entry("quick", "s", ("tests/quick.py",), lambda _: {"a": lambda: None, "b": lambda: None})
     model = {"x": Work(flops=790e6)}
     only = Entry("wide", "s", ("tests/wide.py",), lambda _: {}, floor=Work(bytes=4.3e6), work=model, gpu_only=True)
-    monkeypatch.setattr(kernels, "ROUTES", ())
-    monkeypatch.setattr(kernels, "REGISTRY", (quick, only))
+    monkeypatch.setattr("registry.ROUTES", ())
+    monkeypatch.setattr("registry.REGISTRY", (quick, only))
     monkeypatch.setattr(kernels, "compute_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(kernels, "red", lambda *_: ())
+    monkeypatch.setattr("registry.red", lambda *_: ())
 
 
 @pytest.mark.usefixtures("two_entries")
@@ -58,26 +60,37 @@ def test_kernels_are_measured_and_what_is_modelled_is_told_apart(
 def test_kernels_with_red_tests_are_not_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernels, "red", lambda entries, _: entries[1].tests)
-    monkeypatch.setattr(kernels, "checkout", lambda: tmp_path)
+    monkeypatch.setattr("registry.red", lambda entries, _: entries[1].tests)
     assert run(["bench", "kernels", "--out", str(tmp_path / "rows.csv"), "--quiet"]) == 5
     streams = capsys.readouterr()
     assert streams.out == ""
     expected = "error: red tests: tests/wide.py; no time is recorded\nhint: run python -m pytest tests/wide.py in "
-    assert streams.err == f"{expected}{tmp_path}\n"
+    assert streams.err == f"{expected}{ROOT}\n"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("two_entries")
-def test_kernels_of_an_installation_without_tests_say_so(
+def test_kernels_where_no_pytest_is_say_that_nothing_was_tested(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "red", lambda *_: pytest.fail("there is nothing to run"))
-    monkeypatch.setattr(kernels, "checkout", lambda: None)
+    monkeypatch.setattr("registry.red", lambda *_: pytest.fail("there is nothing to run with"))
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
     assert run(["bench", "kernels", "--runs", "3"]) == 0
     streams = capsys.readouterr()
-    assert "not run: this installation has no tests beside it" in streams.out
+    assert "not run: pytest is not installed" in streams.out
     assert "quick" in streams.out
+
+
+def test_kernels_of_a_package_away_from_its_checkout_have_no_benchmarks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert kernels.checkout() == ROOT
+    monkeypatch.setattr("cladapt.__file__", str(tmp_path / "cladapt" / "__init__.py"))
+    assert run(["bench", "kernels"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: the benchmarks of kernels are not installed: no bench/registry in {tmp_path}\n"
+        "hint: clone the repository, run make install in it, and use that cladapt\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Mutants of the kernels: small errors put into their sources one at a time, each of which some fast test must tell.
 
     python tests/kernels/mutants.py                     the named mutants and a seeded sample of every kernel
-    python tests/kernels/mutants.py --all gemm.py       all of one file
+    python tests/kernels/mutants.py --all lora/gemm.py  all of one file
     python tests/kernels/mutants.py --check             those of `equivalent_mutants.csv`, which no test may kill
 
 Generated are, from the syntax tree of each function under `triton.jit`: operators and comparisons exchanged, constants
@@ -41,16 +41,12 @@ PACKAGE = Path("kernels/cladapt_kernels")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.csv")
 COPIED = (PACKAGE, Path("tests/kernels"), Path("tests/conftest.py"), Path("pyproject.toml"))
 TESTS = {
-    "tiles.py": ("branches",),
-    "gemm.py": ("branches",),
-    "shrink.py": ("branches",),
-    "mask.py": ("branches",),
-    "skinny.py": ("branches",),
-    "adamw.py": ("branches_adamw",),
-    "fused_step.py": ("branches_adamw",),
-    "retract_triton.py": ("branches_retract",),
+    ".": ("branches",),
+    "lora": ("branches",),
+    "optim": ("branches_adamw",),
+    "retract": ("branches_retract",),
 }
-"""The test files of a file of kernels."""
+"""The test files of a folder of kernels."""
 SPARE_SECONDS = 20
 """What a mutant may take beyond four times what the tests take."""
 STATUSES = ("killed", "stopped", "survived", "equivalent")
@@ -84,8 +80,14 @@ class Known:
         return sorted(own, key=lambda test: (-first.count(test), self.seconds[test]))
 
 
+def sources_of(root: Path) -> dict[str, bytes]:
+    """The package's sources in a checkout, by their paths in the package."""
+    package = root / PACKAGE
+    return {path.relative_to(package).as_posix(): path.read_bytes() for path in sorted(package.rglob("*.py"))}
+
+
 def tests_of(file: str) -> list[str]:
-    return [f"tests/kernels/test_{name}.py" for name in TESTS[file]]
+    return [f"tests/kernels/test_{name}.py" for name in TESTS[str(Path(file).parent)]]
 
 
 class Watch:
@@ -101,10 +103,12 @@ class Watch:
         """Keep in mind which kernels run."""
         from triton.runtime.interpreter import InterpretedFunction
 
-        ordinary = InterpretedFunction.rewrite
+        ordinary, package = InterpretedFunction.rewrite, Path.cwd() / PACKAGE
 
         def rewrite(function: Any) -> Any:
-            self._running.add((Path(function.fn.__code__.co_filename).name, function.fn.__name__))
+            file = Path(function.fn.__code__.co_filename)
+            if file.is_relative_to(package):
+                self._running.add((file.relative_to(package).as_posix(), function.fn.__name__))
             return ordinary(function)
 
         InterpretedFunction.rewrite = rewrite
@@ -139,7 +143,7 @@ class Copies:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folders = [folder / "0"]
-        self.sources = {path.name: path.read_bytes() for path in sorted((root / PACKAGE).glob("*.py"))}
+        self.sources = sources_of(root)
         for part in COPIED:
             (self.folders[0] / part).parent.mkdir(parents=True, exist_ok=True)
             if (root / part).is_dir():
@@ -299,13 +303,14 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.csv")
     asked = parser.parse_args(given)
 
-    files = asked.files or list(TESTS)
-    if unknown := sorted({*files} - {*TESTS}):
-        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(TESTS)}")
-    listed = reasons(EQUIVALENT)
-    sources = {path.name: path.read_bytes() for path in (ROOT / PACKAGE).glob("*.py")}
+    sources = sources_of(ROOT)
     by_hand = named(NAMED, sources)
-    mutants = by_hand + [mutant for file in TESTS for mutant in generated(file, sources[file])]
+    mutants = by_hand + [mutant for file, source in sources.items() for mutant in generated(file, source)]
+    known_files = sorted({mutant.file for mutant in mutants})
+    files = asked.files or known_files
+    if unknown := sorted({*files} - {*known_files}):
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(known_files)}")
+    listed = reasons(EQUIVALENT)
     if stale := listed.keys() - {mutant.key for mutant in mutants}:
         for key in sorted(stale):
             print(f"{EQUIVALENT.name} lists what is no mutant any longer: {', '.join(key)}", file=sys.stderr)

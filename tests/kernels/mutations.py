@@ -210,93 +210,94 @@ NAMED = (
         "a row beyond the matrix", "tiles.py", "(tl.arange(0, ROWS) < rows - row)", "(tl.arange(0, ROWS) <= rows - row)"
     ),
     Named(
-        "later tiles of a strip without the low-rank term", "gemm.py",
+        "later tiles of a strip without the low-rank term", "lora/gemm.py",
         "BLOCK_R, DROP_Y\n        )\n        total = _product(",
         "BLOCK_R, DROP_Y\n        ) * 0.0\n        total = _product(",
     ),
     Named(
-        "later tiles of a strip skipped", "gemm.py",
+        "later tiles of a strip skipped", "lora/gemm.py",
         "range(strip + strips, tl.cdiv(n, BLOCK_N), strips)", "range(strip + strips, 0, strips)",
     ),
-    Named("a wide tile of 96 rows", "gemm.py", 'WIDE = {"BLOCK_M": 128', 'WIDE = {"BLOCK_M": 96'),
+    Named("a wide tile of 96 rows", "lora/gemm.py", 'WIDE = {"BLOCK_M": 128', 'WIDE = {"BLOCK_M": 96'),
     Named(
-        "products in TF32", "gemm.py",
+        "products in TF32", "lora/gemm.py",
         'total = tl.dot(left, right, total, input_precision="ieee")\n    return',
         'total = tl.dot(left, right, total, input_precision="tf32")\n    return',
     ),
     Named(
-        "the last block of a product left out", "gemm.py",
+        "the last block of a product left out", "lora/gemm.py",
         '"""total + X W of one tile."""\n    for inner in range(0, k, BLOCK_K)',
         '"""total + X W of one tile."""\n    for inner in range(0, k - BLOCK_K, BLOCK_K)',
     ),
     Named(
-        "a mask of another width", "shrink.py", "row, column, k, threshold, BLOCK_M",
+        "a mask of another width", "lora/shrink.py", "row, column, k, threshold, BLOCK_M",
         "row, column, k + 4, threshold, BLOCK_M",
     ),
     Named(
-        "dB without its scale", "skinny.py",
+        "dB without its scale", "lora/skinny.py",
         "total *= tl.full((), scale, tl.float32)\n        store_tile", "store_tile",
     ),
-    Named("a fold without the last chunk", "skinny.py", "for _ in range(chunks):", "for _ in range(chunks - 1):"),
+    Named("a fold without the last chunk", "lora/skinny.py", "for _ in range(chunks):", "for _ in range(chunks - 1):"),
     Named(
-        "chunks that end late", "skinny.py",
+        "chunks that end late", "lora/skinny.py",
         "last = min(first + chunk_rows, m)\n    workspace", "last = first + chunk_rows\n    workspace",
     ),
-    Named("sums for sums of squares", "skinny.py", "strip, tl.sum(total * total)", "strip, tl.sum(total)"),
+    Named("sums for sums of squares", "lora/skinny.py", "strip, tl.sum(total * total)", "strip, tl.sum(total)"),
     Named(
-        "a fold from the second chunk", "adamw.py",
+        "a fold from the second chunk", "optim/adamw.py",
         "h = tl.max(peak)\n    for start in range(first, last, FOLD)",
         "h = tl.max(peak)\n    for start in range(first + 1, last, FOLD)",
     ),
     Named(
-        "a step that reads the buffer it writes", "adamw.py",
+        "a step that reads the buffer it writes", "optim/adamw.py",
         "n_groups, 1 - turn, KIND, FOLD)\n        grad", "n_groups, turn, KIND, FOLD)\n        grad",
     ),
     Named(
-        "a bias correction one step late", "adamw.py", "(1.0 - tl.exp(count.to(tl.float64) * log_beta1))",
+        "a bias correction one step late", "optim/adamw.py", "(1.0 - tl.exp(count.to(tl.float64) * log_beta1))",
         "(1.0 - tl.exp((count.to(tl.float64) + 1.0) * log_beta1))",
     ),
-    Named("nothing clipped", "adamw.py", "grad *= tl.load(clip)", "pass"),
-    Named("a sign of the series", "adamw.py", "0.5 + d * (1.0 / 6.0 + d", "0.5 + d * (1.0 / 6.0 - d"),
+    Named("nothing clipped", "optim/adamw.py", "grad *= tl.load(clip)", "pass"),
+    Named("a sign of the series", "optim/adamw.py", "0.5 + d * (1.0 / 6.0 + d", "0.5 + d * (1.0 / 6.0 - d"),
     Named(
-        "alignment of parameters never checked", "fused_step.py",
+        "alignment of parameters never checked", "optim/fused_step.py",
         "aligned = self._vector and all(address % 16 == 0 for row in rows for address in row)", "aligned = True",
     ),
     Named(
-        "a stale table of addresses", "fused_step.py",
+        "a stale table of addresses", "optim/fused_step.py",
         "if use not in self._tables or self._tables[use][0] != rows:", "if use not in self._tables:",
     ),
     Named(
-        "products by way of memory without barriers", "retract_triton.py",
+        "products by way of memory without barriers", "retract/kernels.py",
         "tl.debug_barrier()\n        found = tl.zeros((RANK, RANK), tl.float32)\n",
         "found = tl.zeros((RANK, RANK), tl.float32)\n",
     ),
     Named(
-        "memory written again before all have read it", "retract_triton.py",
+        "memory written again before all have read it", "retract/kernels.py",
         "        tl.debug_barrier()\n    return found", "    return found",
     ),
     Named(
-        "products by way of memory that read ahead", "retract_triton.py",
+        "products by way of memory that read ahead", "retract/kernels.py",
         '{"num_warps": 8, "num_stages": 1},\n', '{"num_warps": 8},\n',
     ),
     Named(
-        "alignment of factors never checked", "retract_triton.py",
+        "alignment of factors never checked", "retract/kernels.py",
         "aligned = all(a % 16 == 0 for a in rows[::3]) and all(stride % 4 == 0 for stride in rows[1::3])",
         "aligned = True",
     ),
     Named(
-        "rows of C beyond k", "retract_triton.py",
+        "rows of C beyond k", "retract/kernels.py",
         "size, count, k - column, RANK, RANK)", "size, count, RANK, RANK, RANK)",
     ),
     Named(
-        "the sign of C^T C", "retract_triton.py", "excess -= tl.dot(tl.trans(c), c", "excess += tl.dot(tl.trans(c), c"
+        "the sign of C^T C", "retract/kernels.py", "excess -= tl.dot(tl.trans(c), c", "excess += tl.dot(tl.trans(c), c"
     ),
     Named(
-        "rows beyond the factor", "retract_triton.py",
+        "rows beyond the factor", "retract/kernels.py",
         "last = tl.minimum(first + CHUNK_ROWS, n)\n    part =", "last = first + CHUNK_ROWS\n    part =",
     ),
-    Named("the sign of Newton's correction", "retract_triton.py", "return e - 0.5 * (rest", "return e + 0.5 * (rest"),
+    Named("the sign of Newton's correction", "retract/kernels.py", "return e - 0.5 * (rest", "return e + 0.5 * (rest"),
     Named(
-        "a step of C without the multiplier", "retract_triton.py", "d = at + multiplier * (d - at)", "d = at + (d - at)"
+        "a step of C without the multiplier", "retract/kernels.py",
+        "d = at + multiplier * (d - at)", "d = at + (d - at)",
     ),
 )  # fmt: skip

@@ -18,7 +18,7 @@ import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from cladapt_kernels.aot import COLUMNS, Variant, _source, budgets, recorded
+from cladapt_kernels.aot.compile import COLUMNS, Variant, _source, budgets, recorded
 
 
 class Driver:

@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="the kernels are written in triton")
 import triton
 import triton.language as tl
 
-from cladapt_kernels import gemm, lora_linear, mask, reference, routes, shrink, skinny, tiles
-from cladapt_kernels.routes import Gemm, Route
+from cladapt_kernels import reference, tiles
+from cladapt_kernels.lora import gemm, linear, mask, routes, shrink, skinny
+from cladapt_kernels.lora.routes import Gemm, Route
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4}
 SMALL_FACTORS = {"BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
@@ -465,7 +466,7 @@ def test_the_dispatcher_s_choice_runs_below_the_registered_op(
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if by == "op":
             return torch.ops.cladapt.lora_linear(x, weight, bias, a, b, SCALE / (1 - p), p, seed)[0]
-        return lora_linear.lora_linear(x, weight, bias, a, b, SCALE, p, seed)
+        return linear.lora_linear(x, weight, bias, a, b, SCALE, p, seed)
 
     y = (torch.compile(run, backend="aot_eager", fullgraph=True) if by == "compiled" else run)(*leaves)
     assert launches.names == forward

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="the kernels are written in triton")
 import triton
 import triton.language as tl
 
-from cladapt_kernels import adamw, fused_step, reference
-from cladapt_kernels.fused_step import FusedStep
-from cladapt_kernels.optim import Term
+from cladapt_kernels import reference
+from cladapt_kernels.optim import Term, adamw, fused_step
+from cladapt_kernels.optim.fused_step import FusedStep
 
 ODD, EVEN = (21, 20, 33), (20, 20, 36)  # two chunks, two and three; five are one group: the last fold is not full
 GROUPS, STRENGTH, CLIP = (0, 1, 0), 20.0, 0.5

@@ -8,8 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 
-from cladapt_kernels import reference, retract_triton
-from cladapt_kernels.retract import Gauge, Kind, Stiefel
+from cladapt_kernels import reference
+from cladapt_kernels.retract import Gauge, Kind, Stiefel, kernels
 
 ON_GPU = torch.cuda.is_available()
 NARROW = ((7, 5, 2, False), (21, 3, 9, True), (9, 6, 0, False))  # n, r, k and whether columns lie together
@@ -25,10 +25,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of several tiles, ranks and subspaces of several blocks; a GPU multiplies nothing that small."""
     if ON_GPU:
         return
-    monkeypatch.setattr(retract_triton, "padded", lambda rank: 8)
-    monkeypatch.setattr(retract_triton, "CHUNK_ROWS", 8)
-    monkeypatch.setattr(retract_triton, "BLOCK_K", 4)
-    monkeypatch.setitem(retract_triton.TILES, 8, ({"ROWS": 4}, {}, {"ROWS": 4}))
+    monkeypatch.setattr(kernels, "padded", lambda rank: 8)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(kernels, "BLOCK_K", 4)
+    monkeypatch.setitem(kernels.TILES, 8, ({"ROWS": 4}, {}, {"ROWS": 4}))
 
 
 class World:
@@ -146,7 +146,7 @@ def test_a_kernel_that_multiplies_by_way_of_memory_reads_nothing_ahead(monkeypat
             return lambda *_, **options: stages.append(options.get("num_stages", 0))
 
     for name in ("_products", "_apply", "_weights"):
-        monkeypatch.setattr(retract_triton, name, Noted() if name == "_weights" else {(1,): lambda *_, **__: None})
+        monkeypatch.setattr(kernels, name, Noted() if name == "_weights" else {(1,): lambda *_, **__: None})
     for rank in (17, 33, 64):  # above 16, `_product` goes by way of memory
         x = torch.eye(80)[:, :rank].contiguous()
         Stiefel([x], [None], kernel=True).tangent_([x], [x.clone()])

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 
-from cladapt_kernels.aot import COLUMNS, SHARED_LIMIT, path_of
+from cladapt_kernels.aot.compile import COLUMNS, SHARED_LIMIT, path_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = path_of(Path(__file__).with_name("budgets"))
@@ -20,7 +20,7 @@ KEY = ("variant", "kernel", "sm")
 UPDATE = f"make budgets TRITONS={BUDGETS.stem}"
 PROBLEMS = """
 import torch, triton, triton.language as tl
-from cladapt_kernels.aot import Variant, budgets
+from cladapt_kernels.aot.compile import Variant, budgets
 
 @triton.jit
 def greedy(x, BLOCK: tl.constexpr):

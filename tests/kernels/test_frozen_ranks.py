@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cladapt_kernels import lora_linear as op
 from cladapt_kernels import reference
-from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
-from cladapt_kernels.routes import Route
+from cladapt_kernels.lora import linear as op
+from cladapt_kernels.lora.linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
+from cladapt_kernels.lora.routes import Route
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cladapt_kernels import lora_linear as op
 from cladapt_kernels import reference, tiles
-from cladapt_kernels.lora_linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
-from cladapt_kernels.routes import Factors, Route
+from cladapt_kernels.lora import linear as op
+from cladapt_kernels.lora.linear import backward_by, forward_by, lora_linear, lora_linear_dequantised
+from cladapt_kernels.lora.routes import Factors, Route
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
-from cladapt_kernels import gemm, shrink, skinny
 from cladapt_kernels.descriptors import describable
+from cladapt_kernels.lora import gemm, shrink, skinny
 from cladapt_kernels.tiles import assuming
 
 WAYS = ("addmm", "seeded", "strip")
@@ -209,7 +209,7 @@ def test_without_a_gradient_of_x_only_the_factors_are_computed(device: torch.dev
 
 @pytest.mark.parametrize(("rows", "columns"), [(33, 130), (5, 3), (0, 8)])
 def test_the_mask_in_memory_is_that_of_the_reference(rows: int, columns: int, device: torch.device) -> None:
-    from cladapt_kernels.mask import keep_mask
+    from cladapt_kernels.lora.mask import keep_mask
 
     seed = torch.tensor([2**40 + 77], device=device)
     expected = reference.keep_mask(seed, rows, columns, 0.3)

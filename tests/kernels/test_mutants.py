@@ -137,13 +137,13 @@ def test_an_equivalent_mutant_has_a_reason(tool: ModuleType, tmp_path: Path) -> 
 
 
 def test_what_is_listed_as_equivalent_is_a_mutant_of_the_sources_as_they_are(tool: ModuleType) -> None:
-    sources = {path.name: path.read_bytes() for path in (ROOT / tool.PACKAGE).glob("*.py")}
-    keys = {mutant.key for file in tool.TESTS for mutant in tool.generated(file, sources[file])}
+    sources = tool.sources_of(ROOT)
+    keys = {mutant.key for file, source in sources.items() for mutant in tool.generated(file, source)}
     keys |= {mutant.key for mutant in tool.named(tool.NAMED, sources)}
     assert tool.reasons(tool.EQUIVALENT).keys() - keys == set()
     kernels = {name for name, source in sources.items() if b"@triton.jit" in source}
-    assert kernels <= tool.TESTS.keys()  # none is without tests
-    for tests in {test for file in tool.TESTS for test in tool.tests_of(file)}:
+    assert {str(Path(name).parent) for name in kernels} == tool.TESTS.keys()  # none is without tests
+    for tests in {test for file in kernels for test in tool.tests_of(file)}:
         assert (ROOT / tests).is_file()
 
 
@@ -173,7 +173,7 @@ def checkout(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (root / path).write_text(text)
     (tmp_path / "equivalent.csv").write_text("file,function,before,after,place,reason\n")
     for name, value in (
-        ("ROOT", root), ("TESTS", {"toy.py": ("toy",)}), ("EQUIVALENT", tmp_path / "equivalent.csv"),
+        ("ROOT", root), ("TESTS", {".": ("toy",)}), ("EQUIVALENT", tmp_path / "equivalent.csv"),
         ("NAMED", (by_hand("never ends", "toy.py", "LIMIT = 2", "while True:\n    pass"),
                    by_hand("no module", "toy.py", "import triton\n", "import tritn\n"))),
     ):  # fmt: skip
@@ -191,7 +191,7 @@ tool = importlib.util.module_from_spec(spec)
 sys.modules["mutants"] = tool
 sys.path.insert(0, {str(Path(str(tool.__file__)).parent)!r})
 spec.loader.exec_module(tool)
-tool.ROOT, tool.TESTS = pathlib.Path({str(checkout)!r}), {{"toy.py": ("toy",)}}
+tool.ROOT, tool.TESTS = pathlib.Path({str(checkout)!r}), {{".": ("toy",)}}
 tool.EQUIVALENT = pathlib.Path({str(tool.EQUIVALENT)!r})
 import mutations
 tool.NAMED = tuple(mutations.Named(*given) for given in {[tuple(vars(n).values()) for n in tool.NAMED]!r})

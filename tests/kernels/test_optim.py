@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cladapt_kernels import optim, reference
+from cladapt_kernels import reference
 from cladapt_kernels.optim import ProxAdamW, Term
+from cladapt_kernels.optim import optimizer as optimizer_module
 
 SIZES = (1, 63, 1000, 16384 + 5, 63)
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.02}
@@ -119,7 +120,7 @@ def test_a_term_of_strength_zero_is_no_term_bit_for_bit(kind: str, measured: boo
 def test_steps_equal_autograd_and_torch_in_float64(
     kind: str, groups: tuple[int, ...] | None, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "CACHED", cached)
+    monkeypatch.setattr(optimizer_module, "CACHED", cached)
     (ours, anchors), (theirs, _) = world(torch.float64), world(torch.float64)
     term = term_of(kind, anchors, strength=20.0, groups=groups)
     own, known = ProxAdamW(ours, **OPTIONS), torch.optim.AdamW(theirs, **OPTIONS)
@@ -166,7 +167,7 @@ def test_a_term_may_pull_some_parameters_and_the_others_count_in_the_norm(
 ) -> None:
     if launched:
         pytest.importorskip("triton", reason="the kernels are written in triton")
-        monkeypatch.setattr(optim, "launch_obstacle", lambda *_: "")
+        monkeypatch.setattr(optimizer_module, "launch_obstacle", lambda *_: "")
     dtype = torch.float32 if launched else torch.float64
     (ours, anchors), (theirs, _) = world(dtype, (4, 64, 30)), world(torch.float64, (4, 64, 30))
     pulled, term = ours[:2], term_of("scaled", anchors[:2], strength=20.0)

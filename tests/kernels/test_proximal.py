@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cladapt_kernels import lora_linear as op
-from cladapt_kernels import optim, proximal, reference
-from cladapt_kernels.lora_linear import lora_linear
-from cladapt_kernels.optim import ProxAdamW, Term
-from cladapt_kernels.proximal import Epilogue
-from cladapt_kernels.routes import Factors, Route
+from cladapt_kernels import reference
+from cladapt_kernels.lora import linear as op
+from cladapt_kernels.lora.linear import lora_linear
+from cladapt_kernels.lora.routes import Factors, Route
+from cladapt_kernels.optim import ProxAdamW, Term, optimizer, proximal
+from cladapt_kernels.optim.proximal import Epilogue
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 
@@ -75,7 +75,7 @@ def pull_of(term: Term, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tens
 def by_kernels(monkeypatch: pytest.MonkeyPatch, factors: Factors = "skinny") -> None:
     """Factors' gradients by the kernel, statistics by the launches, on any device."""
     monkeypatch.setattr(op, "route", lambda *_: Route("addmm", "addmm", factors, "asked for"))
-    for module in (optim, proximal):
+    for module in (optimizer, proximal):
         monkeypatch.setattr(module, "launch_obstacle", lambda *_: "")
 
 

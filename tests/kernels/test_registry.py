@@ -12,21 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from cladapt_kernels import registry
-from cladapt_kernels.registry import (
-    REGISTRY,
-    ROUTES,
-    SIZES,
-    SMALL,
-    WAYS,
-    checkout,
-    layer,
-    peft,
-    red,
-    red_by_report,
-    summary,
-)
 from cladapt_kernels.timing import COLD, FLOOR, HOST, HOT, MODELLED, WALL, Entry, Row, modelled
+from registry import REGISTRY, ROUTES, lora, red, red_by_report, summary, write_routes
+from registry.lora import SIZES, SMALL, WAYS, Layer, Size, layer, peft
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -58,7 +46,8 @@ sys.meta_path.insert(0, Absent())
 def python(code: str, names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """Run code where these packages are not installed."""
     text = BLOCKED.format(names=set(names), code=code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    roots = os.pathsep.join(str(ROOT / name) for name in ("kernels", "bench"))
+    environment = {**os.environ, "PYTHONPATH": roots, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -82,29 +71,29 @@ def test_every_entry_has_tests_and_a_place_of_its_own() -> None:
 
 def test_peft_s_arithmetic_is_peft_s() -> None:
     own = layer(SMALL, CPU)
-    lora = pytest.importorskip("peft.tuners.lora")
+    linear = pytest.importorskip("peft.tuners.lora").Linear
     base = torch.nn.Linear(SMALL.k, SMALL.n, bias=False)
     base.weight.data = own.weight
-    config = pytest.importorskip("peft").LoraConfig(r=SMALL.r, lora_alpha=int(registry.SCALE * SMALL.r))
-    theirs = lora.Linear(base, "default", config=config, r=SMALL.r, lora_alpha=int(registry.SCALE * SMALL.r))
+    config = pytest.importorskip("peft").LoraConfig(r=SMALL.r, lora_alpha=int(lora.SCALE * SMALL.r))
+    theirs = linear(base, "default", config=config, r=SMALL.r, lora_alpha=int(lora.SCALE * SMALL.r))
     theirs.lora_A["default"].weight.data, theirs.lora_B["default"].weight.data = own.a.data, own.b.data
     assert torch.equal(theirs(own.x), peft(own.x, own.weight, own.a, own.b))
 
 
 def test_providers_of_the_layer_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {}
-    backward, gradients = registry.backward_by, registry.Layer.backward
+    backward, gradients = lora.backward_by, Layer.backward
 
     def by_hand(*arguments: Any, **more: Any) -> Any:
         found["addmm, matmul"] = backward(*arguments, **more)
         return found["addmm, matmul"]
 
-    def by_autograd(self: registry.Layer, y: torch.Tensor) -> Any:
+    def by_autograd(self: Layer, y: torch.Tensor) -> Any:
         found[name] = gradients(self, y)
         return found[name]
 
-    monkeypatch.setattr(registry, "backward_by", by_hand)
-    monkeypatch.setattr(registry.Layer, "backward", by_autograd)
+    monkeypatch.setattr(lora, "backward_by", by_hand)
+    monkeypatch.setattr(Layer, "backward", by_autograd)
     (entry,) = [e for e in REGISTRY if e.name == "lora_linear" and not e.gpu_only]
     providers = entry.make(CPU)
     assert list(providers) == ["frozen linear", "PEFT, fp32 adapter", "addmm, matmul", "cladapt, as dispatched"]
@@ -121,7 +110,7 @@ def test_providers_of_the_layer_compute_the_same(monkeypatch: pytest.MonkeyPatch
 def test_every_way_of_a_part_runs(part: str) -> None:
     pytest.importorskip("triton", reason="the kernels are written in triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    calls = registry._part(registry.Size(64, 32, 48, 8), part, device)
+    calls = lora._part(Size(64, 32, 48, 8), part, device)
     assert tuple(calls) == WAYS[part]
     for call in calls.values():
         call()
@@ -130,10 +119,10 @@ def test_every_way_of_a_part_runs(part: str) -> None:
 def test_the_providers_of_skinny_and_shrink_agree() -> None:
     pytest.importorskip("triton", reason="the kernels are written in triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = registry.Size(64, 32, 48, 8)
-    matmul, shrunk = (call() for call in registry._shrink(size, device).values())
+    size = Size(64, 32, 48, 8)
+    matmul, shrunk = (call() for call in lora._shrink(size, device).values())
     torch.testing.assert_close(matmul, shrunk, rtol=2e-2, atol=2e-2)
-    for call in registry._skinny(size, device).values():
+    for call in lora._skinny(size, device).values():
         call()
 
 
@@ -169,12 +158,6 @@ def test_a_report_of_pytest_says_which_files_are_red_unread_or_never_ran(tmp_pat
     absent = Entry("absent", "s", ("tests/test_absent.py",), lambda _: {})
     expected = {files[name] for name in ("red", "unread", "setup", "last")} | {"tests/test_absent.py"}
     assert set(red_by_report([*entries, both, absent], report)) == expected
-
-
-def test_an_installed_package_has_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert checkout() == ROOT
-    monkeypatch.setattr(registry, "__file__", str(tmp_path / "lib" / "cladapt_kernels" / "registry.py"))
-    assert checkout() is None
 
 
 def test_the_summary_has_a_line_per_provider_with_what_was_measured_cold() -> None:
@@ -242,9 +225,9 @@ def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
         ways = WAYS.get(entry.name.removeprefix("lora_linear "), ("x",))
         return [{**common, "provider": way, "q20": n, "q50": n, "q80": n} for n, way in enumerate(ways)]
 
-    def write_routes(rows: list[Row], gpu: str) -> Path:
+    def write_routes_here(rows: list[Row], gpu: str) -> Path:
         done.append(f"table of {gpu}")
-        return registry.write_routes(rows, gpu, tmp_path / "routes")
+        return write_routes(rows, gpu, tmp_path / "routes")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -252,7 +235,7 @@ def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
     for name, fake in (
         ("measure", measure),
         ("measure_roofs", lambda _: ("roofs", [])),
-        ("write_routes", write_routes),
+        ("write_routes", write_routes_here),
     ):
         monkeypatch.setattr(bench, name, fake)
     assert bench.main(["--runs", "3", "--seconds", "7", "--tested", "--device", "cuda"], tmp_path) == 0
@@ -321,8 +304,8 @@ def test_an_entry_that_raises_is_told_and_a_kill_keeps_what_was_timed(
     assert names_in(tmp_path / "registry.csv") == ["first", "first"]
 
 
-def test_importing_the_package_s_benchmarks_needs_torch_alone() -> None:
-    done = python("import cladapt_kernels.registry", (*FOREIGN, "triton", "pytest"))
+def test_importing_the_benchmarks_needs_torch_alone() -> None:
+    done = python("import registry", (*FOREIGN, "triton", "pytest"))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-from cladapt_kernels.retract import Gauge, Kind, Stiefel, inverse_root, iterations, retract, tangent
+from cladapt_kernels.retract import Gauge, Kind, Stiefel
+from cladapt_kernels.retract.stiefel import inverse_root, iterations, retract, tangent
 
 SHAPES = [(40, 1, 3), (40, 5, 0), (64, 8, 16), (64, 8, 16), (300, 33, 20), (48, 16, 32), (7, 7, 0)]  # n, r, k
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 
-from cladapt_kernels import reference, retract_triton
-from cladapt_kernels.retract import Gauge, Kind, Stiefel
+from cladapt_kernels import reference
+from cladapt_kernels.retract import Gauge, Kind, Stiefel, kernels
 
 # n, r, k; every other one is stored as its transpose
 NARROW = ((7, 1, 0), (7, 5, 2), (63, 16, 3), (130, 5, 64), (300, 16, 64), (300, 1, 3))
@@ -62,9 +62,9 @@ class World:
         return moved
 
 
-def launched(stiefel: Stiefel) -> retract_triton.FusedStiefel:
+def launched(stiefel: Stiefel) -> kernels.FusedStiefel:
     ((_, part),) = stiefel._parts
-    assert isinstance(part, retract_triton.FusedStiefel)
+    assert isinstance(part, kernels.FusedStiefel)
     return part
 
 
@@ -132,7 +132,7 @@ def test_two_runs_are_equal_bit_for_bit_and_chunks_are_only_another_order(
     world = World([(300, 5, 20)], 0.3, device, guarded)
     (one,), (two,) = world.retracted(True), world.retracted(True)
     assert torch.equal(one, two)
-    monkeypatch.setattr(retract_triton, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 64)
     torch.testing.assert_close(world.retracted(True)[0], one, rtol=0, atol=3e-7)
 
 
@@ -166,7 +166,7 @@ def test_float64_and_high_ranks_go_torch_s_way(device: torch.device) -> None:
     wide, double = torch.eye(70, device=device), torch.eye(4, dtype=torch.float64, device=device)[:, :2]
     stiefel = Stiefel([wide, double, torch.eye(4, device=device)[:, :2]], kernel=True)
     kinds = {own[0]: type(part) for own, part in stiefel._parts}
-    assert [kinds[i] is retract_triton.FusedStiefel for i in range(3)] == [False, False, True]
+    assert [kinds[i] is kernels.FusedStiefel for i in range(3)] == [False, False, True]
 
 
 def test_a_factor_without_a_contiguous_side_is_told(device: torch.device) -> None:

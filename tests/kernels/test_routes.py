@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from cladapt_kernels import routes
-from cladapt_kernels.registry import ROUTE_COLUMNS, SIZES, WAYS, write_routes
-from cladapt_kernels.routes import Route
+from cladapt_kernels.lora import routes
+from cladapt_kernels.lora.routes import Route
 from cladapt_kernels.timing import COLD, HOT, Row
+from registry import write_routes
+from registry.lora import SIZES, WAYS
+from registry.tables import ROUTE_COLUMNS
 
 GPU = "Some Maker G9"
 FASTEST = {

@@ -9,8 +9,8 @@ from torch import Tensor
 from cladapt_kernels import reference
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
-from cladapt_kernels import skinny as module
-from cladapt_kernels.skinny import Proximal, counters, single, skinny
+from cladapt_kernels.lora import skinny as module
+from cladapt_kernels.lora.skinny import Proximal, counters, single, skinny
 
 M, K, N, R, SCALE = 700, 90, 140, 5, 0.5
 LENGTHS = torch.tensor([R * K, N * R])

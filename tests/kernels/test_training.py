@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cladapt_kernels import lora_linear as op
-from cladapt_kernels.routes import Gemm, Route
+from cladapt_kernels.lora import linear as op
+from cladapt_kernels.lora.routes import Gemm, Route
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 

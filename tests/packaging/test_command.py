@@ -49,6 +49,15 @@ def test_doctor_says_which_kernels_run_and_why(tmp_path: Path) -> None:
     assert all(row["reason"] for row in result["kernels"])
 
 
+@pytest.mark.skipif(not INSTALLED, reason="the checkout has what a wheel has not")
+def test_the_wheel_brings_no_benchmarks_of_kernels(tmp_path: Path) -> None:
+    command = [INSTALLED or "", "bench", "kernels"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the benchmarks of kernels are not installed: no bench/registry in ")
+    assert "\nhint: clone the repository" in result.stderr
+
+
 @pytest.mark.slow
 def test_quick_demo_adapts_measures_and_writes_open_formats(tmp_path: Path) -> None:
     result = json.loads(cladapt(tmp_path, "demo", "--quick", "--out", "demo", "--json"))

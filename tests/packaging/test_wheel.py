@@ -54,7 +54,8 @@ def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_routes_measured_on_gpus_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    tables = {f"cladapt_kernels/routes/{path.name}" for path in (ROOT / "kernels/cladapt_kernels/routes").glob("*.csv")}
+    folder = "cladapt_kernels/lora/routes"
+    tables = {f"{folder}/{path.name}" for path in (ROOT / "kernels" / folder).glob("*.csv")}
     assert tables
     assert tables <= {*wheel.namelist()}
 

@@ -23,8 +23,8 @@ from cladapt.errors import ConfigError
 from cladapt.methods.peso import Peso
 from cladapt.pipeline import bases, runs, streams
 from cladapt.train.sinks import MemorySink
-from cladapt_kernels import lora_linear
-from cladapt_kernels.routes import Factors, Route
+from cladapt_kernels.lora import linear
+from cladapt_kernels.lora.routes import Factors, Route
 
 STRENGTH = {"literal": 50.0, "scaled": 0.1, "l2": 5.0}
 FORMS = [("scaled", "factor"), ("scaled", "module"), ("literal", "factor"), ("l2", "factor")]
@@ -110,10 +110,10 @@ def with_linears(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
     """The fused linears everywhere; with `kernels` the factors' gradients and the term are computed by them."""
     monkeypatch.setattr("cladapt.ops.uses_kernel", lambda op, *_: op in ("lora_linear", "prox_adamw"))
     factors: Factors = "skinny" if kernels else "matmul"
-    monkeypatch.setattr(lora_linear, "route", lambda *_: Route("addmm", "addmm", factors, "asked for"))
+    monkeypatch.setattr(linear, "route", lambda *_: Route("addmm", "addmm", factors, "asked for"))
     if kernels:
-        monkeypatch.setattr("cladapt_kernels.proximal.launch_obstacle", lambda *_: "")
-        monkeypatch.setattr("cladapt_kernels.optim.launch_obstacle", lambda *_: "")
+        monkeypatch.setattr("cladapt_kernels.optim.proximal.launch_obstacle", lambda *_: "")
+        monkeypatch.setattr("cladapt_kernels.optim.optimizer.launch_obstacle", lambda *_: "")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_term_does_the_same_in_every_place(
 @pytest.mark.parametrize("method", ["peso", "peso+eblora"])
 def test_the_kernels_train_what_plain_torch_trains(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_linears(monkeypatch, kernels=True)
-    skinny = pytest.importorskip("cladapt_kernels.skinny", reason="the kernels are written in triton")
+    skinny = pytest.importorskip("cladapt_kernels.lora.skinny", reason="the kernels are written in triton")
     joined = Mock(wraps=skinny.proximal_of)
     monkeypatch.setattr(skinny, "proximal_of", joined)
     one_linear = AdapterConfig(rank=2, dropout=0.1, targets=r".*layers\.0\.self_attn\.q_proj")

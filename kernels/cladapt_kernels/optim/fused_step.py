@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from cladapt_kernels.adamw import _add, _measure, _refresh, _step
-from cladapt_kernels.optim import Term
+from cladapt_kernels.optim.adamw import _add, _measure, _refresh, _step
+from cladapt_kernels.optim.terms import Term
 from cladapt_kernels.tiles import on_device_of
 
-BLOCK, FOLD = 2048, 64  # entries of a chunk, chunks folded at a time
+BLOCK, FOLD = 2048, 64  # entries of a chunk, chunks folded at a time; by rule
 FIGURES = 5
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -92,7 +92,17 @@ class FusedStep:
         weight_decay: float = 0.0,
         clip: Tensor | None = None,
     ) -> None:
-        """Update parameters and moments in place; `step` float32 [] counts this one too. lr, clip: float32 []."""
+        """Update parameters and moments in place, and the copies.
+
+        Args:
+            grads, first, second: gradients and moments, one of each parameter's shape, float32, contiguous.
+            step: float32 [] on the device, this step counted.
+            lr: a number or float32 [].
+            clip: float32 [] that gradients are multiplied by, the term's included; 1 without.
+
+        Raises:
+            RuntimeError: a parameter changed since the statistics were taken.
+        """
         self.check_fresh()
         addresses, aligned = self._point(grads, first, second)
         rests = [1.0 - beta for beta in betas]

@@ -8,7 +8,7 @@ from torch import Tensor
 from cladapt_kernels.reference import drop_threshold
 from cladapt_kernels.tiles import keep_tile, on_device_of, store_tile
 
-TILE = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+TILE = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}  # by rule
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _mask(seed, mask, rows, columns, threshold, BLOCK_M: tl.constexpr, BLOCK_N: 
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
-    """`reference.keep_mask` in `dtype`: [rows, columns] of 0 and 1."""
+    """`reference.keep_mask` of `seed` int64 [1] as zeros and ones: [rows, columns] of `dtype`, on the seed's device."""
     mask = torch.empty(rows, columns, dtype=dtype, device=seed.device)
     if mask.numel():
         with on_device_of(seed):

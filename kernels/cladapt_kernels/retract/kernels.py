@@ -1,4 +1,4 @@
-"""Tangents and retractions of a ragged batch of factors in three launches; the algebra is that of `retract`.
+"""Tangents and retractions of a ragged batch of factors in three launches; the algebra is that of `stiefel`.
 
     products   a program per chunk of rows of a factor: its part of G, S, Q and C, in float32
     weights    a program per factor: sums the parts in order, and turns them into what multiplies X, D and F
@@ -6,35 +6,35 @@
 
 A program finds its factor by tables of numbers and addresses; addresses are written anew only where one changed, and
 nothing is allocated after construction, so a CUDA graph may hold all of it. The number of Newton-Schulz iterations
-follows on the device from the same bound as in `retract`, to 40 of them. No atomics: two runs are equal bit for bit.
+follows on the device from the same bound as in `stiefel`, to 40 of them. No atomics: two runs are equal bit for bit.
+
+`FusedStiefel` makes the launches, for `Stiefel`, of float32 factors whose ranks are 64 at most.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cladapt_kernels.retract import MOST_ITERATIONS, Factors, Gauge, Kind, Subspaces
+from cladapt_kernels.retract.options import MOST_ITERATIONS, Factors, Gauge, Kind, Subspaces
 from cladapt_kernels.tiles import load_tile, on_device_of, padded, store_tile
 
-if TYPE_CHECKING:
-    from cladapt_kernels.aot import Variant
-
 CHUNK_ROWS = 256
+"""Rows of one program of products and of apply, by rule."""
 BLOCK_K = 16
 """Columns of F that are worked on together."""
-# of products, weights and apply, by the rank's padding; a loop that multiplies by way of memory may not read ahead
+# Of products, weights and apply, by the rank's padding. By rule: as many rows and as few warps as spill nowhere, by any
+# Triton of the matrix; on an H200 rank 16 was timed with 64 rows and 4 warps of apply, which Triton 3.9 spills. A loop
+# that multiplies by way of memory may not read ahead.
 TILES = {
-    16: ({"ROWS": 16, "num_warps": 4}, {"num_warps": 2}, {"ROWS": 64, "num_warps": 4}),
-    32: ({"ROWS": 16, "num_warps": 8}, {"num_warps": 4, "num_stages": 1}, {"ROWS": 32, "num_warps": 8}),
+    16: ({"ROWS": 16, "num_warps": 4}, {"num_warps": 2}, {"ROWS": 32, "num_warps": 8}),
+    32: ({"ROWS": 16, "num_warps": 8}, {"num_warps": 8, "num_stages": 1}, {"ROWS": 32, "num_warps": 8}),
     64: (
-        {"ROWS": 16, "num_warps": 8},
+        {"ROWS": 16, "num_warps": 8, "num_stages": 1},
         {"num_warps": 8, "num_stages": 1},
-        {"ROWS": 64, "num_warps": 8, "num_stages": 1},
+        {"ROWS": 16, "num_warps": 8, "num_stages": 1},
     ),
 }
 FIXED = tl.constexpr(7)  # columns of the table of numbers: n, r, k, addresses of F and point, first of parts, weights
@@ -368,23 +368,3 @@ def _place(index: int, x: Tensor) -> tuple[int, int, int]:
         raise ValueError(f"factor {index} is {x.dtype} of strides {x.stride()}, expected float32, one side contiguous")
     lies = x.stride(1) != 1
     return x.data_ptr(), x.stride(1 if lies else 0), int(lies)
-
-
-def variants() -> "list[Variant]":
-    """The calls that are compiled ahead of time."""
-    from cladapt_kernels.aot import Variant
-
-    def call(r: int, tangent: bool = False, kind: Kind = "symmetric", gauge: Gauge = "polar", n: int = 1024) -> None:
-        xs, f = (
-            [torch.empty(n, r, device="meta")],
-            torch.empty(n, 64, device="meta"),
-        )  # k is no part of what is compiled
-        FusedStiefel(xs, [f], kind, gauge)._launch(xs, xs, tangent, 1.0)
-
-    ranks = (16, 32, 64)
-    return [
-        *(Variant(f"retract, rank {r}", partial(call, r)) for r in ranks),
-        *(Variant(f"retract, rank {r}, canonical, qr", partial(call, r, kind="canonical", gauge="qr")) for r in ranks),
-        *(Variant(f"tangent, rank {r}", partial(call, r, True)) for r in ranks),
-        Variant("retract, odd sizes", partial(call, 13, n=1023)),
-    ]

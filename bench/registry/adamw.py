@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cladapt_kernels import reference
-from cladapt_kernels.optim import ProxAdamW, Term
-from cladapt_kernels.proximal import Epilogue
+from cladapt_kernels.optim import Epilogue, ProxAdamW, Term
 from cladapt_kernels.timing import Entry, Providers, Work
 
 STRENGTH, RATE, LIMIT = 0.1, 1e-6, 1.0

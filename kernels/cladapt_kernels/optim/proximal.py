@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-from cladapt_kernels.optim import Figures, Term, check_kind, launch_obstacle
+from cladapt_kernels.optim.terms import Figures, Term, check_kind, launch_obstacle
 
 if TYPE_CHECKING:
-    from cladapt_kernels.fused_step import FusedStep
+    from cladapt_kernels.optim.fused_step import FusedStep
 
 KINDS = ("kl", "l2")
 
@@ -88,7 +88,7 @@ class Epilogue:
         obstacle = launch_obstacle(self.parameters)
         self.route = f"torch: {obstacle}" if obstacle else "triton"
         if not obstacle:
-            from cladapt_kernels.fused_step import FusedStep
+            from cladapt_kernels.optim.fused_step import FusedStep
 
             self._step = torch.zeros((), device=device)
             self._fused = FusedStep(self.parameters, term)

@@ -3,25 +3,18 @@
 A variant is a call of the kernel's own launcher on tensors without storage. What it would launch is recorded with the
 specialisation that a launch makes (strides of 1, sizes and pointers divisible by 16), so what is compiled is what runs.
 
-    make budgets
-
-Every Triton has a file of its own, FOLDER/<version>.csv. A row names the source it was compiled from: what the file has
-of a source is taken from there, and only the rest is compiled.
+A row of `budgets` names the source it was compiled from, so that what is known of a source is taken from there and the
+rest is compiled. Every Triton has a file of its own.
 """
 
-import argparse
-import csv
 import hashlib
 import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +152,13 @@ def budgets(
     capabilities: Sequence[int] = CAPABILITIES,
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per variant, kernel and architecture; figures of a source that `known` has come from there."""
+    """One row of COLUMNS per variant, kernel and architecture.
+
+    Args:
+        variants: calls of launchers.
+        capabilities: architectures, 90 for sm_90.
+        known: earlier rows by their source, whose figures are taken.
+    """
     rows = []
     for variant in variants:
         for capability in capabilities:
@@ -182,36 +181,3 @@ def budgets(
 def path_of(folder: Path) -> Path:
     """The file of the budgets of the Triton that is installed."""
     return folder / f"{triton.__version__}.csv"
-
-
-def _budgets_of(index: int, known: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from cladapt_kernels.variants import VARIANTS
-
-    return budgets([VARIANTS[index]], known=known)
-
-
-def main() -> None:
-    """Write the budgets of all variants by the Triton that is installed, a process per core."""
-    from cladapt_kernels.variants import VARIANTS
-
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where <version of Triton>.csv lies or is to lie")
-    path = path_of(parser.parse_args().folder)
-    known: dict[str, Mapping[str, Any]] = {}
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            known = {row["source"]: row for row in csv.DictReader(file)}
-    unfinished = path.with_suffix(".part")
-    with (
-        unfinished.open("w", encoding="utf-8") as file,
-        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
-    ):
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for rows in pool.map(partial(_budgets_of, known=known), range(len(VARIANTS))):
-            writer.writerows(rows)
-    unfinished.replace(path)
-
-
-if __name__ == "__main__":
-    main()

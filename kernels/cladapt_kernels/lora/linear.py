@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cladapt_kernels import reference
-from cladapt_kernels.proximal import Pulls
-from cladapt_kernels.routes import Gemm, Route, route, runs_kernels
+from cladapt_kernels.lora.routes import Gemm, Route, route, runs_kernels
+from cladapt_kernels.optim.proximal import Pulls
 
 LIBRARY = "cladapt"
 Frozen = tuple[Tensor, Tensor] | None
@@ -37,12 +37,22 @@ def lora_linear(
     frozen: Frozen = None,
     pulls: Pulls = None,
 ) -> Tensor:
-    """x [..., K], weight [N, K], bias [N], a [r, K], b [N, r] -> [..., N]; dropout `p` before A, from `seed` int64 [1].
+    """x W^T + bias + scale (keep * x) A^T B^T, differentiable in x, A and B.
 
-    `scale` is alpha / r; 1 / (1 - p) is applied here, to A and B alone. Under autocast x, weight and bias are cast, the
-    factors are not. The backward pass adds to dA and dB what `pulls` has waiting (`proximal.Epilogue`), except where
-    something traces. `ValueError` for shapes that do not fit, weights or frozen factors that learn, and dropout without
-    a seed.
+    Args:
+        x: [..., K]; under autocast it, weight and bias are cast, the factors are not.
+        weight, bias: [N, K], [N]; frozen.
+        a, b: [r, K], [N, r].
+        scale: alpha / r; 1 / (1 - p) is applied here, to A and B alone.
+        p, seed: dropout before A, drawn from `seed` int64 [1].
+        frozen: F_A [R, K] and F_B [N, R], which see no dropout.
+        pulls: what the backward pass adds to dA and dB (`Epilogue.of`), except where something traces.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ValueError: shapes that do not fit, weights or frozen factors that learn, dropout without a seed.
     """
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
@@ -70,7 +80,7 @@ def lora_linear_dequantised(
 ) -> Tensor:
     """As `lora_linear` for a weight [N, K] that is kept quantised: made for each pass, never saved between them.
 
-    Weight and bias are cast to the dtype of x, which under autocast is autocast's.
+    `dequantise()` gives it; it and bias are cast to the dtype of x, which under autocast is autocast's.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = _autocast(x)
@@ -227,7 +237,7 @@ def forward_by(
     seed: Tensor | None = None,
     frozen: Frozen = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y and S by one way; all ways give the same within their dtype's rounding.
+    """Y [M, N] and S [M, r] by one way, of x [M, K]; all ways give the same within their dtype's rounding.
 
     With frozen factors [(1 - p) X F_A^T, S] is multiplied by [F_B, B], and `strip`, which makes one S alone, is
     `seeded`.
@@ -239,7 +249,7 @@ def forward_by(
             return y.addmm_(s, _as(b, x.dtype).T, alpha=scale), s
         low = torch.cat([_scaled(1.0 - p, x, _as(frozen[0], x.dtype).T), s], 1)
         return y.addmm_(low, _as(torch.cat([frozen[1], b], 1), x.dtype).T, alpha=scale), s
-    from cladapt_kernels import gemm, shrink
+    from cladapt_kernels.lora import gemm, shrink
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(x):
@@ -270,7 +280,9 @@ def backward_by(
     frozen: Frozen = None,
     pulls: Pulls = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA and dB by one route, None where not needed; x may be None without dA, s without dB.
+    """dX [M, K], dA [r, K] and dB [N, r] of dY [M, N] by one route, None where not needed.
+
+    x [M, K] may be None without dA, s [M, r] without dB.
 
     What `pulls` has waiting is in dA and dB, by the epilogue of `skinny` (`single` has none) or by torch.
     """
@@ -278,7 +290,7 @@ def backward_by(
     if need_dx or need_da:
         dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, need_dx, frozen)
     if ds is not None and x is not None and s is not None and need_da and need_db and chosen.factors != "matmul":
-        from cladapt_kernels import skinny
+        from cladapt_kernels.lora import skinny
         from cladapt_kernels.tiles import on_device_of
 
         # a and b may be transposed views, the kernel writes row by row
@@ -322,7 +334,7 @@ def _input_gradient(
     by one more pass over dX.
     """
     if way == "strip" and need_dx and frozen is None:
-        from cladapt_kernels import gemm
+        from cladapt_kernels.lora import gemm
         from cladapt_kernels.tiles import on_device_of
 
         with on_device_of(dy):
@@ -342,7 +354,7 @@ def _down(way: Gemm, dy: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale dY B."""
     if way == "addmm":
         return _scaled(scale, dy, _as(b, dy.dtype))
-    from cladapt_kernels import shrink
+    from cladapt_kernels.lora import shrink
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(dy):
@@ -356,7 +368,7 @@ def _up(way: Gemm, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, p: float, 
         if p == 0:
             return dx.addmm_(ds, down)
         return dx.addcmul_(ds @ down, _keep(dx, p, seed))
-    from cladapt_kernels import gemm
+    from cladapt_kernels.lora import gemm
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(dy):
@@ -380,7 +392,7 @@ def _keep(like: Tensor, p: float, seed: Tensor | None) -> Tensor:
     rows, columns = like.shape
     if not runs_kernels(like.device):
         return reference.keep_mask(seed, rows, columns, p).to(like.dtype)
-    from cladapt_kernels.mask import keep_mask
+    from cladapt_kernels.lora.mask import keep_mask
 
     return keep_mask(seed, rows, columns, p, like.dtype)
 

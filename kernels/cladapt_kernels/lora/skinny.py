@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cladapt_kernels.proximal import Pull
+from cladapt_kernels.optim.proximal import Pull
 from cladapt_kernels.reference import drop_threshold
 from cladapt_kernels.tiles import keep_tile, load_tile, padded, processors, store_tile
 
@@ -25,7 +25,7 @@ BLOCK_M, BLOCK_FOLD = 64, 1024
 WIDE = {"BLOCK_M": 64, "BLOCK_C": 128, "num_warps": 4, "num_stages": 4}
 HIGH = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}  # ranks whose sums would fill the registers
 EXACT = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2}  # float32, which tensor cores would round
-CHUNKS = 8
+CHUNKS = 8  # all of these by rule: they spill nowhere; on an H200 WIDE was timed at rank 16, against no other
 FEWEST_ROWS = 256  # of a chunk
 CROWD = 2  # programs per multiprocessor that `single` aims at
 
@@ -203,12 +203,21 @@ def skinny(
     proximal: Proximal | None = None,
     squares: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write da [r, K] = ds^T (keep * x) and db [N, r] = scale dy^T s, or add to them.
+    """Write da = ds^T (keep * x) and db = scale dy^T s, or add to them.
 
-    Shapes: ds, s [M, r], x [M, K], dy [M, N], of one dtype.
+    Args:
+        ds, s: [M, r], contiguous, of the dtype of x and dy.
+        x, dy: [M, K], [M, N], any strides.
+        da, db: [r, K], [N, r], contiguous: what is written.
+        p, seed: dropout of x, drawn from `seed` int64 [1].
+        accumulate: add to da and db.
+        offsets: int32 [samples + 1], which cuts the rows into samples.
+        proximal: a term whose gradient is added last.
+        squares: ask for squared norms.
 
-    `offsets` int32 [samples + 1] cuts the rows into samples. With `squares`: the squared norms of dA and dB before the
-    proximal term [2], and those of each sample's gradient [samples] where there are offsets; else None.
+    Returns:
+        With `squares` the squared norms of dA and dB before the proximal term [2], and those of each sample's gradient
+        [samples] where there are offsets; else None.
     """
     (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
     if offsets is None:
@@ -249,7 +258,7 @@ def single(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> None:
-    """Write da [r, K] = ds^T (keep * x) and db [N, r] = scale dy^T s, as `skinny` does, in one launch."""
+    """Write da = ds^T (keep * x) and db = scale dy^T s in one launch; arguments as of `skinny`."""
     (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
     tile, rank = _tile(x, r), padded(r)
     strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
@@ -268,7 +277,7 @@ def _tile(x: Tensor, r: int) -> dict[str, int]:
 
 
 def counters(device: torch.device, strips: int) -> Tensor:
-    """Zeros int32, at least one per strip, which `single` leaves as zeros; launches of two streams share none."""
+    """Zeros int32 [strips or more], which `single` leaves as zeros; launches of two streams share none."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _zeros(device, stream, triton.next_power_of_2(strips))
 

@@ -6,8 +6,7 @@
 
 Forward: W^T and U = B^T. Gradient of X: W and U = A, where the strip's S is dS = scale dY B. A strip is a block of rows
 and every g-th tile of columns: its first tile multiplies each block of X by W and by A, S stays on the chip for all its
-tiles, and g programs per block of rows cost g r / N extra operations.
-Seeding: LoRAFusion (arXiv 2510.00206), section 4; strips are our own.
+tiles; g strips to a block of rows cost g r / N more operations. Seeding: LoRAFusion (arXiv 2510.00206), section 4.
 """
 
 import torch
@@ -28,6 +27,7 @@ from cladapt_kernels.tiles import (
     widened,
 )
 
+# by rule: the largest that fit and spill nowhere; on an H200 WIDE and SQUARE were timed as they are (bench/LOG.md)
 GROUP = 8
 FEW_ROWS = 2048
 WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -171,9 +171,16 @@ def seeded(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """scale keep * (s u) + bias + x w: x [M, K], w [K, N], s [M, r] contiguous, u [r, N] -> [M, N] of x's dtype.
+    """scale keep * (s u) + bias + x w.
 
-    x, w and s have one dtype, u is cast to it on load; dropout acts on the low-rank term, from `seed` int64 [1].
+    Args:
+        x, w: [M, K], [K, N] of one dtype, any strides.
+        s, u: [M, r] of that dtype, contiguous; [r, N], cast to it on load.
+        bias: [N].
+        p, seed: dropout of the low-rank term, drawn from `seed` int64 [1].
+
+    Returns:
+        [M, N] of x's dtype.
     """
     (m, k), (r, n) = x.shape, u.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -226,9 +233,16 @@ def strip(
     drop_y: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """s = inner_scale (keep * x) a^T and `seeded` of it: x [M, K], w [K, N], a [r, K], u [r, N] -> [M, N], [M, r].
+    """s = inner_scale (keep * x) a^T and `seeded` of it.
 
-    `drop_x` masks x on its way into s, `drop_y` the low-rank term of the result; at most one of them is above 0.
+    Args:
+        x, w: [M, K], [K, N] of one dtype, any strides.
+        a, u: [r, K], [r, N], cast to that dtype on load.
+        bias: [N].
+        drop_x, drop_y, seed: dropout of x on its way into s, of the low-rank term; one of them at most is above 0.
+
+    Returns:
+        [M, N] and s [M, r] of x's dtype.
     """
     (m, k), (r, n) = x.shape, u.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)

@@ -14,24 +14,19 @@ to 1, drift over thousands of steps included; beyond, an error of eps t^2 is wha
 2602.00722) takes an SVD for the same; the algebra is our own.
 """
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
-Kind = Literal["symmetric", "canonical"]
-Gauge = Literal["polar", "qr"]
-Factors = Sequence[Tensor]
-Subspaces = Sequence[Tensor | None]
+from cladapt_kernels.retract.options import MOST_ITERATIONS, Factors, Gauge, Kind, Subspaces
 
 CHUNK_BYTES = 8 << 20  # factors, steps and F that are worked on together: they stay in the cache between the passes
 HIGHEST_KERNEL_RANK = 64
-MOST_ITERATIONS = 40  # of Newton-Schulz; 25 are enough for a step of norm 1,000
 
 
 class _Part(Protocol):
-    """Factors that one implementation moves."""
+    """Factors that one implementation moves; what its methods do `Stiefel` says."""
 
     def remember(self, xs: Factors) -> None: ...
     def tangent_(self, xs: Factors, gs: Factors) -> None: ...
@@ -41,9 +36,16 @@ class _Part(Protocol):
 class Stiefel:
     """Orthonormal factors that move together: tangents of their gradients, retractions of their steps.
 
-    xs: tall [n, r], float32 or float64, any strides (of a LoRA A [r, n] the view A.mT); fs: orthonormal [n, k] or None
-    for each, with F^T X = 0. Shapes may all differ. What is given later must have the same shapes, its addresses may
-    change. `kernel` takes Triton for float32 and ranks to 64, torch for the rest. `ValueError` for what does not fit.
+    Args:
+        xs: tall [n, r], float32 or float64, any strides (of a LoRA A [r, n] the view A.mT). Shapes may all differ; what
+            is given later must have the same, its addresses may change.
+        fs: orthonormal [n, k] or None for each, with F^T X = 0.
+        kind: the tangent map, see `reference.tangent`.
+        gauge: the orthonormal matrix at a step's end, see `reference.retract`.
+        kernel: take Triton for float32 and ranks to 64, torch for the rest.
+
+    Raises:
+        ValueError: factors or subspaces that do not fit.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ def retract(
     gauge: Gauge = "polar",
     multiplier: float = 1.0,
 ) -> list[Tensor]:
-    """`reference.retract` of every factor at multiplier times its step; see `Stiefel` for what fits."""
+    """`reference.retract` of every factor X [n, r] by multiplier times its step D [n, r]; `Stiefel` says what fits."""
     stiefel = Stiefel(xs, fs, kind, gauge)
     stiefel._match("steps", ds)
     stiefel.remember(xs)
@@ -126,7 +128,7 @@ def retract(
 
 
 def tangent(xs: Factors, ds: Factors, fs: Subspaces | None = None, kind: Kind = "symmetric") -> list[Tensor]:
-    """`reference.tangent` of every direction at its factor."""
+    """`reference.tangent` of every direction D [n, r] at its factor X [n, r]."""
     stiefel, found = Stiefel(xs, fs, kind), [d.clone() for d in ds]
     stiefel.tangent_(xs, found)
     return found
@@ -148,7 +150,7 @@ def _check(xs: Factors, fs: Subspaces, kind: str, gauge: str) -> None:
 
 def _part(kernel: bool, xs: Factors, fs: Subspaces, kind: Kind, gauge: Gauge) -> _Part:
     if kernel:
-        from cladapt_kernels.retract_triton import FusedStiefel
+        from cladapt_kernels.retract.kernels import FusedStiefel
 
         return FusedStiefel(xs, fs, kind, gauge)
     return _Stack(xs, fs, kind, gauge)

@@ -8,7 +8,7 @@ from torch import Tensor
 from cladapt_kernels.reference import drop_threshold
 from cladapt_kernels.tiles import capability, keep_tile, load_tile, padded, store_tile, widened
 
-BLOCK_M = 64
+BLOCK_M = 64  # by rule, as the rest of the tile; on an H200 timed at rank 16, against no other
 STAGES = 3
 
 
@@ -35,7 +35,16 @@ def _warps(x: Tensor) -> int:
 
 
 def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """scale (keep * x) a^T: x [M, K], a [r, K] of any strides -> [M, r] of x's dtype; a is cast to it on load."""
+    """scale (keep * x) a^T.
+
+    Args:
+        x: [M, K], any strides.
+        a: [r, K], any strides; cast to x's dtype on load.
+        p, seed: dropout of x, drawn from `seed` int64 [1].
+
+    Returns:
+        [M, r] of x's dtype.
+    """
     (m, k), r = x.shape, a.shape[0]
     s = torch.empty(m, r, dtype=x.dtype, device=x.device)
     if m:

@@ -6,10 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cladapt_kernels import gemm, mask, retract_triton, shrink, skinny
-from cladapt_kernels.aot import Variant
-from cladapt_kernels.fused_step import FusedStep
-from cladapt_kernels.optim import Term
+from cladapt_kernels.aot.compile import Variant
+from cladapt_kernels.lora import gemm, mask, shrink, skinny
+from cladapt_kernels.optim.fused_step import FusedStep
+from cladapt_kernels.optim.terms import Term
+from cladapt_kernels.retract import Gauge, Kind
+from cladapt_kernels.retract.kernels import FusedStiefel
 
 TOKENS, K, N, RANK = 8192, 1024, 4096, 16
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -97,6 +99,13 @@ def _mask(dtype: torch.dtype) -> None:
     mask.keep_mask(_seed(), TOKENS, K, 0.1, dtype)
 
 
+def _stiefel(r: int, tangent: bool = False, kind: Kind = "symmetric", gauge: Gauge = "polar", n: int = 1024) -> None:
+    """A tangent or a retraction; how many columns F has is no part of what is compiled."""
+    xs = [_empty(n, r, dtype=FP32)]
+    FusedStiefel(xs, [_empty(n, 64, dtype=FP32)], kind, gauge)._launch(xs, xs, tangent, 1.0)
+
+
+RETRACT_RANKS = (16, 32, 64)
 VARIANTS = (
     *(
         Variant(f"{name} factors, rank {r}, dropout {p}", partial(_shrink, factor, r, p), ("wgmma",))
@@ -166,5 +175,11 @@ VARIANTS = (
     Variant("adamw, measure, term included", partial(_measure, True)),
     Variant("adamw, add kl", partial(_add, "kl")),
     Variant("adamw, add l2", partial(_add, "l2")),
-    *retract_triton.variants(),
+    *(Variant(f"retract, rank {r}", partial(_stiefel, r)) for r in RETRACT_RANKS),
+    *(
+        Variant(f"retract, rank {r}, canonical, qr", partial(_stiefel, r, kind="canonical", gauge="qr"))
+        for r in RETRACT_RANKS
+    ),
+    *(Variant(f"tangent, rank {r}", partial(_stiefel, r, True)) for r in RETRACT_RANKS),
+    Variant("retract, odd sizes", partial(_stiefel, 13, n=1023)),
 )

@@ -40,9 +40,12 @@ class Route(NamedTuple):
 
 
 def route(like: Tensor, k: int, n: int, r: int, p: float = 0.0) -> Route:
-    """The route of a linear from K to N at rank r with dropout p; rows, device and dtype are those of `like` [M, .].
+    """The route of a linear, looked for once for all M of one octave.
 
-    All M of one octave have one route, which is looked for once.
+    Args:
+        like: [M, .], whose rows, device and dtype are X's.
+        k, n, r: inputs, outputs, ranks (frozen ones too).
+        p: dropout.
     """
     return _route(like.device, like.dtype, like.shape[0].bit_length(), k, n, r, p > 0)
 
