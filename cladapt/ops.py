@@ -4,7 +4,7 @@
 and a GPU to run it, else the plain-torch reference; `triton` is an error where it cannot be had.
 """
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 import re
@@ -88,7 +88,7 @@ def compiler_problem() -> str:
     """
     if _obstacle() or torch.cuda.get_device_capability(compute_device())[0] != 9:
         return ""
-    version = importlib.metadata.version("triton")
+    version = str(getattr(importlib.import_module("triton"), "__version__", ""))
     release = tuple(map(int, re.findall(r"[0-9]+", version)[:3]))
     if not (3, 4, 0) <= release < (3, 7, 1):
         return ""

@@ -106,6 +106,9 @@ class Method:
         """The blocks whose data is learned when `block` is the newest, which comes last."""
         return range(1, block + 1) if self.past_data else (block,)
 
+    def check(self, ctx: Context) -> None:
+        """`ConfigError` where the settings cannot work on this adapter; before anything is written."""
+
     def begin_block(self, ctx: Context) -> None:
         """Before the first step of a block: anchors, adapter initialisation."""
 

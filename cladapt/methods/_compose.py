@@ -1,6 +1,6 @@
 """Several methods as one: each hook runs in the given order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,11 +36,20 @@ class Compose(Method):
     def weight_gradients(self) -> bool:  # type: ignore[override]
         return any(method.weight_gradients for _, method in self.methods)
 
+    def check(self, ctx: Context) -> None:
+        for method in self._in_order(ctx):
+            method.check(ctx)
+
     def begin_block(self, ctx: Context) -> None:
+        for method in self._in_order(ctx):
+            method.begin_block(ctx)
+
+    def _in_order(self, ctx: Context) -> Iterator[Method]:
+        """Each method while `ctx` says whether those before and after it edit gradients."""
         edit = [method.edits_gradients for _, method in self.methods]
         for i, (_, method) in enumerate(self.methods):
             ctx.edited_before, ctx.edited_after = any(edit[:i]), any(edit[i + 1 :])
-            method.begin_block(ctx)
+            yield method
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         return {

@@ -70,6 +70,9 @@ class Peso(Method):
         self._epilogue: ops.Epilogue | None = None
         self._pulled: list[nn.Parameter] = []
 
+    def check(self, ctx: Context) -> None:
+        self._refuse(self._obstacles(ctx))
+
     def begin_block(self, ctx: Context) -> None:
         self._active = self.config.strength > 0.0 and ctx.block > 1
         self._vector = AdapterVector(ctx.parameters, self.config.groups)
@@ -81,23 +84,31 @@ class Peso(Method):
 
     def _place(self, ctx: Context) -> str:
         """Where the term joins; `ConfigError` where it cannot join in the place that was asked for."""
-        obstacles: dict[str, str] = {"optimiser": "", "epilogue": ""}
+        obstacles = self._obstacles(ctx)
+        if ctx.optimizer is None and not obstacles["optimiser"]:
+            obstacles["optimiser"] = "the trained parameters are not all float32"
+        self._refuse(obstacles)
+        if (asked := self.config.place) != "auto":
+            return asked
+        if self.config.groups == "rank" or not ops.uses_kernel("prox_adamw", ctx.kernels):
+            return "eager"
+        return next((place for place, obstacle in obstacles.items() if not obstacle), "eager")
+
+    def _obstacles(self, ctx: Context) -> dict[str, str]:
+        """Why the term cannot join inside the optimiser and in the epilogue, empty where it can."""
+        obstacles = {"optimiser": "", "epilogue": ""}
         if ctx.edited_after:
             obstacles["optimiser"] = "a method that comes after peso edits gradients, and would not see the term"
-        elif ctx.optimizer is None:
-            obstacles["optimiser"] = "the trained parameters are not all float32"
         if ctx.edited_before:
             obstacles["epilogue"] = "a method that comes before peso edits gradients, and would edit the term too"
         elif ctx.epilogue is None:
             reason = ops.backends(ctx.kernels)["lora_linear"][1]
             obstacles["epilogue"] = f"the linears do not run the fused op ({reason})"
-        if (asked := self.config.place) != "auto":
-            if obstacle := obstacles.get(asked):
-                raise ConfigError(f"method.options.peso.place={asked}: {obstacle}", "use place=auto")
-            return asked
-        if self.config.groups == "rank" or not ops.uses_kernel("prox_adamw", ctx.kernels):
-            return "eager"
-        return next((place for place, obstacle in obstacles.items() if not obstacle), "eager")
+        return obstacles
+
+    def _refuse(self, obstacles: Mapping[str, str]) -> None:
+        if obstacle := obstacles.get(self.config.place):
+            raise ConfigError(f"peso's option place={self.config.place}: {obstacle}", "use place=auto")
 
     def _prepare(self, vector: AdapterVector, anchor: Tensor) -> None:
         lengths = vector.lengths.to(anchor.device)

@@ -128,14 +128,48 @@ def record_untied(model: "PreTrainedModel") -> None:
 
 
 def check_supported(model: torch.nn.Module) -> None:
-    """Refuse a model whose logits are more than head(hidden): packed loss and decoder call the head directly."""
+    """Refuse a model that packed rows and their head cannot stand for.
+
+    Its logits are more than head(hidden), which loss and decoder call directly; or a token sees others by more than
+    attention under the mask that it is given: convolutions, states, distances in a row.
+    """
     config: Any = model.config
+    if strange := {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"{type(model).__name__} has layers of {', '.join(sorted(strange))}, whose tokens see those of other "
+            "documents in a packed row",
+            "use a model of attention layers alone (the Llama, Qwen and Mistral families)",
+        )
+    if getattr(config, "alibi", False):
+        raise ConfigError(
+            f"{type(model).__name__} adds a bias by the distance in a row to its attention (alibi)",
+            "use a model with rotary or learned positions",
+        )
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         value = getattr(config, key, None)
         if value not in (None, 1, 1.0):
             raise ConfigError(
                 f"{type(model).__name__} transforms its logits ({key}={value})",
                 "use a model without it (the Llama, Qwen and Mistral families have none)",
+            )
+
+
+def check_reach(config: Any, reach: int) -> None:
+    """`ConfigError` where documents of `reach` tokens are longer than the model sees: its sliding window, its table of
+    positions, or the length from which LongRoPE turns by other factors."""
+    rope, kinds = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    long = rope.get("rope_type") == "longrope"
+    limits = {
+        "sliding window": getattr(config, "sliding_window", None) if slides else None,
+        "table of positions": None if rope else getattr(config, "max_position_embeddings", None),
+        "LongRoPE": rope.get("original_max_position_embeddings") if long else None,
+    }
+    for what, most in limits.items():
+        if most and reach > most:
+            raise ConfigError(
+                f"histories become documents of up to {reach} tokens, the model's {what} has {most}",
+                "use a smaller window, row_tokens or history_tokens",
             )
 
 

@@ -12,7 +12,7 @@ from cladapt.artifacts import recover
 from cladapt.config import RunSettings, describe, resolve
 from cladapt.errors import ConfigError, DataError
 from cladapt.lock import locked
-from cladapt.methods import Method, build
+from cladapt.methods import Context, Method, build
 from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.anchors import module_of
 from cladapt.model.history import unload
@@ -277,6 +277,7 @@ def _adapted(config: RunSettings, stream: Any, base: FittedBase) -> Iterator[tup
     if (start := work.starts_from(config)) is not None:
         adapter_block(start)
         start_from(model, start, base)
+    method.check(Context.of(model, 1, {}, config.kernels))
     yield method, model
     unload(model)
 

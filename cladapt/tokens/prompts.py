@@ -84,6 +84,9 @@ class Document:
 class Form(Protocol):
     """How item histories become tokens."""
 
+    reach: int
+    """The most tokens from the first of a document to one that sees it, both included."""
+
     def prompt(self, history: np.ndarray) -> np.ndarray:
         """Token ids, int64, after which the target's semantic-ID tokens follow; `history` holds integer items."""
 
@@ -116,6 +119,7 @@ class PackedForm:
         self.item_tokens, self.bos, self.window = item_tokens.astype(np.int64), bos, window
         self.overlap = window // 2
         self.row_items = (row_tokens - 1) // item_tokens.shape[1]
+        self.reach = 1 + self.row_items * item_tokens.shape[1]
         if self.row_items < self.overlap + 1:
             raise ConfigError(
                 f"row_tokens={row_tokens} holds {self.row_items} items of {item_tokens.shape[1]} tokens, "
@@ -168,8 +172,8 @@ class WordedForm(ABC):
     """A worded prompt per target, the target's semantic-ID tokens the response: the form of the LC-Rec and PESO family.
 
     The prompt opens with the tokenizer's bos token, if it has one, and holds at most `limit` tokens. Of a history that
-    is longer the oldest items are left out. In training the window moves on by `window_step` items as soon as it is
-    full, so that prompts of a user begin alike; the first of them, and the only one of evaluation, holds all `window`.
+    is longer the oldest items are left out. In training what a prompt holds moves on by `window_step` items as soon as
+    it is full, so that prompts of a user begin alike; the first of them, and the only one of evaluation, holds all.
     """
 
     def __init__(
@@ -216,7 +220,11 @@ class WordedForm(ABC):
         for place in range(first_target, len(items)):
             if place - begin > self.window:
                 begin += step
-            documents.append(respond(self.read(items[begin:place]), self.item_tokens[items[place]]))
+            prompt = self.read(items[begin:place])
+            while step > 1 and place > first_target and prompt.left_out.shortened and place - begin > step:
+                begin += step  # where the budget is what bounds the history, it moves on in steps too
+                prompt = self.read(items[begin:place])
+            documents.append(respond(prompt, self.item_tokens[items[place]]))
         return documents
 
 
@@ -251,6 +259,7 @@ class PromptForm(WordedForm):
         self.fitting = min(window, fitting)
         around = len(self.head) + len(self.tail)
         longest = max(len(self.empty), around + self.fitting * (levels + between) - between) + levels
+        self.reach = longest
         if longest > row_tokens:
             what, smaller = (
                 (f"history_tokens={history_tokens}", "smaller history_tokens")

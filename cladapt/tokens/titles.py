@@ -54,6 +54,7 @@ class TitleForm(WordedForm):
                 f"{around + levels} of a row with the target",
             )
         self.limit = around + budget
+        self.reach = max(self.limit, len(self.empty)) + levels
         if self.limit + levels > row_tokens or len(self.empty) + levels > row_tokens:
             needed = max(self.limit, len(self.empty)) + levels
             raise ConfigError(

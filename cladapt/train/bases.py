@@ -10,6 +10,7 @@ from cladapt.config import BaseConfig, PretrainConfig, TuneConfig
 from cladapt.data.histories import split_block
 from cladapt.data.schema import Stream
 from cladapt.model.load import Base, new_model, save_base
+from cladapt.model.source import check_reach
 from cladapt.ops import compute_device
 from cladapt.tokens.prompts import Document
 from cladapt.tokens.sids import SidTable
@@ -39,6 +40,7 @@ def make_base(out: Path, stream: Stream, sids: SidTable, config: PretrainConfig,
 def first_block(stream: Stream, base: Base, form: str, config: BaseConfig) -> tuple[list[Document], list[Document]]:
     """Documents of block 1 to train and to validate on."""
     made = make_form(form, base, config.window, config.row_tokens)
+    check_reach(base.model.config, made.reach)
     split = split_block(stream, 1)
     return training_documents(split, made), validation_documents(split, made)
 

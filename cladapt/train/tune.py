@@ -16,6 +16,7 @@ from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import adapter_parameters, create_adapter
 from cladapt.model.load import Base
 from cladapt.model.packed import PackedLoss, TrieSoftmax
+from cladapt.model.source import check_reach
 from cladapt.tokens.alignment import ITEM_TASKS, IdsToTitle, Items
 from cladapt.tokens.prompts import Document, warn_left_out
 from cladapt.tokens.tokenizer import sid_token_ids
@@ -50,6 +51,7 @@ def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
     """
     texts, room = stream.items["text"].to_list(), (config.window, config.row_tokens)
     form = make_form(config.form, base, *room, config.history, texts, config.history_tokens, None, config.window_step)
+    check_reach(base.model.config, form.reach)
     split, alignment = split_block(stream, 1), config.tasks.alignment
     validation = validation_documents(split, form)
     tasks: dict[str, tuple[Sequence[Document], float]] = {}

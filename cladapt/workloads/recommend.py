@@ -46,6 +46,7 @@ from cladapt.model.load import Base, base_provenance, check_form, check_home, lo
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import LEARNED, adapter_provenance
 from cladapt.model.sharding import refuse_one_process
+from cladapt.model.source import check_reach
 from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, LeftOut, pack
 from cladapt.train.bases import make_base
@@ -319,7 +320,7 @@ def form_of(config: RunConfig, base: Base, stream: Stream) -> Form:
     """How a run's histories become tokens; `stream` has the items of the base's IDs."""
     train = config.train
     texts = None if train.history == "ids" else stream.items["text"].to_list()
-    return make_form(
+    form = make_form(
         train.form,
         base,
         train.window,
@@ -329,6 +330,8 @@ def form_of(config: RunConfig, base: Base, stream: Stream) -> Form:
         train.history_tokens,
         window_step=train.window_step,
     )
+    check_reach(base.model.config, form.reach)
+    return form
 
 
 def truth_of(folder: Path) -> pl.DataFrame | None:

@@ -162,7 +162,7 @@ def test_auto_keeps_the_order_of_methods_and_the_groups(
     [("optimiser", "the trained parameters are not all float32"), ("epilogue", "the linears do not run the fused op")],
 )
 def test_a_place_that_is_not_there_is_an_error(place: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"method.options.peso.place={place}: {reason}") as caught:
+    with pytest.raises(ConfigError, match=f"peso's option place={place}: {reason}") as caught:
         Peso(PesoConfig(place=place)).begin_block(Context(parameters(), block=1))
     assert caught.value.hint == "use place=auto"
     with pytest.raises(ConfigError, match=f"place={place} has groups of whole factors, groups is rank: use"):

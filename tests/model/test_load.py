@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -22,7 +23,6 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.model.load import (
     PRESETS,
     Base,
-    check_supported,
     extend_model,
     load_base,
     new_model,
@@ -30,6 +30,7 @@ from cladapt.model.load import (
     trie_softmax,
     weights_hash,
 )
+from cladapt.model.source import check_reach, check_supported
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.tokens.trie import Trie
@@ -151,6 +152,51 @@ def test_what_is_no_causal_lm_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot load a causal LM from") as caught:
         extend_model(str(tmp_path), SIDS, seed=0)
     assert caught.value.hint.startswith("give a local Hugging Face checkpoint directory")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "lfm2",
+            {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+            "has layers of conv, whose tokens",
+        ),
+        ("falcon", {"alibi": True}, "adds a bias by the distance in a row"),
+    ],
+)
+def test_a_model_whose_documents_would_see_each_other_is_refused(
+    kind: str, settings: dict[str, Any], message: str
+) -> None:
+    model = torch.nn.Module()
+    model.config = AutoConfig.for_model(kind, **settings)
+    with pytest.raises(ConfigError, match=message):
+        check_supported(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "what"),
+    [
+        ("mistral", {"sliding_window": 64}, "sliding window"),
+        ("gemma3_text", {"sliding_window": 64}, "sliding window"),
+        ("gpt2", {"n_positions": 64}, "table of positions"),
+        ("opt", {"max_position_embeddings": 64}, "table of positions"),
+    ],
+)
+def test_documents_longer_than_a_model_sees_are_refused(kind: str, settings: dict[str, Any], what: str) -> None:
+    config = AutoConfig.for_model(kind, **settings)
+    check_reach(config, 64)
+    with pytest.raises(ConfigError, match=f"documents of up to 65 tokens, the model's {what} has 64"):
+        check_reach(config, 65)
+
+
+def test_models_without_such_limits_take_documents_of_any_length() -> None:
+    for kind, settings in (
+        ("llama", {"max_position_embeddings": 64}),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}),
+        ("mistral", {"sliding_window": None}),
+    ):
+        check_reach(AutoConfig.for_model(kind, **settings), 10_000)
 
 
 @pytest.mark.parametrize("key", ["final_logit_softcapping", "logit_scale", "logits_scaling"])

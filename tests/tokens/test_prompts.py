@@ -213,6 +213,24 @@ def test_a_window_that_moves_on_in_steps_sees_the_newest_items_and_fewer_of_them
         PromptForm(ids, tokenizer, window=6, row_tokens=4000, window_step=7)
 
 
+def test_a_budget_moves_on_in_steps_too() -> None:
+    tokenizer = subword_tokenizer()
+    ids, items = tokens_for(tokenizer), np.arange(12) % 4
+    by_one = PromptForm(ids, tokenizer, window=10, row_tokens=4000)
+    separator = len(by_one.separator)
+    budget = 5 * (ids.shape[1] + separator) - separator
+    form = PromptForm(ids, tokenizer, window=10, row_tokens=4000, history_tokens=budget, window_step=3)
+    assert form.fitting == 5
+    lengths = []
+    for place, d in enumerate(form.examples(items, 2), start=2):
+        (n,) = (n for n in range(6) if np.array_equal(form.prompt(items[place - n : place]), d.tokens[~d.loss]))
+        lengths.append(n)
+    assert lengths == [2, 3, 4, 5, 3, 4, 5, 3, 4, 5]
+    (last,) = form.examples(items, 11)  # the only one of evaluation holds all that fit
+    np.testing.assert_array_equal(last.tokens[~last.loss], form.prompt(items[:11]))
+    assert last.left_out.items == 5
+
+
 def test_prefixes_are_shared_up_to_the_token_that_predicts() -> None:
     def document(tokens: list[int], marked: int) -> Document:
         return Document(np.array(tokens), np.arange(len(tokens)) >= marked)

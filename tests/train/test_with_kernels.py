@@ -180,6 +180,9 @@ def test_a_place_where_the_term_cannot_join_is_refused(method: str, place: str, 
     with pytest.raises(ConfigError, match=message) as caught:
         runs.train(config("scaled", method=method, place=place), Path("run"), MemorySink())
     assert caught.value.hint == "use place=auto"
+    assert not Path("run").exists()
+    with pytest.raises(ConfigError, match=message):
+        runs.plan(config("scaled", method=method, place=place))
 
 
 class Stops(MemorySink):
