@@ -183,7 +183,7 @@ class LearningConfig(Settings):
     """How weights are learned, whatever they are."""
 
     lr: PositiveFloat = 2e-3
-    """Peak learning rate; later blocks have `block_lr_factor` on top."""
+    """Peak learning rate."""
     epochs: Positive = 6
     """Epochs per block."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -46,7 +46,8 @@ def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"unknown key {path!r}" + (f", did you mean {near[0]!r}?" if near else f", known: {', '.join(known) or 'none'}")
+        listed = ", ".join(known) or "none"
+        return f"unknown key {path!r}" + (f", did you mean {near[0]!r}?" if near else f", known: {listed}")
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}={_shown(problem['input'])}: {message}" if problem["loc"] else message
 

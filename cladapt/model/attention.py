@@ -3,8 +3,8 @@
 `dense`: an additive mask [R, 1, S, S], on any device. `varlen`: the documents one after another through torch's
 variable-length flash attention, which computes only what is seen and needs their ends alone: on a GPU, in half
 precision, for models whose attention is plain, and rows without a tree of shared prefixes. Neither is a setting; the
-environment's CLADAPT_KERNELS=reference leaves the dense mask alone. Sliding windows play no part in either: a form whose
-documents are longer than one is refused (`cladapt.model.source.check_reach`).
+environment's CLADAPT_KERNELS=reference leaves the dense mask alone. Sliding windows play no part in either: documents
+that are longer than one are refused (`cladapt.model.source.check_reach`).
 """
 
 import functools

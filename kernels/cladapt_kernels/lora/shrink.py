@@ -29,9 +29,11 @@ def _shrink(
     store_tile(s, total, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
 
 
-def _warps(x: Tensor) -> int:
-    """Float32, which is summed outside of tensor cores, spills with 4 before sm_90, and with 8 on sm_100."""
-    return 8 if x.element_size() == 4 and capability(x.device) < 90 else 4
+def _tile(x: Tensor, r: int, dropout: bool) -> dict[str, int]:
+    """By rule, what no Triton of the matrix spills or serializes: float32 is summed outside of tensor cores."""
+    wide = x.element_size() == 4
+    block = 64 if r > 32 or (wide and dropout) else 32 if dropout else 128
+    return {"BLOCK_K": block, "num_warps": 8 if wide and capability(x.device) < 100 else 4}
 
 
 def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -51,8 +53,7 @@ def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tenso
         a = widened(x, a)
         _shrink[(triton.cdiv(m, BLOCK_M),)](
             x, a, s, seed, m, k, r, *x.stride(), *a.stride(), scale, drop_threshold(p),
-            BLOCK_M=BLOCK_M, BLOCK_K=128 if r <= 32 and p == 0 else 64, BLOCK_R=padded(r), DROPOUT=p > 0,
-            num_warps=_warps(x),
+            BLOCK_M=BLOCK_M, **_tile(x, r, p > 0), BLOCK_R=padded(r), DROPOUT=p > 0,
             num_stages=STAGES,
         )  # fmt: skip
     return s

@@ -23,8 +23,8 @@ from cladapt_kernels.tiles import keep_tile, load_tile, padded, processors, stor
 
 BLOCK_M, BLOCK_FOLD = 64, 1024
 WIDE = {"BLOCK_M": 64, "BLOCK_C": 128, "num_warps": 4, "num_stages": 4}
-HIGH = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}  # ranks whose sums would fill the registers
-EXACT = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2}  # float32, which tensor cores would round
+HIGH = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}  # ranks whose sums would fill the registers
+EXACT = {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1}  # float32, which tensor cores would round
 CHUNKS = 8  # all of these by rule: they spill nowhere; on an H200 WIDE was timed at rank 16, against no other
 FEWEST_ROWS = 256  # of a chunk
 CROWD = 2  # programs per multiprocessor that `single` aims at
@@ -260,7 +260,7 @@ def single(
 ) -> None:
     """Write da = ds^T (keep * x) and db = scale dy^T s in one launch; arguments as of `skinny`."""
     (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
-    tile, rank = _tile(x, r), padded(r)
+    tile, rank = _tile(x, r) | _single_tile(x, r), padded(r)
     strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
     wanted = max(1, CROWD * processors(x.device) // strips)
     chunk_rows = max(FEWEST_ROWS, triton.cdiv(triton.cdiv(m, wanted), tile["BLOCK_M"]) * tile["BLOCK_M"])
@@ -270,6 +270,11 @@ def single(
         ds, x, s, dy, sums, counters(x.device, strips), da, db, seed, m, k, n, r, chunks, chunk_rows,
         *x.stride(), *dy.stride(), scale, drop_threshold(p), **tile, BLOCK_R=rank, DROPOUT=p > 0,
     )  # fmt: skip
+
+
+def _single_tile(x: Tensor, r: int) -> dict[str, int]:
+    """What spills less where the fold is in the same launch."""
+    return {"num_stages": 2} if x.element_size() == 4 else {"BLOCK_M": 64} if r > 32 else {}
 
 
 def _tile(x: Tensor, r: int) -> dict[str, int]:

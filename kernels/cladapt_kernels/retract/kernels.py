@@ -295,6 +295,10 @@ def _apply(
         _store(x, total, stride, lies, row, last, r, ROWS, RANK)
 
 
+QR_WEIGHTS = {32: {"num_warps": 4, "num_stages": 2}}
+"""Of weights with the gauge qr, which eight warps spill at rank 32, and four with the gauge polar."""
+
+
 class FusedStiefel:
     """`Stiefel` of float32 factors [n, r], r to 64, that are contiguous along one side."""
 
@@ -342,6 +346,8 @@ class FusedStiefel:
         moving, aligned = self._table(xs, gs, tangent)
         shared = {"TANGENT": tangent, "CHUNK_ROWS": CHUNK_ROWS, "RANK": self._rank, "BLOCK_K": BLOCK_K}
         products, weights, apply = TILES[self._rank]
+        if self._gauge == "qr":
+            weights = weights | QR_WEIGHTS.get(self._rank, {})
         tables = (self._chunks, self._fixed, moving)
         with on_device_of(self._parts):
             _products[(len(self._chunks),)](*tables, self._parts, multiplier, ALIGNED=aligned, **shared, **products)
