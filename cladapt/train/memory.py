@@ -153,7 +153,7 @@ def _loss(lm: "PreTrainedModel", batch: MicroBatch, device: torch.device, dense:
     """The mean loss of `batch`, by the operations of `PackedLoss` on positions that are known beforehand."""
     ones = torch.ones(batch.rows, batch.length, dtype=torch.int64, device=device)
     # without a mask attention is causal, which keeps what attention of variable length does
-    mask = block_mask(ones, next(lm.parameters()).dtype) if dense else None
+    mask = block_mask(ones, next(lm.parameters()).dtype, batch.branches) if dense else None
     backbone = getattr(lm, lm.base_model_prefix)
     hidden = backbone(input_ids=ones, attention_mask=mask, position_ids=ones, use_cache=False).last_hidden_state
     before = hidden[:, :-1].flatten(0, 1)[torch.zeros(batch.targets, dtype=torch.int64, device=device)]

@@ -27,6 +27,7 @@ def test_the_mask_is_causal_inside_a_document_and_closed_outside() -> None:
             for j in range(6):
                 seen = i == j or (j < i and 0 < numbers[r, i] == numbers[r, j])
                 assert mask[r, 0, i, j] == (0.0 if seen else torch.finfo(torch.float32).min)
+    assert torch.equal(mask, block_mask(POSITION[:2] * (numbers > 0), torch.float32, trees=False))
     assert block_mask(POSITION, torch.bfloat16).isfinite().all()
 
 
