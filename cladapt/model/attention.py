@@ -85,8 +85,8 @@ def block_mask(position: Tensor, dtype: torch.dtype, trees: bool = True) -> Tens
 
     Position is depth in a tree of prefixes that is laid out depth first, and 0 where a document begins and in padding:
     token i sees itself, and j < i where all of position[j + 1 : i + 1] are greater than position[j]. Others get the
-    dtype's lowest value, not -inf, so that a padding row stays finite. Without `trees` no document has branches: the same
-    mask takes half the time.
+    dtype's lowest value, not -inf, so that a padding row stays finite. Without `trees` no document has branches,
+    and the mask takes half the time.
     """
     size = position.shape[1]
     index = torch.arange(size, device=position.device)
