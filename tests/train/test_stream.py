@@ -188,14 +188,14 @@ def test_the_held_out_events_of_a_user_are_two_targets_of_one_document(folder: P
         assert document.loss.tolist() == [False] * (len(document.tokens) - 4) + [True] * 4
 
 
-def test_a_prompt_has_one_of_the_held_out_events(folder: Path) -> None:
+def test_a_document_of_prompts_has_the_held_out_events_of_a_user(folder: Path) -> None:
     base = load_base(folder)
     form = make_form("prompt", base, window=3, row_tokens=128)
     split = split_block(stream(), 2)
     tokens = base.item_tokens().numpy()
     targets = [d.tokens[d.loss].tolist() for d in held_out_documents(split, form)]
-    held_out = np.column_stack([split.targets("valid"), split.targets("test")]).ravel()
-    assert targets == tokens[held_out].tolist()
+    held_out = np.column_stack([split.targets("valid"), split.targets("test")])
+    assert targets == tokens[held_out].reshape(len(held_out), -1).tolist()
 
 
 @pytest.mark.parametrize("method", ["finetune", "retrain"])
