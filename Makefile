@@ -61,7 +61,8 @@ $(MATRIX)/triton-%/.installed: $(STAMP)
 
 kernel-matrix: $(TRITONS:%=kernels-%)  ## kernel tests, interpreted, and budgets with every Triton of the matrix
 
-kernel-newest: kernels-$(lastword $(TRITONS))  ## the same with the newest alone
+kernel-newest: $(MATRIX)/triton-$(lastword $(TRITONS))/.installed  ## every branch of them and the budgets, with the newest alone
+	$(<D)/bin/python -m pytest tests/kernels/test_budgets.py $(wildcard tests/kernels/test_branches*.py) -n auto --dist loadfile
 
 kernels-%: $(MATRIX)/triton-%/.installed
 	$(<D)/bin/python -m pytest tests/kernels -n auto --dist loadfile -m "not slow"
