@@ -262,7 +262,7 @@ def _add(
 ):  # fmt: skip
     """Add the term's gradient to the gradients that have an address."""
     tensor, group, i, own = _chunk(chunks, sizes, BLOCK, ALIGNED)
-    own = own & (tl.load(addresses + tensors + tensor) != 0)
+    own &= tl.full((BLOCK,), tl.load(addresses + tensors + tensor), tl.int64) != 0
     _, _, grad, pull = _before_step(
         addresses, tensor, tensors, i, own, group, ranges, constants, parts, centres, step, strength, n_groups,
         KIND, ALIGNED, FOLD,
