@@ -212,9 +212,7 @@ class Field:
 
         base = Base(copy.deepcopy(case.base.model), padded_tokenizer(case.base.tokenizer), case.base.sids, {})
         self.model: PeftModel = create_adapter(base, AdapterConfig(), 0, kernels="reference")
-        self.examples = [
-            {"input_ids": d.tokens.tolist(), "labels": np.where(d.loss, d.tokens, -100).tolist()} for d in documents
-        ]
+        self.examples = labelled(documents)
         self.collate = DataCollatorForSeq2Seq(base.tokenizer, padding=True)
         self.per_batch, self.train, self.on_cpu = per_batch, case.train, case.device.type == "cpu"
 
@@ -244,6 +242,11 @@ class Field:
             trainer.train()
 
 
+def labelled(documents: Sequence[Document]) -> list[dict[str, list[int]]]:
+    """Documents as Trainer takes them: token ids, and labels that are -100 on what is not learned."""
+    return [{"input_ids": d.tokens.tolist(), "labels": np.where(d.loss, d.tokens, -100).tolist()} for d in documents]
+
+
 def padded_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """A copy that pads on the right, by the eos token where it has no other."""
     tokenizer = copy.deepcopy(tokenizer)
@@ -259,8 +262,7 @@ def check_losses(
 ) -> None:
     """`CheckFailed` unless padded prompts have the loss over the vocabulary that they have packed and shared."""
     lm, device = case.base.model.eval(), case.device
-    examples = [{"input_ids": d.tokens.tolist(), "labels": np.where(d.loss, d.tokens, -100).tolist()} for d in prompts]
-    padded = {key: value.to(device) for key, value in collate(examples).items()}
+    padded = {key: value.to(device) for key, value in collate(labelled(prompts)).items()}
     theirs = float(lm(**padded).loss)
     for documents in (prompts, shared):
         rows = pack(documents, ROW_TOKENS, None)

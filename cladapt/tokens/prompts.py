@@ -8,7 +8,7 @@ common to a user's instructions is computed once. All give evaluation the prompt
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class LeftOut:
     """What a token budget left out: `items` and the ends of `titles`, of the histories in `shortened` of `prompts`."""
 
-    prompts: int = 0
+    prompts: int
     shortened: int = 0
     items: int = 0
     titles: int = 0
@@ -31,10 +31,9 @@ class LeftOut:
     @classmethod
     def of(cls, read: "Iterable[Prompt | Document]") -> "LeftOut":
         """The sums over prompts or documents."""
-        return sum((p.left_out for p in read), cls())
-
-    def __add__(self, other: "LeftOut") -> "LeftOut":
-        return LeftOut(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        found = [p.left_out for p in read]
+        prompts, shortened = sum(f.prompts for f in found), sum(f.shortened for f in found)
+        return cls(prompts, shortened, sum(f.items for f in found), sum(f.titles for f in found))
 
     def __str__(self) -> str:
         return (
