@@ -79,6 +79,13 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch, factors: Factors = "skinny") -> 
         monkeypatch.setattr(module, "launch_obstacle", lambda *_: "")
 
 
+@pytest.fixture(params=["torch", "skinny"])
+def by_both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors' gradients by plain torch, then by the kernel."""
+    if request.param == "skinny":
+        by_kernels(monkeypatch)
+
+
 def gradients(world: World) -> list[Tensor]:
     found = [world.a.grad, world.b.grad]
     assert all(grad is not None for grad in found)
@@ -122,12 +129,8 @@ def test_gradients_are_those_of_loss_and_term(
         assert figures[name] == pytest.approx(wanted.item(), abs=tolerance), name
 
 
-@pytest.mark.parametrize("route", ["torch", "skinny"])
-def test_the_term_joins_once_a_step_and_only_when_armed(
-    route: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if route == "skinny":
-        by_kernels(monkeypatch)
+@pytest.mark.usefixtures("by_both")
+def test_the_term_joins_once_a_step_and_only_when_armed(device: torch.device) -> None:
     world = World("scaled", torch.float32, device)
     world.backward(slice(0, 10))  # a micro-batch that is not the last
     world.epilogue.arm()
@@ -148,12 +151,8 @@ def test_the_term_joins_once_a_step_and_only_when_armed(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("route", ["torch", "skinny"])
-def test_what_no_linear_reaches_is_left_to_finish(
-    route: str, form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if route == "skinny":
-        by_kernels(monkeypatch)
+@pytest.mark.usefixtures("by_both")
+def test_what_no_linear_reaches_is_left_to_finish(form: str, device: torch.device) -> None:
     world = World(form, torch.float32, device)
     size = torch.full((1,), 0.7, device=device, requires_grad=True)
     unused = torch.full((5,), 0.03, device=device, requires_grad=True)
@@ -180,12 +179,8 @@ def test_what_no_linear_reaches_is_left_to_finish(
 
 
 @pytest.mark.parametrize("far", [10.0, 100.0, 1000.0])
-@pytest.mark.parametrize("route", ["torch", "skinny"])
-def test_a_factor_far_from_its_anchor_has_the_gradient_of_float64(
-    route: str, far: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if route == "skinny":
-        by_kernels(monkeypatch)
+@pytest.mark.usefixtures("by_both")
+def test_a_factor_far_from_its_anchor_has_the_gradient_of_float64(far: float, device: torch.device) -> None:
     world = World("scaled", torch.float32, device)
     with torch.no_grad():
         world.a[0, 0] = world.anchors[0][0, 0] + far / 20.0
