@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from cladapt.config import AdapterConfig, TuneConfig
-from cladapt.data.histories import split_block
+from cladapt.data.histories import BlockSplit, split_block
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
 from cladapt.methods import Context
@@ -52,22 +52,33 @@ def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
     texts, room = stream.items["text"].to_list(), (config.window, config.row_tokens)
     form = make_form(config.form, base, *room, config.history, texts, config.history_tokens, None, config.window_step)
     check_reach(base.model.config, form.reach)
-    split, alignment = split_block(stream, 1), config.tasks.alignment
+    split = split_block(stream, 1)
     validation = validation_documents(split, form)
     tasks: dict[str, tuple[Sequence[Document], float]] = {}
     if config.tasks.sequence:
-        documents = training_documents(split, form)
-        warn_left_out(documents, "block 1")
-        tasks["sequence"] = documents, config.tasks.sequence
-    if not alignment:
-        return Lesson(tasks, validation, cut_texts=0)
+        tasks["sequence"] = training_documents(split, form), config.tasks.sequence
+    cut_texts = 0
+    if config.tasks.alignment:
+        aligning, cut_texts = _alignment(base, split, texts, config)
+        tasks |= aligning
+    for name, (documents, _) in tasks.items():
+        warn_left_out(documents, f"block 1, {name}")
+    return Lesson(tasks, validation, cut_texts)
+
+
+def _alignment(
+    base: Base, split: BlockSplit, texts: Sequence[str], config: TuneConfig
+) -> tuple[dict[str, tuple[Sequence[Document], float]], int]:
+    """Documents and weight of each alignment task, and how many texts are cut."""
+    weights, room = config.tasks.alignment, (config.window, config.row_tokens)
     items = Items.encode(base.tokenizer, base.sids, base.item_tokens().numpy(), texts, config.title_tokens, *room)
     if not items.longest:
         raise DataError(
-            f"tasks.{next(iter(alignment))} needs items' texts: no item of block 1 has one that the tokenizer knows",
+            f"tasks.{next(iter(weights))} needs items' texts: no item of block 1 has one that the tokenizer knows",
             "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or leave the task out",
         )
-    for name, weight in alignment.items():
+    tasks: dict[str, tuple[Sequence[Document], float]] = {}
+    for name, weight in weights.items():
         if name in ITEM_TASKS:
             documents = ITEM_TASKS[name](items).documents(np.arange(len(texts)))
         elif name == "ids_to_title":
@@ -75,7 +86,7 @@ def lesson(base: Base, stream: Stream, config: TuneConfig) -> Lesson:
         else:
             documents = training_documents(split, make_form("prompt", base, *room, "titles", texts))
         tasks[name] = documents, weight
-    return Lesson(tasks, validation, int(items.cut.sum()))
+    return tasks, int(items.cut.sum())
 
 
 def tune(

@@ -32,6 +32,7 @@ from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
 from cladapt.train import checkpoint as checkpoints
 from cladapt.train.sinks import MemorySink
+from cladapt.train.tune import lesson
 from cladapt.workloads.recommend import Recommend
 from cladapt_cli.app import run as command
 
@@ -145,7 +146,6 @@ def test_held_out_events_are_in_no_document(world: Path) -> None:
     """The log without its validation and test events gives the same documents of every task."""
     from cladapt.data.histories import split_block
     from cladapt.tokens.prompts import LeftOut
-    from cladapt.train.tune import lesson
 
     stream = Stream.load(world / "stream").prefix(1)
     base = load_base(world / "init")
@@ -254,9 +254,16 @@ def test_losses_that_tuning_makes_worse_are_told(world: Path, tmp_path: Path) ->
 
 def test_shortened_prompts_are_told_and_recorded(world: Path, tmp_path: Path) -> None:
     short = config(tasks={}, epochs=1, form="prompt", history="titles", history_tokens=12)
-    with pytest.warns(UserWarning, match=r"block 1: \d+ of \d+ prompts are shortened .* raise history_tokens"):
+    with pytest.warns(UserWarning, match=r"block 1, sequence: \d+ of \d+ prompts are shortened .* raise history"):
         report = bases.tune_base(str(world / "init"), world / "stream", tmp_path / "out", short, MemorySink())
     assert report["left_out"] == read_json(tmp_path / "out" / "cladapt.json")["left_out"]
+
+
+def test_prompts_that_an_alignment_task_shortens_are_told_with_its_name(world: Path) -> None:
+    stream = Stream.load(world / "stream").prefix(1)
+    base = load_base(world / "init")
+    with pytest.warns(UserWarning, match=r"block 1, titles_to_id: \d+ of \d+ prompts are shortened"):
+        lesson(base, stream, config(tasks={"titles_to_id": 1.0}, row_tokens=120))
 
 
 def test_id_tokens_that_a_source_has_already_are_counted(world: Path, tmp_path: Path) -> None:
