@@ -96,9 +96,9 @@ def main(arguments: Sequence[str] | None = None, results: Path = ROOT / "results
 
     _print(rows)
     entries = [entry for entry in asked if entry not in refused]
-    ways = timed([entry for entry in entries if entry in ROUTES])
-    if on_gpu and ways and folder is not None:
-        table = write_routes(ways, gpu)
+    parts = timed([entry for entry in entries if entry in ROUTES])
+    if on_gpu and parts and folder is not None:
+        table = write_routes(parts, gpu)
         _say(f"wrote {table}")
         shutil.copyfile(table, folder / "routes.csv")
     timed([entry for entry in entries if entry not in ROUTES])

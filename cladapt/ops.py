@@ -65,14 +65,14 @@ def backends(configured: Choice = "auto") -> Mapping[str, tuple[str, str]]:
     if choice == "triton" and obstacle:
         raise EnvironmentProblem(f"kernels=triton: {obstacle}", "use kernels=auto or kernels=reference")
     where = "CUDA" if torch.cuda.is_available() else "CPU"
-    told = {op: ("reference", f"this op has no Triton kernel; plain torch on {where}") for op in REFERENCES}
+    chosen = {op: ("reference", f"this op has no Triton kernel; plain torch on {where}") for op in REFERENCES}
     for op in KERNELS:
         if choice == "reference" or obstacle:
             reason = "asked for" if choice == "reference" else f"auto: {obstacle}"
-            told[op] = ("reference", f"{reason}; plain torch on {where}")
+            chosen[op] = ("reference", f"{reason}; plain torch on {where}")
         else:
-            told[op] = ("triton", "asked for" if choice == "triton" else "auto: there is a GPU")
-    return told
+            chosen[op] = ("triton", "asked for" if choice == "triton" else "auto: there is a GPU")
+    return chosen
 
 
 def uses_kernel(op: str, configured: Choice = "auto") -> bool:

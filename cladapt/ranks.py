@@ -60,13 +60,13 @@ def check() -> None:
                 f"{variable}={os.environ[variable]}: {name} cuts the base into parts, which is not supported",
                 "use torchrun, or `accelerate launch --multi_gpu`: every process then holds the base whole",
             )
-    told = {name: os.environ[name] for name in LAUNCH if name in os.environ}
-    strange = [name for name in NUMBERS if name in told and not told[name].isdecimal()]
-    lacking = [name for name in LAUNCH if name not in told]
-    if strange or (lacking and ("LOCAL_RANK" in told or _number("WORLD_SIZE") > 1)):
+    given = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    strange = [name for name in NUMBERS if name in given and not given[name].isdecimal()]
+    lacking = [name for name in LAUNCH if name not in given]
+    if strange or (lacking and ("LOCAL_RANK" in given or _number("WORLD_SIZE") > 1)):
         wrong = f"{', '.join(strange)} is no number" if strange else f"{', '.join(lacking)} is not set"
         raise EnvironmentProblem(
-            f"the environment tells of several processes, but {wrong}: {told}",
+            f"the environment announces several processes, but {wrong}: {given}",
             f"start several with torchrun; for one process: env {' '.join(f'-u {n}' for n in NUMBERS)} cladapt ...",
         )
     started = [name for name in MPI if _number(name) > 1]
@@ -177,7 +177,7 @@ def other_ended(error: BaseException) -> bool:
 def first_to_fail(report: Callable[[], int]) -> int:
     """`report()` of the process that comes here first; the others wait for it and take its exit code.
 
-    A failure on one rank breaks what the others are doing, and a mistake fails on all: either way it is told once.
+    A failure on one rank breaks what the others are doing, and a mistake fails on all: either way it is reported once.
     """
     if ranks() == 1:
         return report()
@@ -190,7 +190,7 @@ def first_to_fail(report: Callable[[], int]) -> int:
         earlier = store.add(f"{key}/count", 1) - 1
         if earlier:
             return int(store.get(f"{key}/code"))
-    except (DistError, KeyError, ValueError):  # no store, or it is gone: twice told is better than not at all
+    except (DistError, KeyError, ValueError):  # no store, or it is gone: reported twice is better than not at all
         return report()
     code = report()
     store.set(f"{key}/code", str(code))

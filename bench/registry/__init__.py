@@ -1,7 +1,8 @@
 """What is measured: for each op, its providers on the same inputs, the first one the baseline.
 
-An entry makes closures that run once; the runner interleaves them. `ROUTES` times every way of a LoRA linear part by
-part, from which `write_routes` makes the table that the dispatcher reads; all else, new entries too, is in `REGISTRY`.
+An entry makes closures that run once; the runner interleaves them. `ROUTES` times every implementation of
+each part of a LoRA linear, from which `write_routes` makes the table that the dispatcher reads; all else, new entries
+too, is in `REGISTRY`.
 """
 
 from registry import adamw, lora, proximal, retract

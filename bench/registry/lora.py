@@ -1,4 +1,4 @@
-"""The LoRA linear against PEFT's arithmetic and the frozen linear; `ROUTES` times every way of its parts by itself.
+"""The LoRA linear against PEFT's arithmetic and the frozen linear; `ROUTES` times each implementation of its parts.
 
 All providers have the same inputs, bf16 on a GPU. The model of bytes counts passes over X and Y beyond those of the two
 frozen products (`PASSES`).
@@ -20,7 +20,7 @@ from cladapt_kernels.timing import Call, Entry, Providers, Work
 
 SCALE = 2.0
 HALF = 2  # bytes of a bf16 entry
-WAYS = {"forward": get_args(Gemm), "dx": get_args(Gemm), "factors": get_args(Factors)}
+IMPLEMENTATIONS = {"forward": get_args(Gemm), "dx": get_args(Gemm), "factors": get_args(Factors)}
 SKINNY_TESTS = ("tests/kernels/test_skinny.py",)
 SHRINK_TESTS = ("tests/kernels/test_lora_linear.py",)
 LORA_TESTS = (*SHRINK_TESTS, *SKINNY_TESTS)
@@ -104,7 +104,7 @@ def peft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _trained(size: Size, device: torch.device) -> Providers:
-    """Forward and backward of a whole layer, by everyone's arithmetic and by each way of ours."""
+    """Forward and backward of a whole layer, by everyone's arithmetic and by each implementation of ours."""
     on_gpu = device.type == "cuda"
     own = layer(size, device)
     x, weight, a, b, dy = (t.detach() for t in own)
@@ -113,9 +113,9 @@ def _trained(size: Size, device: torch.device) -> Providers:
         functional.linear(x, weight)
         dy @ weight
 
-    def by(way: Gemm, factors: Factors) -> None:
-        _, s = forward_by(way, x, weight, None, a, b, SCALE)
-        backward_by(Route(way, way, factors, ""), dy, x, weight, a, b, s, SCALE)
+    def by(impl: Gemm, factors: Factors) -> None:
+        _, s = forward_by(impl, x, weight, None, a, b, SCALE)
+        backward_by(Route(impl, impl, factors, ""), dy, x, weight, a, b, s, SCALE)
 
     def autograd(function: Callable[..., Tensor], own: Layer) -> None:
         own.backward(function(own.x, own.weight, own.a, own.b))
@@ -126,8 +126,8 @@ def _trained(size: Size, device: torch.device) -> Providers:
         calls["PEFT, fp32 adapter"] = partial(autograd, peft, layer(size, device, torch.float32))
     calls["addmm, matmul"] = partial(by, "addmm", "matmul")  # Unsloth's products, none twice
     if on_gpu and has_triton():
-        ways = itertools.product(get_args(Gemm), get_args(Factors))
-        calls |= {f"{way}, {by_}": partial(by, way, by_) for way, by_ in ways if f"{way}, {by_}" in PASSES}
+        impls = itertools.product(get_args(Gemm), get_args(Factors))
+        calls |= {f"{impl}, {by_}": partial(by, impl, by_) for impl, by_ in impls if f"{impl}, {by_}" in PASSES}
     ours = partial(autograd, lambda x, weight, a, b: lora_linear(x, weight, None, a, b, SCALE), own)
     return {**calls, "cladapt, as dispatched": ours}
 
@@ -150,20 +150,20 @@ def _compiled_entry(size: Size) -> Entry:
 
 
 def _part(size: Size, part: str, device: torch.device) -> Providers:
-    """One part of a layer by each way, the rest of what is timed with it the same."""
+    """One part of a layer by each implementation, the rest of what is timed with it the same."""
     x, weight, a, b, dy = (t.detach() for t in layer(size, device))
     _, s = forward_by("addmm", x, weight, None, a, b, SCALE)
 
-    def run(way: str) -> None:
+    def run(impl: str) -> None:
         if part == "forward":
-            forward_by(way, x, weight, None, a, b, SCALE)  # type: ignore[arg-type]
+            forward_by(impl, x, weight, None, a, b, SCALE)  # type: ignore[arg-type]
         elif part == "dx":
-            backward_by(Route("addmm", way, "skinny", ""), dy, x, weight, a, b, s, SCALE)  # type: ignore[arg-type]
+            backward_by(Route("addmm", impl, "skinny", ""), dy, x, weight, a, b, s, SCALE)  # type: ignore[arg-type]
         else:
-            route = Route("addmm", "addmm", way, "")  # type: ignore[arg-type]
+            route = Route("addmm", "addmm", impl, "")  # type: ignore[arg-type]
             backward_by(route, dy, x, weight, a, b, s, SCALE, need_dx=False)
 
-    return {way: partial(run, way) for way in WAYS[part]}
+    return {impl: partial(run, impl) for impl in IMPLEMENTATIONS[part]}
 
 
 def _skinny(size: Size, device: torch.device) -> Providers:
@@ -212,5 +212,5 @@ COMPILED = tuple(map(_compiled_entry, SIZES))
 ROUTES = tuple(
     Entry(f"lora_linear {part}", str(size), LORA_TESTS, partial(_part, size, part), gpu_only=True)
     for size in SIZES
-    for part in WAYS
+    for part in IMPLEMENTATIONS
 )

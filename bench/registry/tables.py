@@ -6,14 +6,14 @@ from pathlib import Path
 
 from cladapt_kernels.lora import routes
 from cladapt_kernels.timing import COLD, HOST, HOT, MODELLED, TIME, WALL, Row
-from registry.lora import SIZES, WAYS
+from registry.lora import IMPLEMENTATIONS, SIZES
 
-ROUTE_COLUMNS = (*"mknr", "dtype", *WAYS)
+ROUTE_COLUMNS = (*"mknr", "dtype", *IMPLEMENTATIONS)
 SUMMARY = ("over baseline", "us", "wall us", "host us", "% of roof", "rate", "H200 model us")
 
 
 def write_routes(rows: Sequence[Row], gpu: str, folder: Path = routes.TABLES) -> Path:
-    """The dispatcher's table of this GPU: for each size, the way of each part whose median with cold L2 is least.
+    """The dispatcher's table of this GPU: for each size, of each part what has the least median with cold L2.
 
     A size of which a part was not timed has no row.
     """
@@ -28,7 +28,7 @@ def write_routes(rows: Sequence[Row], gpu: str, folder: Path = routes.TABLES) ->
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(ROUTE_COLUMNS)
         for size in SIZES:
-            keys = [(f"lora_linear {part}", str(size)) for part in WAYS]
+            keys = [(f"lora_linear {part}", str(size)) for part in IMPLEMENTATIONS]
             if all(key in best for key in keys):
                 writer.writerow([*size, "bfloat16", *(best[key][1] for key in keys)])
     routes.forget()

@@ -53,8 +53,8 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
     special = {n: m.parameters for n, m in methods.items() if m.parameters != "factors"}
     histories = [n for n, m in methods.items() if m.history]
     if len({*special.values()}) > 1:
-        told = ", ".join(f"{n} {what}" for n, what in special.items())
-        raise ConfigError(f"method.name={name!r}: different things would learn: {told}", "use one of them")
+        listed = ", ".join(f"{n} {what}" for n, what in special.items())
+        raise ConfigError(f"method.name={name!r}: different things would learn: {listed}", "use one of them")
     if len(histories) > 1:
         raise ConfigError(
             f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"

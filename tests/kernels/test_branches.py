@@ -238,7 +238,7 @@ def test_strips_of_one_tile_and_of_many(
 
 
 @pytest.mark.parametrize(
-    ("name", "few", "capability", "r", "p", "way"),
+    ("name", "few", "capability", "r", "p", "impl"),
     [
         ("SMALL", 2048, 90, 5, 0.0, "seeded"),
         ("WIDE", 0, 90, 5, 0.0, "seeded"),
@@ -252,7 +252,7 @@ def test_strips_of_one_tile_and_of_many(
     ],
 )
 def test_every_tile_of_the_tables_is_chosen_and_multiplies(
-    name: str, few: int, capability: int, r: int, p: float, way: Gemm, device: torch.device,
+    name: str, few: int, capability: int, r: int, p: float, impl: Gemm, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if device.type == "cuda":
@@ -262,15 +262,15 @@ def test_every_tile_of_the_tables_is_chosen_and_multiplies(
     m, k, n = 136, 72, 264  # two tiles each way of the largest
     x, weight, a, b = drawn(device, (m, k), (n, k), (r, k), (n, r), dtype=torch.float16)
     b *= 0.1
-    given = {"seeded": (x, r, p > 0), "strip": (x, False), "described": (x, n, r, p > 0)}[way]
+    given = {"seeded": (x, r, p > 0), "strip": (x, False), "described": (x, n, r, p > 0)}[impl]
     with tiles.assuming(capability):
-        assert getattr(gemm, f"_{way}_tile")(*given) is getattr(gemm, name)
-        if way == "strip":
+        assert getattr(gemm, f"_{impl}_tile")(*given) is getattr(gemm, name)
+        if impl == "strip":
             y, s = gemm.strip(x, weight.T, a, b.T, SCALE, 1.0)
         else:  # the mask is that of the result here, as in the gradient of x
             s = shrink.shrink(x, a)
-            y = getattr(gemm, way)(x, weight.T, s, b.T, SCALE, None, p, torch.tensor([SEED]))
-    dropped = keep(m, n, p, device) if p and way != "strip" else 1.0
+            y = getattr(gemm, impl)(x, weight.T, s, b.T, SCALE, None, p, torch.tensor([SEED]))
+    dropped = keep(m, n, p, device) if p and impl != "strip" else 1.0
     truth = SCALE * dropped * (s.double() @ b.double().T) + x.double() @ weight.double().T
     assert (y.double() - truth).abs().max() <= torch.finfo(torch.float16).eps * truth.abs().max()
     close(s, x.double() @ a.double().T, 2e-2)
@@ -427,7 +427,7 @@ SKINNY, SINGLE = {"_partial", "_fold"}, {"_single"}
     ("by", "table", "widest", "exact", "p", "forward", "backward"),
     [
         pytest.param(by, *rest, id=f"{name}, {by}")
-        for name, ways, *rest in (
+        for name, impls, *rest in (
             ("rule", ("op", "eager"), "", 2048, False, 0.0, {"_shrink", "_seeded"}, {"_shrink", "_seeded", *SKINNY}),
             ("rule, wide", ("op",), "", 16, False, 0.0, set(), SKINNY),
             ("rule, dropout", ("op", "compiled"), "", 16, False, 0.3, {"_shrink", "_seeded"},
@@ -437,7 +437,7 @@ SKINNY, SINGLE = {"_partial", "_fold"}, {"_single"}
             ("described", ("op",), "described,described,matmul", 16, False, 0.0, {"_shrink", "_described"},
              {"_shrink", "_described"}),
         )
-        for by in ways
+        for by in impls
     ],
 )  # fmt: skip
 def test_the_dispatcher_s_choice_runs_below_the_registered_op(

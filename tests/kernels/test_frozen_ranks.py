@@ -47,26 +47,26 @@ def truth(given: Given, p: float, dtype: torch.dtype, absolute: bool = False) ->
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("way", ["addmm", "seeded", "strip", "described"])
-def test_every_way_is_as_near_to_float64_as_torch(
-    way: str, p: float, device: torch.device, dtypes: tuple[torch.dtype, ...], within_budget: Callable[..., None],
+@pytest.mark.parametrize("impl", ["addmm", "seeded", "strip", "described"])
+def test_every_implementation_is_as_near_to_float64_as_torch(
+    impl: str, p: float, device: torch.device, dtypes: tuple[torch.dtype, ...], within_budget: Callable[..., None],
     poisoned: Callable[[Tensor], Tensor],
 ) -> None:  # fmt: skip
     for dtype in dtypes:
-        if device.type == "cpu" and (way, dtype) in (("addmm", torch.float16), ("described", torch.float32)):
+        if device.type == "cpu" and (impl, dtype) in (("addmm", torch.float16), ("described", torch.float32)):
             continue
         given, scale = make((63, 72, 88, 5), dtype, torch.float32, device), SCALE / (1 - p)
         x, dy, seed, frozen = poisoned(given["x"]), poisoned(given["dy"]), seed_on(device), frozen_of(given)
         weight, a, b = given["weight"], given["a"], given["b"]
-        y, s = forward_by(way, x, weight, given["bias"], a, b, scale, p, seed, frozen)
-        chosen = Route(way, way, "matmul" if way == "addmm" else "skinny", "asked for")
+        y, s = forward_by(impl, x, weight, given["bias"], a, b, scale, p, seed, frozen)
+        chosen = Route(impl, impl, "matmul" if impl == "addmm" else "skinny", "asked for")
         grads = backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, frozen=frozen)
         exact, sizes = truth(given, p, torch.float64), truth(given, p, torch.float64, absolute=True)
         for name, found, *others in zip(
             ("y", "dx", "da", "db"), (y, *grads), exact, truth(given, p, dtype), sizes, strict=True
         ):
             right, plain, size = others
-            within_budget(f"{way} {dtype} {name}", found, right, plain.to(found.dtype), size)
+            within_budget(f"{impl} {dtype} {name}", found, right, plain.to(found.dtype), size)
 
 
 def trained(given: Given) -> tuple[Tensor, Tensor, Tensor]:

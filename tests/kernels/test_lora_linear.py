@@ -22,7 +22,7 @@ from cladapt_kernels.descriptors import describable
 from cladapt_kernels.lora import gemm, shrink, skinny
 from cladapt_kernels.tiles import assuming
 
-WAYS = ("addmm", "seeded", "strip")
+IMPLEMENTATIONS = ("addmm", "seeded", "strip")
 FACTORS: dict[str, Factors] = {"addmm": "matmul", "described": "single"}  # "skinny" with all else
 SCALE = 0.5
 ON_GPU = torch.cuda.is_available()
@@ -79,38 +79,40 @@ def make(
     return Case(draw(m, k), draw(n, k), beside, draw(r, k, of=factors), draw(n, r, of=factors), draw(m, n), seed)
 
 
-def check_way(case: Case, way: str, p: float, within_budget: Check, poisoned: Callable[[Tensor], Tensor]) -> None:
-    """Y, dX, dA and dB by this way are as near to float64 as torch is at the same dtype."""
+def check_implementation(
+    case: Case, impl: str, p: float, within_budget: Check, poisoned: Callable[[Tensor], Tensor]
+) -> None:
+    """Y, dX, dA and dB by this implementation are as near to float64 as torch is at the same dtype."""
     x, dy = poisoned(case.x), poisoned(case.dy)
     scale = SCALE / (1 - p)
-    y, s = forward_by(way, x, case.weight, case.bias, case.a, case.b, scale, p, case.seed)
-    chosen = Route(way, way, FACTORS.get(way, "skinny"), "asked for")
+    y, s = forward_by(impl, x, case.weight, case.bias, case.a, case.b, scale, p, case.seed)
+    chosen = Route(impl, impl, FACTORS.get(impl, "skinny"), "asked for")
     grads = backward_by(chosen, dy, x, case.weight, case.a, case.b, s, scale, p, case.seed)
     results = zip((y, *grads), case.truth(p), case.truth(p, x.dtype), absolute(case).truth(p), strict=True)
     named = dict(zip(("y", "dx", "da", "db"), results, strict=True))
     for name in ("dx", "da", "db", "y"):
         found, truth, other, size = named[name]
-        within_budget(f"{way} {x.dtype} {name}", found, truth, other.to(found.dtype), size)
+        within_budget(f"{impl} {x.dtype} {name}", found, truth, other.to(found.dtype), size)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="full tiles, groups and strips of a real size need a GPU")
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("way", [*WAYS, "described"])
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "described"])
 @pytest.mark.parametrize(("dtype", "r"), [(torch.bfloat16, 16), (torch.float32, 8)], ids=str)
-def test_every_way_at_a_real_size_is_as_near_to_float64_as_torch(
-    dtype: torch.dtype, r: int, way: str, p: float, device: torch.device,
+def test_every_implementation_at_a_real_size_is_as_near_to_float64_as_torch(
+    dtype: torch.dtype, r: int, impl: str, p: float, device: torch.device,
     within_budget: Check, poisoned: Callable[[Tensor], Tensor],
 ) -> None:  # fmt: skip
     case = make((8200, 1040, 3088, r), dtype, device, torch.float32)
-    check_way(case, way, p, within_budget, poisoned)
+    check_implementation(case, impl, p, within_budget, poisoned)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_way_is_as_near_to_float64_as_torch(
+def test_every_implementation_is_as_near_to_float64_as_torch(
     shape: tuple[int, int, int, int],
-    way: str,
+    impl: str,
     p: float,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
@@ -118,10 +120,10 @@ def test_every_way_is_as_near_to_float64_as_torch(
     poisoned: Callable[[Tensor], Tensor],
 ) -> None:
     for dtype in dtypes:
-        if way == "addmm" and dtype == torch.float16 and device.type == "cpu":
+        if impl == "addmm" and dtype == torch.float16 and device.type == "cpu":
             continue
         for factors in (torch.float32, dtype):
-            check_way(make(shape, dtype, device, factors), way, p, within_budget, poisoned)
+            check_implementation(make(shape, dtype, device, factors), impl, p, within_budget, poisoned)
 
 
 @pytest.mark.skipif(
@@ -139,7 +141,7 @@ def test_tiles_by_descriptors_are_as_near_to_float64_as_torch(
         monkeypatch.setattr(skinny, "FEWEST_ROWS", 16)
     monkeypatch.setattr(gemm, "seeded", None)  # nothing is left to it
     case = make((100, 72, 136, 5), dtypes[1], device, torch.float32)
-    check_way(case, "described", p, within_budget, poisoned)
+    check_implementation(case, "described", p, within_budget, poisoned)
 
 
 def test_what_the_copy_engine_cannot_read_goes_by_pointers(device: torch.device) -> None:
@@ -189,18 +191,18 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
         for name in names:
             monkeypatch.setattr(module, name, partial(watched, name, getattr(module, name)))
     monkeypatch.setattr(tiles, "on_device_of", on_device_of)
-    for way, factors in (("seeded", "skinny"), ("strip", "single")):
-        _, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
-        chosen = Route(way, way, factors, "asked for")
+    for impl, factors in (("seeded", "skinny"), ("strip", "single")):
+        _, s = forward_by(impl, case.x, case.weight, None, case.a, case.b, SCALE)
+        chosen = Route(impl, impl, factors, "asked for")
         backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE)
     assert {*launched} == {"seeded", "strip", "shrink", "skinny", "single"}
 
 
 def test_without_a_gradient_of_x_only_the_factors_are_computed(device: torch.device) -> None:
     case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
-    for way in WAYS:
-        chosen = Route(way, way, "skinny", "asked for")
-        _, s = forward_by(way, case.x, case.weight, None, case.a, case.b, SCALE)
+    for impl in IMPLEMENTATIONS:
+        chosen = Route(impl, impl, "skinny", "asked for")
+        _, s = forward_by(impl, case.x, case.weight, None, case.a, case.b, SCALE)
         dx, da, db = backward_by(chosen, case.dy, case.x, case.weight, case.a, case.b, s, SCALE, need_dx=False)
         assert dx is None
         torch.testing.assert_close(da.double(), case.truth(0.0)[2], rtol=1e-4, atol=1e-4)
@@ -345,9 +347,9 @@ def test_a_quantised_weight_and_its_bias_take_autocast_s_dtype(quantised: torch.
         assert torch.equal(one, two)
 
 
-def by_kernels(monkeypatch: pytest.MonkeyPatch, way: str = "seeded") -> None:
+def by_kernels(monkeypatch: pytest.MonkeyPatch, impl: str = "seeded") -> None:
     """Route everything to the kernels, on any device."""
-    monkeypatch.setattr(op, "route", lambda *_: Route(way, way, "skinny", "asked for"))  # type: ignore[arg-type]
+    monkeypatch.setattr(op, "route", lambda *_: Route(impl, impl, "skinny", "asked for"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
@@ -372,14 +374,14 @@ def test_fake_tensors_of_transposed_factors_have_the_strides_of_real_ones(device
     torch.library.opcheck(torch.ops.cladapt.lora_linear, (x, weight, bias, a, b, SCALE, 0.0, None))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
 def test_what_nobody_asked_for_is_neither_computed_nor_kept(
-    way: str, wanted: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    impl: str, wanted: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make((20, 24, 40, 4), torch.float32, device, torch.float32)
-    if way != "addmm":
-        by_kernels(monkeypatch, way)
+    if impl != "addmm":
+        by_kernels(monkeypatch, impl)
     trained = [case.x, case.a, case.b]
     for i in wanted:
         trained[i].requires_grad_()
@@ -392,7 +394,7 @@ def test_what_nobody_asked_for_is_neither_computed_nor_kept(
     with products:
         grads = torch.autograd.grad(y, [trained[i] for i in wanted], case.dy)
     made = {"dx": (20, 24), "da": (4, 24), "db": (40, 4)}
-    if way == "addmm":  # the interpreter of kernels copies what it reads
+    if impl == "addmm":  # the interpreter of kernels copies what it reads
         assert {name for name, shape in made.items() if shape in products.shapes} == {list(made)[i] for i in wanted}
     for i, found in zip(wanted, grads, strict=True):
         torch.testing.assert_close(found.double(), case.truth(0.0)[1 + i].detach(), rtol=1e-4, atol=1e-4)

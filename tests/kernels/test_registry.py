@@ -14,7 +14,7 @@ import torch
 
 from cladapt_kernels.timing import COLD, FLOOR, HOST, HOT, MODELLED, WALL, Entry, Row, modelled
 from registry import REGISTRY, ROUTES, lora, red, red_by_report, summary, write_routes
-from registry.lora import SIZES, SMALL, WAYS, Layer, Size, layer, peft
+from registry.lora import IMPLEMENTATIONS, SIZES, SMALL, Layer, Size, layer, peft
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_every_entry_has_tests_and_a_place_of_its_own() -> None:
     assert len({(entry.name, entry.shape) for entry in entries}) == len(entries)
     assert [file for entry in entries for file in entry.tests if not (ROOT / file).is_file()] == []
     assert {(entry.name, entry.shape) for entry in ROUTES} == {
-        (f"lora_linear {p}", str(s)) for p in WAYS for s in SIZES
+        (f"lora_linear {p}", str(s)) for p in IMPLEMENTATIONS for s in SIZES
     }
 
 
@@ -106,12 +106,12 @@ def test_providers_of_the_layer_compute_the_same(monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("part", WAYS)
-def test_every_way_of_a_part_runs(part: str) -> None:
+@pytest.mark.parametrize("part", IMPLEMENTATIONS)
+def test_every_implementation_of_a_part_runs(part: str) -> None:
     pytest.importorskip("triton", reason="the kernels are written in triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     calls = lora._part(Size(64, 32, 48, 8), part, device)
-    assert tuple(calls) == WAYS[part]
+    assert tuple(calls) == IMPLEMENTATIONS[part]
     for call in calls.values():
         call()
 
@@ -222,8 +222,8 @@ def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
         assert (device, runs, roofs, budget) == (torch.device("cuda", 0), 3, "roofs", 7.0)
         done.append(entry.name)
         common: Row = {"name": entry.name, "shape": entry.shape, "metric": f"time{COLD}", "unit": "us", "runs": runs}
-        ways = WAYS.get(entry.name.removeprefix("lora_linear "), ("x",))
-        return [{**common, "provider": way, "q20": n, "q50": n, "q80": n} for n, way in enumerate(ways)]
+        impls = IMPLEMENTATIONS.get(entry.name.removeprefix("lora_linear "), ("x",))
+        return [{**common, "provider": impl, "q20": n, "q50": n, "q80": n} for n, impl in enumerate(impls)]
 
     def write_routes_here(rows: list[Row], gpu: str) -> Path:
         done.append(f"table of {gpu}")
@@ -243,7 +243,7 @@ def test_on_a_gpu_the_routes_are_written_before_anything_is_dispatched(
     table = (tmp_path / "routes" / "some-maker-g9.csv").read_text().splitlines()
     assert table[1] == "8192,1024,1024,16,bfloat16,addmm,addmm,matmul"
     written = (tmp_path / "some-maker-g9" / "registry.csv").read_text().splitlines()
-    assert len(written) == 1 + sum(map(len, WAYS.values())) * len(SIZES) + len(REGISTRY)
+    assert len(written) == 1 + sum(map(len, IMPLEMENTATIONS.values())) * len(SIZES) + len(REGISTRY)
     assert (tmp_path / "some-maker-g9" / "routes.csv").read_text().splitlines() == table
 
 

@@ -12,7 +12,7 @@ from cladapt_kernels.lora import routes
 from cladapt_kernels.lora.routes import Route
 from cladapt_kernels.timing import COLD, HOT, Row
 from registry import write_routes
-from registry.lora import SIZES, WAYS
+from registry.lora import IMPLEMENTATIONS, SIZES
 from registry.tables import ROUTE_COLUMNS
 
 GPU = "Some Maker G9"
@@ -24,13 +24,13 @@ FASTEST = {
 
 
 def rows() -> list[Row]:
-    """For each width its own fastest ways when L2 is cold; hot, and by the ratio, other ways."""
+    """For each width its own fastest implementations when L2 is cold; hot, and by the ratio, other implementations."""
     made: list[Row] = []
     for size in SIZES:
-        for part, fastest in zip(WAYS, FASTEST[size.k], strict=True):
-            for way in WAYS[part]:
-                common = {"name": f"lora_linear {part}", "shape": str(size), "provider": way}
-                cold = 10.0 if way == fastest else 11.0
+        for part, fastest in zip(IMPLEMENTATIONS, FASTEST[size.k], strict=True):
+            for impl in IMPLEMENTATIONS[part]:
+                common = {"name": f"lora_linear {part}", "shape": str(size), "provider": impl}
+                cold = 10.0 if impl == fastest else 11.0
                 made.append({**common, "metric": f"time{COLD}", "unit": "us", "q50": cold})
                 made.append({**common, "metric": f"time{HOT}", "unit": "us", "q50": 20.0 - cold})
                 made.append({**common, "metric": f"time over 'addmm'{COLD}", "unit": "ratio", "q50": 20.0 - cold})
@@ -223,5 +223,5 @@ def test_every_table_that_comes_along_is_well_formed(path: Path) -> None:
     for line in lines[1:]:
         assert all(int(side) > 0 for side in line[:4])
         assert line[4] in ("bfloat16", "float16")
-        for way, known in zip(line[5:], WAYS.values(), strict=True):
-            assert way in known
+        for impl, known in zip(line[5:], IMPLEMENTATIONS.values(), strict=True):
+            assert impl in known

@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="the kernels are written in triton")
 P = 0.2
 
 
-def losses(way: Gemm, steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def losses(impl: Gemm, steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Two frozen layers whose adapters learn to answer as two others do."""
-    chosen = Route(way, way, "matmul" if way == "addmm" else "skinny", "asked for")
+    chosen = Route(impl, impl, "matmul" if impl == "addmm" else "skinny", "asked for")
     monkeypatch.setattr(op, "route", lambda *_: chosen)
     generator = torch.Generator().manual_seed(0)
 
@@ -40,10 +40,10 @@ def losses(way: Gemm, steps: int, device: torch.device, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "steps"), [("seeded", 200), ("strip", 40)])  # the interpreter is slow
+@pytest.mark.parametrize(("impl", "steps"), [("seeded", 200), ("strip", 40)])  # the interpreter is slow
 def test_the_loss_curve_is_that_of_plain_torch(
-    way: Gemm, steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    impl: Gemm, steps: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, ours = (torch.tensor(losses(w, steps, device, monkeypatch)) for w in ("addmm", way))
+    plain, ours = (torch.tensor(losses(w, steps, device, monkeypatch)) for w in ("addmm", impl))
     assert plain[-10:].mean() < 0.9 * plain[:10].mean()  # something is learned
     torch.testing.assert_close(ours, plain, rtol=2e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The LoRA linear: its ways, of which `routes` chooses one, and the kernels that some of them are made of."""
+"""The LoRA linear: its implementations, of which `routes` chooses one, and the kernels that some are made of."""
 
 from cladapt_kernels.lora.linear import lora_linear, lora_linear_dequantised
 

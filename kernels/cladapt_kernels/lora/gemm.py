@@ -41,11 +41,11 @@ EXACT_STRIP = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num
 
 @triton.jit
 def _low_rank(
-    low, u, seed, row, column, n, r, u_row, u_column, scale, threshold,
+    low, u, seed, row, column, n, r, stride_ur, stride_un, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """scale keep * (S U) of one tile, in float32."""
-    up = load_tile(u, 0, column, r, n, u_row, u_column, BLOCK_R, BLOCK_N).to(low.dtype)
+    up = load_tile(u, 0, column, r, n, stride_ur, stride_un, BLOCK_R, BLOCK_N).to(low.dtype)
     term = tl.full((), scale, tl.float32) * tl.dot(low, up, input_precision="ieee")
     if DROPOUT:
         keep = keep_tile(tl.load(seed), row, column, n, threshold, BLOCK_M, BLOCK_N)
@@ -55,13 +55,13 @@ def _low_rank(
 
 @triton.jit
 def _product(
-    x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column,
+    x, w, total, row, column, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """total + X W of one tile."""
     for inner in range(0, k, BLOCK_K):
-        left = load_tile(x, row, inner, m, k, x_row, x_column, BLOCK_M, BLOCK_K)
-        right = load_tile(w, inner, column, k, n, w_row, w_column, BLOCK_K, BLOCK_N)
+        left = load_tile(x, row, inner, m, k, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
+        right = load_tile(w, inner, column, k, n, stride_wk, stride_wn, BLOCK_K, BLOCK_N)
         total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
@@ -82,7 +82,8 @@ def _finish(total, bias, y, row, column, m, n, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def _seeded(
-    x, w, s, u, bias, y, seed, m, n, k, r, x_row, x_column, w_row, w_column, u_row, u_column, scale, threshold,
+    x, w, s, u, bias, y, seed, m, n, k, r,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_ur, stride_un, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     DROPOUT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -90,17 +91,17 @@ def _seeded(
     row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
     low = load_tile(s, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
     total = _low_rank(
-        low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT
+        low, u, seed, row, column, n, r, stride_ur, stride_un, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT
     )
     total = _product(
-        x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K
+        x, w, total, row, column, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K
     )  # fmt: skip
     _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
 
 
 @triton.jit
 def _described(
-    x, w, s, u, bias, y, seed, m, n, k, r, u_row, u_column, scale, threshold,
+    x, w, s, u, bias, y, seed, m, n, k, r, stride_ur, stride_un, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +110,7 @@ def _described(
     row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
     low = load_tile(s, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
     total = _low_rank(
-        low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT
+        low, u, seed, row, column, n, r, stride_ur, stride_un, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROPOUT
     )
     for inner in range(0, k, BLOCK_K):
         left = x.load([row, inner])
@@ -126,7 +127,8 @@ def _described(
 @triton.jit
 def _strip(
     x, w, a, u, bias, y, s, seed, m, n, k, r, strips,
-    x_row, x_column, w_row, w_column, a_row, a_column, u_row, u_column, scale, inner_scale, threshold,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, stride_ur, stride_un,
+    scale, inner_scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROP_X: tl.constexpr, DROP_Y: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -136,9 +138,9 @@ def _strip(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     inner_total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for inner in range(0, k, BLOCK_K):
-        left = load_tile(x, row, inner, m, k, x_row, x_column, BLOCK_M, BLOCK_K)
-        right = load_tile(w, inner, column, k, n, w_row, w_column, BLOCK_K, BLOCK_N)
-        down = load_tile(a, inner, 0, k, r, a_column, a_row, BLOCK_K, BLOCK_R).to(left.dtype)
+        left = load_tile(x, row, inner, m, k, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
+        right = load_tile(w, inner, column, k, n, stride_wk, stride_wn, BLOCK_K, BLOCK_N)
+        down = load_tile(a, inner, 0, k, r, stride_ak, stride_ar, BLOCK_K, BLOCK_R).to(left.dtype)
         total = tl.dot(left, right, total, input_precision="ieee")
         if DROP_X:
             left = tl.where(keep_tile(tl.load(seed), row, inner, k, threshold, BLOCK_M, BLOCK_K), left, 0.0)
@@ -147,16 +149,16 @@ def _strip(
     if strip == 0:
         store_tile(s, low, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
     total += _low_rank(
-        low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROP_Y
+        low, u, seed, row, column, n, r, stride_ur, stride_un, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROP_Y
     )
     _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
     for tile in range(strip + strips, tl.cdiv(n, BLOCK_N), strips):
         column = tile * BLOCK_N
         total = _low_rank(
-            low, u, seed, row, column, n, r, u_row, u_column, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROP_Y
+            low, u, seed, row, column, n, r, stride_ur, stride_un, scale, threshold, BLOCK_M, BLOCK_N, BLOCK_R, DROP_Y
         )
         total = _product(
-            x, w, total, row, column, m, n, k, x_row, x_column, w_row, w_column, BLOCK_M, BLOCK_N, BLOCK_K
+            x, w, total, row, column, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K
         )  # fmt: skip
         _finish(total, bias, y, row, column, m, n, BLOCK_M, BLOCK_N, BIAS)
 
@@ -188,7 +190,9 @@ def seeded(
     if y.numel():
         u = widened(x, u)
         _seeded[(triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
-            x, w, s, u, bias, y, seed, m, n, k, r, *x.stride(), *w.stride(), *u.stride(), scale, drop_threshold(p),
+            x=x, w=w, s=s, u=u, bias=bias, y=y, seed=seed, m=m, n=n, k=k, r=r,
+            stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wk=w.stride(0), stride_wn=w.stride(1),
+            stride_ur=u.stride(0), stride_un=u.stride(1), scale=scale, threshold=drop_threshold(p),
             **tile, BLOCK_R=padded(r), GROUP=GROUP, DROPOUT=p > 0, BIAS=bias is not None,
         )  # fmt: skip
     return y
@@ -214,8 +218,9 @@ def described(
     tile = _described_tile(x, n, r, dropout=p > 0)
     rows, columns, depth = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     _described[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
-        describe(x, rows, depth), describe(stored, *((columns, depth) if transposed else (depth, columns))),
-        s, u, bias, describe(y, rows, columns), seed, m, n, k, r, *u.stride(), scale, drop_threshold(p),
+        x=describe(x, rows, depth), w=describe(stored, *((columns, depth) if transposed else (depth, columns))),
+        s=s, u=u, bias=bias, y=describe(y, rows, columns), seed=seed, m=m, n=n, k=k, r=r,
+        stride_ur=u.stride(0), stride_un=u.stride(1), scale=scale, threshold=drop_threshold(p),
         **tile, BLOCK_R=padded(r), GROUP=GROUP, TRANSPOSED=transposed, DROPOUT=p > 0, BIAS=bias is not None,
     )  # fmt: skip
     return y
@@ -253,8 +258,11 @@ def strip(
         a, u = widened(x, a), widened(x, u)
         strips = min(max(1, processors(x.device) // blocks), tiles)
         _strip[(blocks * strips,)](
-            x, w, a, u, bias, y, s, seed, m, n, k, r, strips, *x.stride(), *w.stride(), *a.stride(), *u.stride(),
-            scale, inner_scale, drop_threshold(max(drop_x, drop_y)), **tile, BLOCK_R=padded(r),
+            x=x, w=w, a=a, u=u, bias=bias, y=y, s=s, seed=seed, m=m, n=n, k=k, r=r, strips=strips,
+            stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wk=w.stride(0), stride_wn=w.stride(1),
+            stride_ar=a.stride(0), stride_ak=a.stride(1), stride_ur=u.stride(0), stride_un=u.stride(1),
+            scale=scale, inner_scale=inner_scale, threshold=drop_threshold(max(drop_x, drop_y)),
+            **tile, BLOCK_R=padded(r),
             DROP_X=drop_x > 0, DROP_Y=drop_y > 0, BIAS=bias is not None,
         )  # fmt: skip
     return y, s

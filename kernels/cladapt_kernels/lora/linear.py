@@ -226,7 +226,7 @@ def _route(like: Tensor, weight: Tensor, a: Tensor, p: float, frozen: Frozen) ->
 
 
 def forward_by(
-    way: Gemm,
+    impl: Gemm,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -237,12 +237,12 @@ def forward_by(
     seed: Tensor | None = None,
     frozen: Frozen = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y [M, N] and S [M, r] by one way, of x [M, K]; all ways give the same within their dtype's rounding.
+    """Y [M, N] and S [M, r] by one implementation, of x [M, K]; all give the same within their dtype's rounding.
 
     With frozen factors [(1 - p) X F_A^T, S] is multiplied by [F_B, B], and `strip`, which makes one S alone, is
     `seeded`.
     """
-    if way == "addmm":
+    if impl == "addmm":
         y = functional.linear(x, weight, bias)
         s = functional.linear(_dropped(x, p, seed), _as(a, x.dtype))
         if frozen is None:
@@ -253,10 +253,10 @@ def forward_by(
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(x):
-        if way == "strip" and frozen is None:
+        if impl == "strip" and frozen is None:
             return gemm.strip(x, weight.T, a, b.T, scale, 1.0, bias, drop_x=p, seed=seed)
         s = shrink.shrink(x, a, 1.0, p, seed)
-        product = gemm.described if way == "described" else gemm.seeded
+        product = gemm.described if impl == "described" else gemm.seeded
         if frozen is None:
             return product(x, weight.T, s, b.T, scale, bias), s
         low = torch.cat([shrink.shrink(x, frozen[0], 1.0 - p), s], 1)
@@ -317,7 +317,7 @@ def backward_by(
 
 
 def _input_gradient(
-    way: Gemm,
+    impl: Gemm,
     dy: Tensor,
     weight: Tensor,
     a: Tensor,
@@ -333,26 +333,26 @@ def _input_gradient(
     With frozen factors dX += scale (1 - p) dY F_B F_A: as more ranks of the one product, or, where dropout masks this,
     by one more pass over dX.
     """
-    if way == "strip" and need_dx and frozen is None:
+    if impl == "strip" and need_dx and frozen is None:
         from cladapt_kernels.lora import gemm
         from cladapt_kernels.tiles import on_device_of
 
         with on_device_of(dy):
             return gemm.strip(dy, weight, b.T, a, 1.0, scale, drop_y=p, seed=seed)
-    ds = _down(way, dy, b, scale)
+    ds = _down(impl, dy, b, scale)
     if not need_dx:
         return None, ds
     if frozen is None:
-        return _up(way, dy, weight, ds, a, p, seed), ds
-    low = _down(way, dy, frozen[1], scale * (1.0 - p))
+        return _up(impl, dy, weight, ds, a, p, seed), ds
+    low = _down(impl, dy, frozen[1], scale * (1.0 - p))
     if p == 0:
-        return _up(way, dy, weight, torch.cat([low, ds], 1), torch.cat([frozen[0], a]), p, seed), ds
-    return _up(way, dy, weight, ds, a, p, seed).addmm_(low, _as(frozen[0], dy.dtype)), ds
+        return _up(impl, dy, weight, torch.cat([low, ds], 1), torch.cat([frozen[0], a]), p, seed), ds
+    return _up(impl, dy, weight, ds, a, p, seed).addmm_(low, _as(frozen[0], dy.dtype)), ds
 
 
-def _down(way: Gemm, dy: Tensor, b: Tensor, scale: float) -> Tensor:
+def _down(impl: Gemm, dy: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale dY B."""
-    if way == "addmm":
+    if impl == "addmm":
         return _scaled(scale, dy, _as(b, dy.dtype))
     from cladapt_kernels.lora import shrink
     from cladapt_kernels.tiles import on_device_of
@@ -361,9 +361,9 @@ def _down(way: Gemm, dy: Tensor, b: Tensor, scale: float) -> Tensor:
         return shrink.shrink(dy, b.T, scale)
 
 
-def _up(way: Gemm, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def _up(impl: Gemm, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """dY W + keep * (dS A)."""
-    if way == "addmm":
+    if impl == "addmm":
         dx, down = dy @ weight, _as(a, dy.dtype)
         if p == 0:
             return dx.addmm_(ds, down)
@@ -372,7 +372,7 @@ def _up(way: Gemm, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, p: float, 
     from cladapt_kernels.tiles import on_device_of
 
     with on_device_of(dy):
-        product = gemm.described if way == "described" else gemm.seeded
+        product = gemm.described if impl == "described" else gemm.seeded
         return product(dy, weight, ds, a, p=p, seed=seed)
 
 

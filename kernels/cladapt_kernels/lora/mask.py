@@ -24,6 +24,6 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtyp
     if mask.numel():
         with on_device_of(seed):
             _mask[(triton.cdiv(rows, TILE["BLOCK_M"]), triton.cdiv(columns, TILE["BLOCK_N"]))](
-                seed, mask, rows, columns, drop_threshold(p), **TILE
+                seed=seed, mask=mask, rows=rows, columns=columns, threshold=drop_threshold(p), **TILE
             )
     return mask

@@ -1,6 +1,6 @@
-"""Which of several equal ways a LoRA linear takes: a table measured on the GPU at hand, else a rule; never an error.
+"""Which implementation a LoRA linear takes: by a table measured on the GPU at hand, else by a rule; never an error.
 
-A table is `routes/<gpu>.csv`, written by the benchmark that timed every way at every shape. The rule stands where no
+A table is `routes/<gpu>.csv`, written by the benchmark that timed each at every shape. The rule stands where no
 table does. It is that of an H200: with 8192 rows `seeded` beats cuBLAS's addmm at every width from 1024 to 4096 and
 `strip` at none; with 2048 rows cuBLAS is five times as fast. Float32 has no tensor cores that keep its digits, and its
 products are cuBLAS's. The rule names no kernel that no GPU has timed: `described` and `single` wait for a table.
@@ -31,7 +31,7 @@ Factors = Literal["matmul", "skinny", "single"]
 
 
 class Route(NamedTuple):
-    """The ways of Y, of dX and of dA with dB, and why."""
+    """The implementations of Y, of dX and of dA with dB, and why."""
 
     forward: Gemm
     dx: Gemm

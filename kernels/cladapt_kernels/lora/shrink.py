@@ -14,16 +14,16 @@ STAGES = 3
 
 @triton.jit
 def _shrink(
-    x, a, s, seed, m, k, r, x_row, x_column, a_row, a_column, scale, threshold,
+    x, a, s, seed, m, k, r, stride_xm, stride_xk, stride_ar, stride_ak, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for column in range(0, k, BLOCK_K):
-        wide = load_tile(x, row, column, m, k, x_row, x_column, BLOCK_M, BLOCK_K)
+        wide = load_tile(x, row, column, m, k, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
         if DROPOUT:
             wide = tl.where(keep_tile(tl.load(seed), row, column, k, threshold, BLOCK_M, BLOCK_K), wide, 0.0)
-        down = load_tile(a, column, 0, k, r, a_column, a_row, BLOCK_K, BLOCK_R).to(wide.dtype)
+        down = load_tile(a, column, 0, k, r, stride_ak, stride_ar, BLOCK_K, BLOCK_R).to(wide.dtype)
         total = tl.dot(wide, down, total, input_precision="ieee")
     total *= tl.full((), scale, tl.float32)
     store_tile(s, total, row, 0, m, r, r, 1, BLOCK_M, BLOCK_R)
@@ -52,8 +52,9 @@ def shrink(x: Tensor, a: Tensor, scale: float = 1.0, p: float = 0.0, seed: Tenso
     if m:
         a = widened(x, a)
         _shrink[(triton.cdiv(m, BLOCK_M),)](
-            x, a, s, seed, m, k, r, *x.stride(), *a.stride(), scale, drop_threshold(p),
-            BLOCK_M=BLOCK_M, **_tile(x, r, p > 0), BLOCK_R=padded(r), DROPOUT=p > 0,
-            num_stages=STAGES,
+            x=x, a=a, s=s, seed=seed, m=m, k=k, r=r,
+            stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+            scale=scale, threshold=drop_threshold(p),
+            BLOCK_M=BLOCK_M, **_tile(x, r, p > 0), BLOCK_R=padded(r), DROPOUT=p > 0, num_stages=STAGES,
         )  # fmt: skip
     return s

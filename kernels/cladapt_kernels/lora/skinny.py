@@ -32,13 +32,13 @@ CROWD = 2  # programs per multiprocessor that `single` aims at
 
 @triton.jit
 def _product(
-    narrow, wide, seed, first, last, column, r, width, wide_row, wide_column, threshold,
+    narrow, wide, seed, first, last, column, r, width, stride_wm, stride_wc, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """narrow^T (keep * wide) over the rows from `first` to `last` and the columns from `column`, in float32."""
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for row in range(first, last, BLOCK_M):
-        right = load_tile(wide, row, column, last, width, wide_row, wide_column, BLOCK_M, BLOCK_C)
+        right = load_tile(wide, row, column, last, width, stride_wm, stride_wc, BLOCK_M, BLOCK_C)
         if DROPOUT:
             right = tl.where(keep_tile(tl.load(seed), row, column, width, threshold, BLOCK_M, BLOCK_C), right, 0.0)
         left = load_tile(narrow, 0, row, r, last, 1, r, BLOCK_R, BLOCK_M)
@@ -48,7 +48,7 @@ def _product(
 
 @triton.jit
 def _partial(
-    ds, x, s, dy, sums, squares, offsets, seed, m, k, n, r, chunk_rows, x_row, x_column, dy_row, dy_column,
+    ds, x, s, dy, sums, squares, offsets, seed, m, k, n, r, chunk_rows, stride_xm, stride_xk, stride_dym, stride_dyn,
     scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, OFFSETS: tl.constexpr, SQUARES: tl.constexpr,
@@ -64,13 +64,13 @@ def _partial(
     if strip < x_strips:
         column = strip * BLOCK_C
         total = _product(
-            ds, x, seed, first, last, column, r, k, x_row, x_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
+            ds, x, seed, first, last, column, r, k, stride_xm, stride_xk, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
         )
         store_tile(workspace, total, 0, column, r, k, k + n, 1, BLOCK_R, BLOCK_C)
     else:
         column = (strip - x_strips) * BLOCK_C
         total = _product(
-            s, dy, seed, first, last, column, r, n, dy_row, dy_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
+            s, dy, seed, first, last, column, r, n, stride_dym, stride_dyn, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
         )
         total *= tl.full((), scale, tl.float32)
         store_tile(workspace + k, total, 0, column, r, n, k + n, 1, BLOCK_R, BLOCK_C)
@@ -80,7 +80,7 @@ def _partial(
 
 @triton.jit
 def _fold(
-    sums, da, db, squares, a, b, anchor_a, anchor_b, statistics, statistics_row, chunks, k, n, r,
+    sums, da, db, squares, a, b, anchor_a, anchor_b, statistics, stride_statistics, chunks, k, n, r,
     BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr, PROXIMAL: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Programs of row 0 finish dA [r, K], those of row 1 dB [N, r], stored transposed."""
@@ -105,7 +105,7 @@ def _fold(
         value = tl.load(a + place, mask=down, other=0.0).to(tl.float32)
         value += tl.load(b + place, mask=up_own, other=0.0).to(tl.float32)
         anchor = tl.load(anchor_a + place, mask=down, other=0.0) + tl.load(anchor_b + place, mask=up_own, other=0.0)
-        statistics += statistics_row * up
+        statistics += stride_statistics * up
         weight = tl.load(statistics)
         if PROXIMAL == "l2":
             total += weight * (value - anchor)
@@ -121,8 +121,8 @@ def _fold(
 
 @triton.jit(do_not_specialize=["chunks", "chunk_rows"])
 def _single(
-    ds, x, s, dy, sums, counters, da, db, seed, m, k, n, r, chunks, chunk_rows, x_row, x_column, dy_row, dy_column,
-    scale, threshold,
+    ds, x, s, dy, sums, counters, da, db, seed, m, k, n, r, chunks, chunk_rows,
+    stride_xm, stride_xk, stride_dym, stride_dyn, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The workspace is [strips, chunks, BLOCK_R, BLOCK_C]; the counters are zeros before and after."""
@@ -133,12 +133,12 @@ def _single(
     if strip < x_strips:
         column = strip * BLOCK_C
         total = _product(
-            ds, x, seed, first, last, column, r, k, x_row, x_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
+            ds, x, seed, first, last, column, r, k, stride_xm, stride_xk, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
         )
     else:
         column = (strip - x_strips) * BLOCK_C
         total = _product(
-            s, dy, seed, first, last, column, r, n, dy_row, dy_column, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
+            s, dy, seed, first, last, column, r, n, stride_dym, stride_dyn, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
         )
         total *= tl.full((), scale, tl.float32)
     SIZE: tl.constexpr = BLOCK_R * BLOCK_C
@@ -230,19 +230,22 @@ def skinny(
     sums = torch.empty(chunks, r, k + n, dtype=torch.float32, device=x.device)
     per_sample = torch.empty(chunks, strips, device=x.device) if squares and offsets is not None else None
     _partial[(strips, chunks)](
-        ds, x, s, dy, sums, per_sample, offsets, seed, m, k, n, r, chunk_rows, *x.stride(), *dy.stride(),
-        scale, drop_threshold(p), **tile, BLOCK_R=padded(r),
+        ds=ds, x=x, s=s, dy=dy, sums=sums, squares=per_sample, offsets=offsets, seed=seed,
+        m=m, k=k, n=n, r=r, chunk_rows=chunk_rows,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
+        scale=scale, threshold=drop_threshold(p), **tile, BLOCK_R=padded(r),
         DROPOUT=p > 0, OFFSETS=offsets is not None, SQUARES=per_sample is not None,
     )  # fmt: skip
     programs = triton.cdiv(r * max(k, n), BLOCK_FOLD)
     norms = torch.empty(2, programs, device=x.device) if squares else None
-    term = (None, None, None, None, None, 0) if proximal is None else (
-        proximal.a, proximal.b, proximal.anchor_a, proximal.anchor_b,
-        proximal.statistics, proximal.statistics.stride(0),
-    )  # fmt: skip
+    term = None if proximal is None else proximal.statistics
     _fold[(programs, 2)](
-        sums, da, db, norms, *term, chunks, k, n, r, BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate,
-        PROXIMAL="none" if proximal is None else proximal.kind, SQUARES=squares, num_warps=4,
+        sums=sums, da=da, db=db, squares=norms,
+        a=proximal and proximal.a, b=proximal and proximal.b,
+        anchor_a=proximal and proximal.anchor_a, anchor_b=proximal and proximal.anchor_b,
+        statistics=term, stride_statistics=0 if term is None else term.stride(0), chunks=chunks, k=k, n=n, r=r,
+        BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate, PROXIMAL=proximal.kind if proximal else "none", SQUARES=squares,
+        num_warps=4,
     )  # fmt: skip
     return None if norms is None else norms.sum(1), None if per_sample is None else per_sample.sum(1)
 
@@ -267,8 +270,10 @@ def single(
     chunks = max(1, triton.cdiv(m, chunk_rows))
     sums = torch.empty(strips * chunks * rank * tile["BLOCK_C"], dtype=torch.float32, device=x.device)
     _single[(strips, chunks)](
-        ds, x, s, dy, sums, counters(x.device, strips), da, db, seed, m, k, n, r, chunks, chunk_rows,
-        *x.stride(), *dy.stride(), scale, drop_threshold(p), **tile, BLOCK_R=rank, DROPOUT=p > 0,
+        ds=ds, x=x, s=s, dy=dy, sums=sums, counters=counters(x.device, strips), da=da, db=db, seed=seed,
+        m=m, k=k, n=n, r=r, chunks=chunks, chunk_rows=chunk_rows,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
+        scale=scale, threshold=drop_threshold(p), **tile, BLOCK_R=rank, DROPOUT=p > 0,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The launches of `adamw` for one list of parameters: tables of addresses and chunks, and the term's statistics."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -104,16 +105,16 @@ class FusedStep:
             RuntimeError: a parameter changed since the statistics were taken.
         """
         self.check_fresh()
-        addresses, aligned = self._point(grads, first, second)
+        shared = self._shared(step, *self._point(grads, first, second))
         rests = [1.0 - beta for beta in betas]
         logs = torch.tensor(betas, dtype=torch.float64).log().tolist()
         if self._n_chunks:
             with on_device_of(self._parts):
                 _step[(self._n_chunks,)](
-                    addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-                    step, self._scalar(lr), self._strength, self._one if clip is None else self._scalar(clip),
-                    len(self.parameters), self._n_groups, *betas, *rests, *logs, eps, weight_decay,
-                    KIND=self._kind, COPY=self._copy, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
+                    **shared, rate=self._scalar(lr), strength=self._strength,
+                    clip=self._one if clip is None else self._scalar(clip), beta1=betas[0], beta2=betas[1],
+                    rest1=rests[0], rest2=rests[1], log_beta1=logs[0], log_beta2=logs[1],
+                    eps=eps, weight_decay=weight_decay, COPY=self._copy,
                 )  # fmt: skip
         written = [*self.parameters, *first, *second, *(self.copies or ())]
         torch.autograd.graph.increment_version(written)
@@ -128,13 +129,18 @@ class FusedStep:
         self._versions = [p._version for p in self.parameters]
 
     def _take(self, step: Tensor, recentre: bool) -> None:
-        addresses, aligned = self._point()
+        shared = self._shared(step, *self._point())
         with on_device_of(self._parts):
-            _refresh[(self._n_chunks,)](
-                addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-                step, len(self.parameters), self._n_groups,
-                RECENTRE=recentre, KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
-            )  # fmt: skip
+            _refresh[(self._n_chunks,)](**shared, RECENTRE=recentre)
+
+    def _shared(self, step: Tensor, addresses: Tensor, aligned: bool) -> dict[str, Any]:
+        """The arguments that all kernels have in common."""
+        return {
+            "addresses": addresses, "sizes": self._sizes, "chunks": self._chunks, "ranges": self._ranges,
+            "constants": self._constants, "parts": self._parts, "centres": self._centres, "step": step,
+            "tensors": len(self.parameters), "n_groups": self._n_groups,
+            "KIND": self._kind, "ALIGNED": aligned, "BLOCK": BLOCK, "FOLD": FOLD, "num_warps": 8,
+        }  # fmt: skip
 
     def measure(self, grads: Sequence[Tensor], step: Tensor, included: bool = False) -> Tensor:
         """||g + t||^2, ||g||^2, ||t||^2, <g, t>, ||v - a||^2 before a step, t the term's gradient: float64 [5].
@@ -144,14 +150,10 @@ class FusedStep:
         if self.term is None:
             raise ValueError("measure needs a term; without one the gradient's norm says it all")
         self.check_fresh()
-        addresses, aligned = self._point(grads)
+        shared = self._shared(step, *self._point(grads))
         sums = torch.empty(self._n_chunks, FIGURES, device=self.device)
         with on_device_of(self._parts):
-            _measure[(self._n_chunks,)](
-                addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-                sums, step, self._strength, len(self.parameters), self._n_groups,
-                INCLUDED=included, KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
-            )  # fmt: skip
+            _measure[(self._n_chunks,)](**shared, sums=sums, strength=self._strength, INCLUDED=included)
         return sums.double().sum(0)
 
     def add(self, grads: Sequence[Tensor | None], step: Tensor) -> None:
@@ -159,13 +161,9 @@ class FusedStep:
         if self.term is None:
             raise ValueError("add needs a term")
         self.check_fresh()
-        addresses, aligned = self._point(grads)
+        shared = self._shared(step, *self._point(grads))
         with on_device_of(self._parts):
-            _add[(self._n_chunks,)](
-                addresses, self._sizes, self._chunks, self._ranges, self._constants, self._parts, self._centres,
-                step, self._strength, len(self.parameters), self._n_groups,
-                KIND=self._kind, ALIGNED=aligned, BLOCK=BLOCK, FOLD=FOLD, num_warps=8,
-            )  # fmt: skip
+            _add[(self._n_chunks,)](**shared, strength=self._strength)
         torch.autograd.graph.increment_version([grad for grad in grads if grad is not None])
 
     def rows(self, step: Tensor) -> Tensor:

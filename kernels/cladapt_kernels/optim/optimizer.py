@@ -271,16 +271,16 @@ class _Block:
         torch.sub(value, self._anchor, out=d)
         distance = _dot(d, d) if figures else d
         if self._term.kind == "kl":
-            told = self._kl(value, d, spare, figures)
+            penalty = self._kl(value, d, spare, figures)
         else:
             torch.mul(d, 1.0 if self._fisher is None else self._fisher, out=value)
-            told = 0.5 * _dot(value, d) if figures else d
+            penalty = 0.5 * _dot(value, d) if figures else d
             value.mul_(self._term.strength)
         self._rows(grads, self._total)
         products = ((self._total, self._total), (value, value), (self._total, value)) if figures else ()
         sums = [_dot(a, b) for a, b in products]
         self._total.add_(value)
-        return [*sums, distance, told]
+        return [*sums, distance, penalty]
 
     def _kl(self, value: Tensor, d: Tensor, spare: Tensor, figures: bool) -> Tensor:
         """strength dKL/dv = strength p (d - E_p[d]) / tau in the place of `value`, p = softmax(v / tau); returns KL.
@@ -294,13 +294,13 @@ class _Block:
             scale = scale * self._inverse_tau
         torch.softmax(value, 1, out=value)
         d.sub_(torch.mul(value, d, out=spare).sum(1, keepdim=True))
-        told = d
+        penalty = d
         if figures:
             rest = torch.mul(value, d, out=spare).sum(1)
             torch.expm1(torch.neg(d, out=spare), out=spare)
-            told = (spare.mul_(value).sum(1).log1p_() + rest).sum()
+            penalty = (spare.mul_(value).sum(1).log1p_() + rest).sum()
         value.mul_(d).mul_(scale)
-        return told
+        return penalty
 
     def _rows(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         flat = [tensors[index].reshape(-1) for index in self._members]

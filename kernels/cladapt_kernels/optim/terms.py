@@ -51,8 +51,8 @@ class Term:
             for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
                 found, wanted = ((t.device, t.dtype, tuple(t.shape)) for t in (tensor, parameter))
                 if found != wanted or not tensor.is_contiguous():
-                    told, expected = (" ".join(map(str, facts)) for facts in (found, wanted))
-                    raise ValueError(f"{name}[{index}] is {told}, expected {expected}, contiguous")
+                    given, expected = (" ".join(map(str, facts)) for facts in (found, wanted))
+                    raise ValueError(f"{name}[{index}] is {given}, expected {expected}, contiguous")
         for index, parameter in enumerate(parameters):
             if not parameter.is_contiguous() or not parameter.numel():
                 raise ValueError(f"parameter {index} is empty or not contiguous")

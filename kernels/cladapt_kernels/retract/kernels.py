@@ -348,14 +348,14 @@ class FusedStiefel:
         products, weights, apply = TILES[self._rank]
         if self._gauge == "qr":
             weights = weights | QR_WEIGHTS.get(self._rank, {})
-        tables = (self._chunks, self._fixed, moving)
+        tables = {"chunks": self._chunks, "fixed": self._fixed, "moving": moving, "ALIGNED": aligned}
         with on_device_of(self._parts):
-            _products[(len(self._chunks),)](*tables, self._parts, multiplier, ALIGNED=aligned, **shared, **products)
+            _products[(len(self._chunks),)](**tables, parts=self._parts, multiplier=multiplier, **shared, **products)
             _weights[(len(self._fixed),)](
-                self._fixed, self._parts, self._weights, multiplier, KIND=self._kind, GAUGE=self._gauge,
-                MOST_ITERATIONS=MOST_ITERATIONS, **shared, **weights,
+                fixed=self._fixed, parts=self._parts, weights=self._weights, multiplier=multiplier, KIND=self._kind,
+                GAUGE=self._gauge, MOST_ITERATIONS=MOST_ITERATIONS, **shared, **weights,
             )  # fmt: skip
-            _apply[(len(self._chunks),)](*tables, self._weights, ALIGNED=aligned, **shared, **apply)
+            _apply[(len(self._chunks),)](**tables, weights=self._weights, **shared, **apply)
 
     def _table(self, xs: Factors, gs: Factors, tangent: bool) -> tuple[Tensor, bool]:
         """Addresses, strides and orders of factors and gradients [B, 6], made anew where one changed; whether all
