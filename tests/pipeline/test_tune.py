@@ -254,12 +254,13 @@ def test_losses_that_tuning_makes_worse_are_told(world: Path, tmp_path: Path) ->
 
 def test_shortened_prompts_are_told_and_recorded(world: Path, tmp_path: Path) -> None:
     short = config(tasks={}, epochs=1, form="prompt", history="titles", history_tokens=12)
-    with pytest.warns(UserWarning, match=r"block 1, sequence: \d+ of \d+ prompts are shortened .* raise history"):
+    message = r"block 1, sequence: \d+ of \d+ prompts are shortened .* raise history_tokens"
+    with pytest.warns(UserWarning, match=message):
         report = bases.tune_base(str(world / "init"), world / "stream", tmp_path / "out", short, MemorySink())
     assert report["left_out"] == read_json(tmp_path / "out" / "cladapt.json")["left_out"]
 
 
-def test_prompts_that_an_alignment_task_shortens_are_told_with_its_name(world: Path) -> None:
+def test_a_warning_of_shortened_prompts_names_the_alignment_task(world: Path) -> None:
     stream = Stream.load(world / "stream").prefix(1)
     base = load_base(world / "init")
     with pytest.warns(UserWarning, match=r"block 1, titles_to_id: \d+ of \d+ prompts are shortened"):

@@ -238,14 +238,12 @@ def skinny(
     )  # fmt: skip
     programs = triton.cdiv(r * max(k, n), BLOCK_FOLD)
     norms = torch.empty(2, programs, device=x.device) if squares else None
-    term = None if proximal is None else proximal.statistics
+    term = {name: getattr(proximal, name, None) for name in ("a", "b", "anchor_a", "anchor_b", "statistics")}
     _fold[(programs, 2)](
-        sums=sums, da=da, db=db, squares=norms,
-        a=proximal and proximal.a, b=proximal and proximal.b,
-        anchor_a=proximal and proximal.anchor_a, anchor_b=proximal and proximal.anchor_b,
-        statistics=term, stride_statistics=0 if term is None else term.stride(0), chunks=chunks, k=k, n=n, r=r,
-        BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate, PROXIMAL=proximal.kind if proximal else "none", SQUARES=squares,
-        num_warps=4,
+        sums=sums, da=da, db=db, squares=norms, **term,
+        stride_statistics=0 if proximal is None else proximal.statistics.stride(0), chunks=chunks, k=k, n=n, r=r,
+        BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate, PROXIMAL="none" if proximal is None else proximal.kind,
+        SQUARES=squares, num_warps=4,
     )  # fmt: skip
     return None if norms is None else norms.sum(1), None if per_sample is None else per_sample.sum(1)
 
