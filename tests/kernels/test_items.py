@@ -1,0 +1,121 @@
+"""Item-wise SAM of a linear: gradients by item, the perturbed pass against the loop over items, in float64 and bf16."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cladapt_kernels import reference
+from cladapt_kernels.lora.items import ItemFactors, Runs, item_linear
+
+ITEM = torch.tensor([2, 2, 2, 0, 0, 2, 1, 1, 1, 1, 1, 3])
+"""Item 2 has two runs; no token is of item 4."""
+ITEMS, K, N, R, SCALE = 5, 7, 6, 3, 0.5
+
+
+def draw(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"x": (len(ITEM), K), "weight": (N, K), "bias": (N,), "a": (R, K), "b": (N, R), "dy": (len(ITEM), N)}
+    return {
+        name: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype) for name, size in sizes.items()
+    }
+
+
+def plain(given: dict[str, Tensor], a: Tensor, b: Tensor, own: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Y of the tokens `own` with these factors, by the reference."""
+    keep = reference.keep_mask(seed, *given["x"].shape, p)[own] if p else None
+    return reference.lora_linear(given["x"][own], given["weight"], given["bias"], a, b, SCALE / (1 - p), keep)
+
+
+def passes(given: dict[str, Tensor], kappa: Tensor, p: float, seed: Tensor) -> tuple[ItemFactors, dict[str, Tensor]]:
+    """Both passes; gradients of sum(dy * y) in the second one, and its y."""
+    factors = ItemFactors(Runs.of(ITEM, ITEMS))
+    found: dict[str, Tensor] = {}
+    for name in ("first", "second"):
+        x, a, b = (given[n].clone().requires_grad_() for n in ("x", "a", "b"))
+        y = item_linear(x, given["weight"], given["bias"], a, b, SCALE, factors, p, seed)
+        (y * given["dy"]).sum().backward()
+        found |= {f"{name} y": y.detach()} | {f"{name} d{n}": t.grad for n, t in zip("xab", (x, a, b), strict=True)}  # type: ignore[dict-item,misc]
+        factors.kappa = kappa
+    return factors, found
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradients_by_item_are_those_of_each_item_alone_and_their_sum_is_the_gradient(p: float) -> None:
+    given, seed = draw(), torch.tensor([11])
+    factors, found = passes(given, torch.zeros(ITEMS, dtype=torch.float64), p, seed)
+    assert factors.gradients is not None
+    for item in range(ITEMS):
+        a, b = (given[n].clone().requires_grad_() for n in ("a", "b"))
+        own = item == ITEM
+        (plain(given, a, b, own, p, seed) * given["dy"][own]).sum().backward()
+        by_item = factors.gradients[item].double()
+        torch.testing.assert_close(by_item[:, :K], a.grad, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(by_item[:, K:].T, b.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(factors.squares(), factors.gradients.double().square().sum((1, 2)))
+    x, a, b = (given[n].clone().requires_grad_() for n in ("x", "a", "b"))
+    (plain({**given, "x": x}, a, b, torch.ones(len(ITEM), dtype=torch.bool), p, seed) * given["dy"]).sum().backward()
+    for name, tensor in {"x": x, "a": a, "b": b}.items():
+        torch.testing.assert_close(found[f"first d{name}"], tensor.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_the_perturbed_pass_is_a_pass_for_each_item_with_factors_of_its_own(p: float) -> None:
+    given, seed, kappa = draw(), torch.tensor([11]), torch.linspace(0.05, 0.25, ITEMS, dtype=torch.float64)
+    factors, found = passes(given, kappa, p, seed)
+    assert factors.gradients is not None
+    x, a, b = (given[n].clone().requires_grad_() for n in ("x", "a", "b"))
+    loss = given["x"].new_zeros(())
+    for item in range(ITEMS):
+        own, step = item == ITEM, kappa[item] * factors.gradients[item].double()
+        y = plain({**given, "x": x}, a + step[:, :K], b + step[:, K:].T, own, p, seed)
+        torch.testing.assert_close(found["second y"][own], y, rtol=1e-9, atol=1e-9)
+        loss = loss + (y * given["dy"][own]).sum()
+    loss.backward()
+    for name, tensor in {"x": x, "a": a, "b": b}.items():
+        torch.testing.assert_close(found[f"second d{name}"], tensor.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_kappa_zero_is_no_perturbation() -> None:
+    _, found = passes(draw(), torch.zeros(ITEMS, dtype=torch.float64), 0.4, torch.tensor([5]))
+    for name in ("y", "dx", "da", "db"):
+        torch.testing.assert_close(found[f"second {name}"], found[f"first {name}"], rtol=1e-12, atol=1e-12)
+
+
+def test_in_bf16_the_perturbation_survives_where_its_sum_with_the_factor_would_not() -> None:
+    """A is 1e-2, E is 1e-5 an entry: X E has an error below one per cent, by way of bf16(A + E) more than half."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 512, generator=generator).bfloat16()
+    a, step = (size * torch.randn(8, 512, generator=generator) for size in (1e-2, 1e-5))
+    item = torch.zeros(64, dtype=torch.int64)
+    factors = ItemFactors(Runs.of(item, 1))
+    factors.gradients, factors.kappa = torch.cat([step, torch.zeros(8, 16)], 1)[None], torch.ones(1)
+    runs, (down, _, kappa) = factors.runs, factors.of_runs(512, torch.bfloat16)
+    truth = x.double() @ step.double().T
+    found = (kappa * runs.flat(runs.padded(x) @ down.mT)).double()
+    assert (found - truth).norm() / truth.norm() < 0.01
+    rounded = x.double() @ ((a + step).bfloat16().double() - a.bfloat16().double()).T
+    assert (rounded - truth).norm() / truth.norm() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda runs: Runs(runs.offsets[:-1], runs.item, runs.items), "not the bounds of runs"),
+        (lambda runs: Runs(runs.offsets + 1, runs.item, runs.items), "not the bounds of runs"),
+        (lambda runs: Runs(runs.offsets, runs.item, 3), "items from 0 to 3, expected 0 to 2"),
+    ],
+)
+def test_runs_that_are_none_are_refused(change: Callable[[Runs], Runs], message: str) -> None:
+    given = draw()
+    factors = ItemFactors(change(Runs.of(ITEM, ITEMS)))
+    with pytest.raises(ValueError, match=message):
+        item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
+
+
+def test_kappa_needs_the_gradients_of_a_first_pass() -> None:
+    given, factors = draw(), ItemFactors(Runs.of(ITEM, ITEMS))
+    factors.kappa = torch.ones(ITEMS)
+    with pytest.raises(RuntimeError, match="no gradients before the first backward pass"):
+        item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
