@@ -15,11 +15,23 @@ import torch
 
 from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
-from cladapt_kernels.lora import lora_linear, lora_linear_dequantised
+from cladapt_kernels.lora import ItemFactors, Runs, item_linear, lora_linear, lora_linear_dequantised
 from cladapt_kernels.optim import Epilogue, Figures, ProxAdamW, Pulls, Term
 from cladapt_kernels.retract import Stiefel
 
-__all__ = ["Epilogue", "Figures", "ProxAdamW", "Pulls", "Stiefel", "Term", "lora_linear", "lora_linear_dequantised"]
+__all__ = [
+    "Epilogue",
+    "Figures",
+    "ItemFactors",
+    "ProxAdamW",
+    "Pulls",
+    "Runs",
+    "Stiefel",
+    "Term",
+    "item_linear",
+    "lora_linear",
+    "lora_linear_dequantised",
+]
 
 Choice = Literal["auto", "triton", "reference"]
 Precision = Literal["fp32", "bf16"]
@@ -27,7 +39,7 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 """What a base is loaded in for each precision."""
 KERNELS = ("lora_linear", "prox_adamw", "retract")
 """Ops with a Triton kernel."""
-REFERENCES = ("proximal_kl", "proximal_l2")
+REFERENCES = ("item_sam", "proximal_kl", "proximal_l2")
 """Ops without."""
 
 group_sum = reference.group_sum

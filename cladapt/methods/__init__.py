@@ -10,8 +10,9 @@ from cladapt.config import MethodConfig, resolve
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context, Method
 from cladapt.methods._compose import Compose
+from cladapt.methods._sharpness import Sharpness
 
-__all__ = ["Compose", "Context", "Method", "available", "build"]
+__all__ = ["Compose", "Context", "Method", "Sharpness", "available", "build"]
 
 
 def available() -> dict[str, type[Method]]:
@@ -55,6 +56,10 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
     if len({*special.values()}) > 1:
         listed = ", ".join(f"{n} {what}" for n, what in special.items())
         raise ConfigError(f"method.name={name!r}: different things would learn: {listed}", "use one of them")
+    if len(flatten := [n for n, m in methods.items() if m.flattens]) > 1:
+        raise ConfigError(
+            f"method.name={name!r}: {' and '.join(flatten)} would each weigh the losses", "use one of them"
+        )
     if len(histories) > 1:
         raise ConfigError(
             f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cladapt import ops
 from cladapt.config import Settings
+from cladapt.methods._sharpness import Sharpness
 from cladapt.model import adapter, history
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Context:
     """Inside, the model is without adapter and history."""
     mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
     """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.loop.Fit.mean_gradient`."""
+    frequency: Tensor | None = None
+    """Training events of each item, or images of each class, in the stream so far: int64 [items]."""
     kernels: ops.Choice = "auto"
     """Which implementation of the ops runs."""
     optimizer: ops.ProxAdamW | None = None
@@ -101,6 +104,15 @@ class Method:
     def edits_gradients(self) -> bool:
         """Whether `edit_grads` does anything."""
         return type(self).edit_grads is not Method.edit_grads
+
+    @property
+    def flattens(self) -> bool:
+        """Whether `sharpness` asks for anything."""
+        return False
+
+    def sharpness(self, ctx: Context) -> Sharpness | None:
+        """Weights of losses by item and a second, perturbed pass, for all steps of a block; after `begin_block`."""
+        return None
 
     def learned_with(self, block: int) -> Sequence[int]:
         """The blocks whose data is learned when `block` is the newest, which comes last."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cladapt.methods._base import Context, Method
+from cladapt.methods._sharpness import Sharpness
 from cladapt.model.adapter import Parameters
 
 
@@ -35,6 +36,14 @@ class Compose(Method):
     @property
     def weight_gradients(self) -> bool:  # type: ignore[override]
         return any(method.weight_gradients for _, method in self.methods)
+
+    @property
+    def flattens(self) -> bool:
+        return any(method.flattens for _, method in self.methods)
+
+    def sharpness(self, ctx: Context) -> Sharpness | None:
+        asked = (method.sharpness(ctx) for _, method in self.methods)
+        return next((policy for policy in asked if policy is not None), None)
 
     def check(self, ctx: Context) -> None:
         for method in self._in_order(ctx):

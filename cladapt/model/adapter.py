@@ -59,13 +59,19 @@ class Scaled(nn.Module):
 
 
 def create_adapter(
-    base: AdaptedBase, config: AdapterConfig, seed: int, learns: Parameters = "factors", kernels: ops.Choice = "auto"
+    base: AdaptedBase,
+    config: AdapterConfig,
+    seed: int,
+    learns: Parameters = "factors",
+    kernels: ops.Choice = "auto",
+    by_item: bool = False,
 ) -> "PeftModel":
     """Put a fresh LoRA adapter (B = 0) on the base; its initial values depend on `seed` alone.
 
     `learns`. `factors`: A and B. `directions`: A, U and a number s for each module, B = s U. `weights`: delta W, which
     is one factor of every module; the other is the frozen identity. At scale 1 and without dropout the gradient is
-    that of W and the result is still a LoRA adapter.
+    that of W and the result is still a LoRA adapter. `by_item`: its layers can keep gradients by item; see
+    `cladapt.model.items`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -80,7 +86,7 @@ def create_adapter(
             target_modules=_targets(base.model, config.targets),
         )
         if not full_rank:
-            use_kernel(lora, kernels)
+            use_kernel(lora, kernels, by_item)
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
             model: PeftModel = get_peft_model(base.model, lora, adapter_name=NAME)
@@ -98,9 +104,12 @@ def create_adapter(
     return model
 
 
-def use_kernel(lora: Any, kernels: ops.Choice) -> None:
-    """Make PEFT put the fused linear where a kernel runs it; full rank is a dense product and gains nothing."""
-    if ops.uses_kernel("lora_linear", kernels):
+def use_kernel(lora: Any, kernels: ops.Choice, by_item: bool = False) -> None:
+    """Make PEFT put the fused linear where a kernel runs it, or where it keeps gradients by item.
+
+    Full rank is a dense product and gains nothing.
+    """
+    if by_item or ops.uses_kernel("lora_linear", kernels):
         from cladapt.model.lora_layer import register
 
         register(lora)

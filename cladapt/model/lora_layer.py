@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from cladapt import ops
 
 if TYPE_CHECKING:
+    from cladapt.model.items import ItemPasses
+
     _Layer = lora.Linear
 else:
     _Layer = object
@@ -29,6 +31,8 @@ class _Fused(_Layer):
 
     epilogue: ops.Epilogue | None = None
     """What a proximal term adds to the factors' gradients in the backward pass."""
+    items: "ItemPasses | None" = None
+    """The items of the tokens, while gradients are kept by item or factors perturbed by it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.stock_reason(x):
@@ -45,15 +49,25 @@ class _Fused(_Layer):
         down, up = self._factors(name)
         frozen = self._factors(*others) if others else None
         base, scale = self.get_base_layer(), self.scaling[name]
+        items = self.items
         if rows is None:
-            return self._product(base, x, down, up, scale, p, seed, frozen, self._pulls(down, up))
+            if items is None:
+                return self._product(base, x, down, up, scale, p, seed, frozen, self._pulls(down, up))
+            return self._by_item(items, False, x, base.weight, base.bias, down, up, scale, p, seed, frozen)
         weight, up = (cast(Tensor, table).index_select(0, rows) for table in (base.weight, up))
         bias = None if base.bias is None else cast(Tensor, base.bias).index_select(0, rows)
         frozen = frozen and (frozen[0], frozen[1].index_select(0, rows))
+        if items is not None:
+            return self._by_item(items, True, x, weight, bias, down, up, scale, p, seed, frozen)
         return ops.lora_linear(x, weight, bias, down, up, scale, p, seed, frozen, self._pulls(down, up))
 
     def _pulls(self, down: Tensor, up: Tensor) -> ops.Pulls:
         return None if self.epilogue is None else self.epilogue.of(down, up)
+
+    def _by_item(self, items: "ItemPasses", picked: bool, x: Tensor, *product: Any) -> Tensor:
+        weight, bias, down, up, scale, *rest = product
+        kept = items.factors(self, x.numel() // x.shape[-1], picked)
+        return ops.item_linear(x, weight, bias, down, up, scale, kept, *rest)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cladapt.errors import DataError
 from cladapt.model.attention import packed_mask
 from cladapt.model.head import cross_entropy, embedded, head_logits
+from cladapt.model.items import ItemPasses
 from cladapt.tokens.trie import Trie
 
 if TYPE_CHECKING:
@@ -89,16 +90,23 @@ class PackedLoss(nn.Module):
         self.lm = lm
         self.softmax = softmax
 
-    def forward(self, tokens: Tensor, document: Tensor, position: Tensor, loss: Tensor) -> Tensor:
-        """Losses in float32, one per marked token that has an alternative; all inputs [R, S], `loss` bool."""
+    def forward(
+        self, tokens: Tensor, document: Tensor, position: Tensor, loss: Tensor, items: ItemPasses | None = None
+    ) -> Tensor:
+        """Losses in float32, one per marked token that has an alternative; all inputs [R, S], `loss` bool.
+
+        `items` learns whose losses they are.
+        """
         marked = loss.clone()
         marked[:, 0] = False
         if self.softmax is None:
+            _pick(items, marked)
             before = self._hidden(tokens, document, position)[:, :-1][marked[:, 1:]]
             return cross_entropy(self.lm.get_output_embeddings(), before, tokens[marked])
         node = self.softmax.nodes(tokens)
         # an only child costs nothing: leave it out before the head is computed
         marked &= (node < 0) | (self.softmax.degree[node.clamp_min(0)] > 1)
+        _pick(items, marked)
         before = self._hidden(tokens, document, position)[:, :-1][marked[:, 1:]]
         return self._mixed(self.softmax, before, node[marked], tokens[marked])
 
@@ -128,3 +136,9 @@ class PackedLoss(nn.Module):
                 use_cache=False,
             ).last_hidden_state,
         )
+
+
+def _pick(items: ItemPasses | None, marked: Tensor) -> None:
+    """The items of the tokens before the marked ones [R, S]."""
+    if items is not None:
+        items.pick(items.owner[:, :-1][marked[:, 1:]])

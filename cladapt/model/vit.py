@@ -20,6 +20,7 @@ from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
 from cladapt.config import VitConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.adapter import CLASSIFIER
+from cladapt.model.items import ItemPasses
 from cladapt.model.load import PROVENANCE, RESTORE, Made, verify_weights
 from cladapt.model.weights import check_finite, weights_hash
 
@@ -134,8 +135,10 @@ class ClassLoss(nn.Module):
         outside[torch.from_numpy(classes)] = 0.0
         self.register_buffer("outside", outside.to(head.weight.device), persistent=False)
 
-    def forward(self, pixels: Tensor, label: Tensor, counted: Tensor) -> Tensor:
-        """float32, one per image that counts; [B, C, H, W], int64 [B], bool [B]."""
+    def forward(self, pixels: Tensor, label: Tensor, counted: Tensor, items: ItemPasses | None = None) -> Tensor:
+        """float32, one per image that counts; [B, C, H, W], int64 [B], bool [B]. `items` learns whose they are."""
+        if items is not None:
+            items.pick(items.owner[counted])
         logits = self.model(pixel_values=pixels).logits.float() + self.outside
         return F.cross_entropy(logits, label, reduction="none")[counted]
 

@@ -83,6 +83,8 @@ class Document:
 class Form(Protocol):
     """How item histories become tokens."""
 
+    item_tokens: np.ndarray
+    """The ID tokens of every item, int64 [n, L]."""
     reach: int
     """The most tokens from the first of a document to one that sees it, both included."""
 

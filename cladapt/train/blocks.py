@@ -84,7 +84,7 @@ def learn_blocks(
     method = build(config.method)
     if not method.trains:
         return {}
-    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
+    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels, method.flattens)
     if getattr(config, "sharding", "none") == "full":
         shard_base(model, ops.compute_device())
     initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}

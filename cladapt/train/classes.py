@@ -19,6 +19,7 @@ from cladapt.train.feeds import Batch, evenly
 from cladapt.train.loop import FitResult
 from cladapt.train.pretrain import fit_base
 from cladapt.train.sinks import Sink
+from cladapt.train.targets import ImageTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ class ImageFeed:
         self, stream: ImageStream, train: np.ndarray, valid: np.ndarray, batch_images: int, warp: float = 0.0
     ) -> None:
         self._pixels, self._label = pixels_of(stream.images), torch.tensor(stream.label)
+        self.items = ImageTargets(self._label[torch.from_numpy(train)], len(stream.classes))
         self.train, self.valid, self.per_batch, self.warp = train, valid, batch_images, warp
 
     def __len__(self) -> int:

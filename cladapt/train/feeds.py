@@ -6,13 +6,16 @@ and gives a loss for each that does.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cladapt.tokens.prompts import Document, LeftOut, PackedRows, pack
+
+if TYPE_CHECKING:
+    from cladapt.train.targets import Targets
 
 Batch = tuple[Tensor, ...]
 
@@ -22,6 +25,10 @@ class Feed(Protocol):
 
     unit: str
     """What `used` counts, in the plural."""
+
+    @property
+    def items(self) -> "Targets | None":
+        """The items behind the targets, where they are known."""
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -56,9 +63,14 @@ class PackedFeed:
     unit = "tokens"
 
     def __init__(
-        self, documents: Sequence[Document], validation: Sequence[Document], batch_tokens: int, row_tokens: int
+        self,
+        documents: Sequence[Document],
+        validation: Sequence[Document],
+        batch_tokens: int,
+        row_tokens: int,
+        items: "Targets | None" = None,
     ) -> None:
-        self.documents, self.held_out = documents, validation
+        self.documents, self.held_out, self.items = documents, validation, items
         self.row_tokens, self.per_batch = row_tokens, max(1, batch_tokens // row_tokens)
 
     @property

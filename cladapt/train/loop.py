@@ -7,22 +7,25 @@ epochs, so a position (epoch, step) and the tensors say all that an exact contin
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from signal import Signals
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from cladapt import ops, ranks
 from cladapt.errors import DataError
-from cladapt.methods import Context, Method
+from cladapt.methods import Context, Method, Sharpness
 from cladapt.model.checkpointing import set_checkpointing
+from cladapt.model.items import ItemPasses
 from cladapt.model.sharding import is_cut
 from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import STOPS, deferred_interrupt
+from cladapt.train.sharpness import by_item
 from cladapt.train.sinks import Sink
+from cladapt.train.targets import Targets
 
 _START = "nothing was learned yet: the base, or the adapter it starts from, holds values too large; make it again"
 
@@ -100,6 +103,11 @@ class Fit:
         set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
+        if feed.items is not None:
+            ctx.frequency = feed.items.frequency.to(self.accelerator.device)
+        if method.flattens:  # its linears write no proximal gradient
+            ctx.epilogue = None
+        self._policy: Sharpness | None = None
         self._is_cut = any(map(is_cut, module.parameters()))  # which DDP cannot hold: gradients are averaged here
         self.optimizer: Any = self.accelerator.prepare(self._make_optimizer())
         self.module: nn.Module = module if self._is_cut else self.accelerator.prepare(module)
@@ -133,6 +141,7 @@ class Fit:
         seed = self.settings.seed * 1009 + self.ctx.block
         torch.manual_seed(seed)
         self.method.begin_block(self.ctx)
+        self._policy = self.method.sharpness(self.ctx)
         if self.accelerator.process_index:  # what begins a block is drawn alike, dropout apart
             torch.manual_seed(seed + (self.accelerator.process_index << 48))
         if resume is not None:
@@ -233,14 +242,17 @@ class Fit:
             share = self.feed.targets(piece) / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
-            with nullcontext() if last or self._is_cut else self.accelerator.no_sync(self.module):
-                with self._autocast():
-                    loss = self.module(*local).sum() / targets
-                terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
-                if last and ctx.epilogue is not None:
-                    ctx.epilogue.arm()
-                # DDP averages over processes, the loss is a sum over them
-                self.accelerator.backward(processes * (loss + share * sum(terms.values(), torch.zeros_like(loss))))
+            if self._policy is not None and progress >= self._policy.warmup * self.settings.epochs:
+                loss, terms = self._by_item(batch, local, targets, share, last)
+            else:
+                with self._sync(last):
+                    with self._autocast():
+                        loss = self.module(*local).sum() / targets
+                    terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
+                    if last and ctx.epilogue is not None:
+                        ctx.epilogue.arm()
+                    # DDP averages over processes, the loss is a sum over them
+                    self.accelerator.backward(processes * (loss + share * sum(terms.values(), torch.zeros_like(loss))))
             total += loss.detach()
             for name, value in terms.items():
                 ctx.log[name] = ctx.log.get(name, 0.0) + share * value.item()
@@ -273,6 +285,39 @@ class Fit:
             }
         )
         return used
+
+    def _sync(self, last: bool) -> AbstractContextManager[None]:
+        """Inside, DDP averages gradients in the backward pass if it is the `last` of a step."""
+        return nullcontext() if last or self._is_cut else self.accelerator.no_sync(self.module)
+
+    def _by_item(
+        self, batch: Batch, local: Batch, targets: int, share: float, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch under the method's `Sharpness`: the plain loss, and the method's terms."""
+        policy, known = cast(Sharpness, self._policy), cast(Targets, self.feed.items)
+        items, owner = known.owner(batch).unique(return_inverse=True)
+        owner = shard((owner,), self.accelerator.process_index, self.accelerator.num_processes)[0]
+        passes = ItemPasses(owner.to(self.accelerator.device), len(items))
+        terms: dict[str, Tensor] = {}
+
+        def run(shares: Tensor, first: bool, final: bool) -> Tensor:
+            with self._sync(last and final):
+                with self._autocast():
+                    losses: Tensor = self.module(*local, passes)
+                loss = (shares[passes.of_losses] * losses).sum() / targets
+                if first:
+                    plain = losses.sum() / targets
+                    terms.update(self.method.loss_terms(self.ctx, local, plain / share if share else plain))
+                    loss = loss + share * sum(terms.values(), torch.zeros_like(loss))
+                self.accelerator.backward(self.accelerator.num_processes * loss)
+            return losses.detach()
+
+        losses = by_item(policy, items.to(self.accelerator.device), self._unwrapped, passes, run, self._summed)
+        return losses.sum() / targets, terms
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return tensor if self.accelerator.num_processes == 1 else cast(Tensor, self.accelerator.reduce(tensor, "sum"))
 
     def _average_gradients(self) -> None:
         """What DDP does after a step's last backward pass: every gradient becomes the mean over the processes."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cladapt.config import TrainConfig
-from cladapt.data.histories import FROM_END, BlockSplit, split_block
+from cladapt.data.histories import FROM_END, BlockSplit, split_block, training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.model.load import Base, trie_softmax
@@ -15,6 +15,7 @@ from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm, Templ
 from cladapt.tokens.titles import TitleForm
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
+from cladapt.train.targets import PackedTargets
 
 
 class Learned(Protocol):
@@ -107,7 +108,9 @@ def make_feed(stream: Stream, blocks: Sequence[int], form: Form, config: TrainCo
     validation = validation_documents(split_block(stream, blocks[-1]), form)
     documents = learned_documents(stream, blocks, form, config)
     warn_left_out(documents, f"block {blocks[-1]}")
-    return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens)
+    frequency = np.bincount(training_sequences(stream, blocks[-1]).item, minlength=stream.n_items)
+    items = PackedTargets(form.item_tokens, frequency[: len(form.item_tokens)])
+    return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens, items)
 
 
 def catalogue_softmax(base: Base, stream: Stream, block: int, softmax: Softmax) -> TrieSoftmax | None:

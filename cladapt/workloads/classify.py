@@ -26,6 +26,7 @@ from cladapt.model.load import PROVENANCE
 from cladapt.model.vit import ClassLoss, VisionBase, VisionRecord, load_vision_base
 from cladapt.train.blocks import Examples
 from cladapt.train.classes import ImageFeed, describe_blocks, make_vision_base
+from cladapt.train.feeds import Feed
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import Comparison, Group, Workload, whole
 
@@ -86,7 +87,7 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         return str(made.pop("fingerprint")), {key: value for key, value in made.items() if key not in apart}
 
     def examples(self, config: ClassifyConfig, stream: ImageStream, base: VisionBase) -> Examples:
-        def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[ClassLoss, ImageFeed]:
+        def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[nn.Module, Feed]:
             train = np.concatenate([stream.rows(block, "train") for block in blocks])
             own = np.concatenate([stream.classes_of(block) for block in blocks])
             feed = ImageFeed(stream, train, stream.rows(blocks[-1], "valid"), config.train.batch_images)

@@ -35,6 +35,7 @@ from cladapt.train.classes import ImageFeed
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit, FitSettings
 from cladapt.train.sinks import JsonlSink, MemorySink, Sink
+from cladapt.train.targets import PackedTargets
 
 METHODS = available()
 LEARNING = sorted(name for name, kind in METHODS.items() if kind.trains)
@@ -98,7 +99,7 @@ class Learner:
         self.base = base_of(folder)
         self.method = method
         config = AdapterConfig(rank=2, dropout=dropout, targets=TARGETS[self.workload])
-        self.model = create_adapter(self.base, config, 0, method.parameters)
+        self.model = create_adapter(self.base, config, 0, method.parameters, by_item=method.flattens)
         generator = torch.Generator().manual_seed(1)
         self.initial = {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()}
         with torch.no_grad():
@@ -132,7 +133,8 @@ class Learner:
             for count, seed in ((17, 0), (5, 1))
         )
         loss = PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes)))
-        return loss, PackedFeed(train, valid, batch_tokens, 32)
+        items = PackedTargets(tokens, np.bincount(histories(block, 17, 0).ravel(), minlength=len(tokens)))
+        return loss, PackedFeed(train, valid, batch_tokens, 32, items)
 
     def _images(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
         stream = image_stream()

@@ -80,7 +80,7 @@ class ItemFactors:
 
     def squares(self) -> Tensor:
         """Squared norm of each item's gradient: float64 [items]."""
-        return self._given().double().square().sum((1, 2))
+        return self.whole().double().square().sum((1, 2))
 
     def add(self, down: Tensor, up: Tensor) -> None:
         """Add G_A,t [T, r, K] and G_B,t^T [T, r, N] of runs; a layer that runs twice has the sum of both."""
@@ -92,14 +92,15 @@ class ItemFactors:
 
     def of_runs(self, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """G_A [T, r, K] and G_B^T [T, r, N] of every run in `dtype`, and kappa [M, 1] of every token."""
-        found = self._given()
+        found = self.whole()
         if self.kappa is None:
             raise RuntimeError("kappa is set between the passes")
         own = found.index_select(0, self.runs.item).to(dtype)
         kappa = self.kappa.index_select(0, self.runs.item).repeat_interleave(self.runs.offsets.diff())
         return own[..., :k], own[..., k:], kappa[:, None]
 
-    def _given(self) -> Tensor:
+    def whole(self) -> Tensor:
+        """`gradients`; `RuntimeError` before the first backward pass."""
         if self.gradients is None:
             raise RuntimeError("there are no gradients before the first backward pass")
         return self.gradients

@@ -1,0 +1,196 @@
+"""Item-wise SAM in the loop: the gradient of its objective by finite differences, controls, frequencies."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cladapt.config import AdapterConfig
+from cladapt.methods import Sharpness
+from cladapt.methods.eisam import item_weights
+from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
+from cladapt.model.items import ItemPasses
+from cladapt.model.load import Base, new_model, trie_softmax
+from cladapt.model.packed import PackedLoss
+from cladapt.tokens.prompts import Document
+from cladapt.tokens.sids import SidTable
+from cladapt.tokens.trie import Trie
+from cladapt.train.feeds import PackedFeed
+from cladapt.train.sharpness import by_item
+from cladapt.train.targets import PackedTargets
+
+COUNTS = torch.tensor([0, 1, 4, 4, 16, 100])
+
+
+def test_weights_of_a_family_have_mean_one_over_events_and_fall_with_frequency() -> None:
+    for family in ("power", "focal", "max_focal", "uniform"):
+        weights = item_weights(COUNTS, family, 0.5, 0, 1e9)
+        assert float((weights * COUNTS).sum() / COUNTS.sum()) == pytest.approx(1.0)
+        assert (weights.diff() <= 0).all()
+    power = item_weights(COUNTS, "power", 0.5, 0, 1e9)
+    assert float(power[2] / power[5]) == pytest.approx(5.0)  # (4 / 100)^-.5
+    assert power[0] == power[1]
+    focal = item_weights(COUNTS, "focal", 2.0, 0, 1e9)
+    assert float(focal[5] / focal[4]) == pytest.approx((25 / 109) ** 2)  # 125 events in all
+    assert item_weights(COUNTS, "max_focal", 1.0, 0, 1e9)[5] == 0
+    assert item_weights(COUNTS, "tail", 0.5, 4, 1e9).tolist() == [1, 1, 1, 1, 0, 0]
+    assert float(item_weights(COUNTS, "power", 0.5, 0, 1.5).max()) == 1.5
+
+
+class Case:
+    """A tiny adapted LM in float64 and documents of one target each: the form in which items do not meet."""
+
+    def __init__(self) -> None:
+        sids = SidTable(tuple("abcdef"), np.array([[k // 2, k % 2] for k in range(6)]), (3, 2))
+        base = Base(*new_model("tiny", sids, seed=0), sids, {})
+        self.tokens, levels = base.item_tokens().numpy(), sids.levels
+        config = AdapterConfig(rank=2, dropout=0.0, targets=("q_proj", "down_proj", "lm_head"))
+        adapted = create_adapter(base, config, 0, by_item=True).double()
+        generator = torch.Generator().manual_seed(1)
+        self.parameters = adapter_parameters(adapted)
+        with torch.no_grad():
+            for p in self.parameters.values():
+                p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        self.loss = PackedLoss(adapted_lm(adapted), trie_softmax(base, Trie.build(sids.codes))).double().eval()
+        rows = np.random.default_rng(0).integers(6, size=(7, 3))
+        rows[4:6, 2] = rows[0, 2]  # a target thrice
+        documents = [
+            Document(np.r_[base.bos(), self.tokens[row].ravel()], np.arange(1 + 3 * levels) > 2 * levels)
+            for row in rows
+        ]
+        self.target = torch.from_numpy(rows[:, 2])
+        self.targets = PackedTargets(self.tokens, np.bincount(rows[:, 2], minlength=6))
+        (self.batch,) = PackedFeed(documents, documents, 512, 24).sample(1.0)
+
+    def run(self, policy: Sharpness) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients and losses by the two passes."""
+        items, owner = self.targets.owner(self.batch).unique(return_inverse=True)
+        passes = ItemPasses(owner, len(items))
+
+        def one(shares: Tensor, first: bool, final: bool) -> Tensor:
+            losses = self.loss(*self.batch, passes)
+            (shares.double()[passes.of_losses] * losses).sum().backward()
+            return losses.detach()
+
+        losses = by_item(policy, items, self.loss, passes, one, lambda tensor: tensor)
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}, losses
+
+    def each(self) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Every item, and the sum of its losses at the parameters as they are, from plain passes."""
+        items, owner = self.targets.owner(self.batch).unique(return_inverse=True)
+        passes = ItemPasses(owner, len(items))
+        for index, item in enumerate(items.tolist()):
+            yield item, lambda index=index: self.loss(*self.batch, passes)[passes.of_losses == index].sum()  # type: ignore[misc]
+
+    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, torch.autograd.grad(loss, [*self.parameters.values()]), strict=True))
+
+
+def by_loop(case: Case, policy: Sharpness) -> dict[str, Tensor]:
+    """The gradient of J item by item: the parameters themselves are moved, a pass each."""
+    own = {item: case.gradient(loss()) for item, loss in case.each()}
+    if policy.shared:
+        total = {n: sum(policy.weight[i].double() * g[n] for i, g in own.items()) for n in case.parameters}
+        direction = dict.fromkeys(own, total)
+    else:
+        direction = own
+    found = {name: torch.zeros_like(p) for name, p in case.parameters.items()}
+    for item, loss in case.each():
+        norm = torch.stack([g.square().sum() for g in direction[item].values()]).sum().sqrt()
+        step = {n: policy.radius[item].double() * g / norm for n, g in direction[item].items()}
+        with torch.no_grad():
+            for name, p in case.parameters.items():
+                p += step[name]
+        moved = case.gradient(loss())
+        with torch.no_grad():
+            for name, p in case.parameters.items():
+                p -= step[name]
+        weight = policy.weight[item].double()
+        for name in found:
+            found[name] += (1 - weight) * own[item][name] + weight * moved[name]
+    return found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("weight", [[0.5] * 6, [0.2, 1.0, 1.7, 0.0, 0.9, 1.0]], ids=["uniform", "by item"])
+def test_two_passes_are_a_loop_over_items_whose_parameters_are_moved(shared: bool, weight: list[float]) -> None:
+    case = Case()
+    policy = Sharpness(torch.tensor(weight), torch.linspace(0.1, 0.3, 6), shared=shared)
+    if shared:
+        policy = replace(policy, radius=torch.full((6,), 0.2))
+    truth = by_loop(case, policy)
+    found, losses = case.run(policy)
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    plain = case.gradient(sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
+    assert max(float((truth[n] - plain[n]).abs().max()) for n in truth) > 1e-3
+    torch.testing.assert_close(losses.sum(), sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
+
+
+def test_the_gradient_is_that_of_the_objective_by_finite_differences() -> None:
+    case, step = Case(), 1e-2  # losses are float32
+    policy = Sharpness(torch.tensor([0.2, 1.0, 1.7, 0.0, 0.9, 1.0]), torch.full((6,), 0.3))
+    own = {item: case.gradient(loss()) for item, loss in case.each()}
+    eps = {
+        item: {
+            n: 0.3 * g / torch.stack([v.square().sum() for v in grads.values()]).sum().sqrt() for n, g in grads.items()
+        }
+        for item, grads in own.items()
+    }
+
+    def objective() -> float:
+        total = 0.0
+        for item, loss in case.each():
+            weight = float(policy.weight[item])
+            here = float(loss())
+            for name, p in case.parameters.items():
+                p += eps[item][name]
+            total += (1 - weight) * here + weight * float(loss())
+            for name, p in case.parameters.items():
+                p -= eps[item][name]
+        return total
+
+    found, _ = case.run(policy)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _ in range(2):
+            line = {
+                n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in case.parameters.items()
+            }
+            size = torch.stack([d.square().sum() for d in line.values()]).sum().sqrt()
+            line = {n: d / size for n, d in line.items()}
+            values = []
+            for sign in (1, -1):
+                for name, p in case.parameters.items():
+                    p += sign * step * line[name]
+                values.append(objective())
+                for name, p in case.parameters.items():
+                    p -= sign * step * line[name]
+            slope = (values[0] - values[1]) / (2 * step)
+            assert sum(float((found[n] * d).sum()) for n, d in line.items()) == pytest.approx(slope, rel=1e-3)
+
+
+def test_weights_alone_need_no_second_pass() -> None:
+    case = Case()
+    weight = torch.tensor([0.2, 1.0, 1.7, 0.0, 0.9, 1.0])
+    found, _ = case.run(Sharpness(weight, torch.ones(6), perturbed=False))
+    truth = case.gradient(sum(weight[item].double() * loss() for item, loss in case.each()))  # type: ignore[arg-type]
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_token_works_for_the_next_target_of_its_document() -> None:
+    tokens = np.array([[1, 2], [1, 3], [4, 5]])
+    targets = PackedTargets(tokens, np.array([3, 2, 1]))
+    row = torch.tensor([[9, 1, 2, 1, 3, 4, 5, 9, 1, 2, 0]])
+    document = torch.tensor([[1] * 7 + [2] * 3 + [0]])
+    loss = torch.zeros_like(row, dtype=torch.bool)
+    loss[0, 3:7] = loss[0, 8:10] = True
+    owner = targets.owner((row, document, torch.zeros_like(row), loss))
+    #        9  1  2  1  3  4  5   9  1  2  -
+    assert owner.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0]]
+    assert targets.frequency.tolist() == [3, 2, 1]
+    assert PackedTargets(np.array([[1, 2], [1, 2]]), np.array([3, 4])).frequency.tolist() == [7, 0]
