@@ -56,9 +56,15 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
     if len({*special.values()}) > 1:
         listed = ", ".join(f"{n} {what}" for n, what in special.items())
         raise ConfigError(f"method.name={name!r}: different things would learn: {listed}", "use one of them")
-    if len(flatten := [n for n, m in methods.items() if m.flattens]) > 1:
+    flatten = [n for n, m in methods.items() if m.flattens]
+    if len(flatten) > 1:
         raise ConfigError(
             f"method.name={name!r}: {' and '.join(flatten)} would each weigh the losses", "use one of them"
+        )
+    if flatten and (whole := [n for n, what in special.items() if what == "weights"]):
+        raise ConfigError(
+            f"method.name={name!r}: {flatten[0]} perturbs the factors of an adapter, {whole[0]} learns whole weights",
+            f"use {flatten[0]} with a method that learns low-rank factors",
         )
     if len(histories) > 1:
         raise ConfigError(

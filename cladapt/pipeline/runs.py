@@ -273,7 +273,7 @@ def _adapted(config: RunSettings, stream: Any, base: FittedBase) -> Iterator[tup
     work = workloads.get(config.task)
     method = build(config.method)
     work.examples(config, stream, base)
-    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels)
+    model = create_adapter(base, config.adapter, config.seed, method.parameters, config.kernels, method.flattens)
     if (start := work.starts_from(config)) is not None:
         adapter_block(start)
         start_from(model, start, base)

@@ -20,6 +20,7 @@ import cladapt_kernels
 from cladapt.artifacts import read_tensors, write_tensors
 from cladapt.config import AdapterConfig, MethodConfig, VitConfig, describe
 from cladapt.data.images import ImageStream
+from cladapt.errors import ConfigError
 from cladapt.methods import Compose, Context, Method, available, build
 from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter
@@ -275,6 +276,27 @@ def test_a_method_composes_with_fine_tuning_on_both_sides(name: str, folder: Pat
     for names in (("finetune", name), (name, "finetune")):
         method = Compose([(n, make(name) if n == name else Finetune()) for n in names])
         assert equal(learned(folder, method), alone)
+
+
+@every_learner
+def test_a_method_composes_with_item_wise_sam(name: str, folder: Path) -> None:
+    """Resumed inside a block it ends in the same adapter, which is not that of the method alone."""
+    if name == "eisam":
+        return
+    if METHODS[name].parameters == "weights":
+        with pytest.raises(ConfigError, match="eisam perturbs the factors of an adapter, .* learns whole weights"):
+            make(f"{name}+eisam")
+        return
+    options = {"eisam.warmup": 0.0, "eisam.radius": 0.5}
+    flattened = learned(folder, make(f"{name}+eisam", **options))
+    assert equal(learned(folder, make(f"{name}+eisam", **options)), flattened)
+    assert not equal(learned(folder, make(name)), flattened)
+    half: list[Any] = []
+    learner = Learner(folder, make(f"{name}+eisam", **options), dropout=0.1)
+    learner.fit(2).run(half.append, 1)
+    again = Learner(folder, make(f"{name}+eisam", **options), dropout=0.1)
+    again.fit(2).run(resume=half[1])
+    assert equal(again.tensors(), learner.tensors())
 
 
 class Cube(torch.autograd.Function):
