@@ -284,7 +284,7 @@ def test_a_method_composes_with_item_wise_sam(name: str, folder: Path) -> None:
     if name == "eisam":
         return
     if METHODS[name].parameters == "weights":
-        with pytest.raises(ConfigError, match="eisam perturbs the factors of an adapter, .* learns whole weights"):
+        with pytest.raises(ConfigError, match=r"eisam perturbs the factors of an adapter, .* learns whole weights"):
             make(f"{name}+eisam")
         return
     options = {"eisam.warmup": 0.0, "eisam.radius": 0.5}
