@@ -22,5 +22,7 @@ class Sharpness:
     """float32 [items]."""
     shared: bool = False
     perturbed: bool = True
+    exact: bool = False
+    """Whether every target has an example of its own, so that no target's tokens serve another's."""
     warmup: float = 0.0
     """Share of a block's steps that come before the first with it."""

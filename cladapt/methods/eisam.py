@@ -51,6 +51,9 @@ class EisamConfig(Settings):
     """Items with at most so many training events are the tail."""
     direction: Literal["item", "shared"] = "item"
     """A perturbation for each item, or one for all."""
+    targets: Literal["packed", "exact"] = "packed"
+    """`exact`: an example for each target. `packed`: targets share their history, whose tokens are moved for the target
+    that comes next; the perturbation that a later target sees through them is another item's."""
     perturb: bool = True
     """Whether there is a second pass; without, losses are weighted only."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
@@ -81,6 +84,7 @@ class Eisam(Method):
             radius,
             shared=config.direction == "shared",
             perturbed=config.perturb,
+            exact=config.perturb and config.targets == "exact",
             warmup=config.warmup if config.perturb else 0.0,
         )
 

@@ -308,6 +308,24 @@ def share_prefixes(documents: Sequence[Document], row_tokens: int) -> list[Docum
     return shared + _joined(parts)
 
 
+def one_target_each(document: Document, levels: int) -> list[Document]:
+    """A document for each target, of `levels` marked tokens: what that target sees, and nothing else is learned.
+
+    Their losses are those of the document, which computes what they have in common once.
+    """
+    position = np.arange(len(document.tokens)) if document.position is None else document.position
+    found = []
+    for last in np.flatnonzero(document.loss)[levels - 1 :: levels].tolist():
+        path, depth = [], int(position[last])
+        for place in range(last, -1, -1):  # the nearest token before that is less deep is what it goes on from
+            if position[place] == depth:
+                path.append(place)
+                depth -= 1
+        tokens = document.tokens[path[::-1]]
+        found.append(Document(tokens, np.arange(len(tokens)) >= len(tokens) - levels))
+    return found
+
+
 def _common_prefix(one: Document, other: Document) -> int:
     """Tokens with which both begin; the token before the first that `other` learns is its own, to predict from."""
     most = min(len(one.tokens), max(0, int(other.loss.argmax()) - 1))

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cladapt.tokens.prompts import Document, LeftOut, PackedRows, pack
+from cladapt.errors import ConfigError
+from cladapt.tokens.prompts import Document, LeftOut, PackedRows, one_target_each, pack
 
 if TYPE_CHECKING:
-    from cladapt.train.targets import Targets
+    from cladapt.train.targets import PackedTargets, Targets
 
 Batch = tuple[Tensor, ...]
 
@@ -33,6 +34,9 @@ class Feed(Protocol):
     @property
     def record(self) -> Mapping[str, Any]:
         """What the log and the adapter's `cladapt.json` say of how the examples were made."""
+
+    def apart(self) -> "Feed":
+        """The same targets, none of which shares an example with another."""
 
     def __len__(self) -> int:
         """Training examples."""
@@ -68,7 +72,7 @@ class PackedFeed:
         validation: Sequence[Document],
         batch_tokens: int,
         row_tokens: int,
-        items: "Targets | None" = None,
+        items: "PackedTargets | None" = None,
     ) -> None:
         self.documents, self.held_out, self.items = documents, validation, items
         self.row_tokens, self.per_batch = row_tokens, max(1, batch_tokens // row_tokens)
@@ -78,6 +82,12 @@ class PackedFeed:
         """What a token budget has left out of the prompts to train on; empty where nothing was."""
         found = LeftOut.of(self.documents)
         return {"left_out": asdict(found)} if found.shortened else {}
+
+    def apart(self) -> "PackedFeed":
+        if self.items is None:
+            raise ConfigError("targets that are no items cannot be set apart", "learn semantic IDs alone")
+        each = [d for document in self.documents for d in one_target_each(document, self.items.levels)]
+        return PackedFeed(each, self.held_out, self.row_tokens * self.per_batch, self.row_tokens, self.items)
 
     def __len__(self) -> int:
         return len(self.documents)

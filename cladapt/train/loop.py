@@ -142,6 +142,8 @@ class Fit:
         torch.manual_seed(seed)
         self.method.begin_block(self.ctx)
         self._policy = self.method.sharpness(self.ctx)
+        if self._policy is not None and self._policy.exact:
+            self.feed = self.feed.apart()
         if self.accelerator.process_index:  # what begins a block is drawn alike, dropout apart
             torch.manual_seed(seed + (self.accelerator.process_index << 48))
         if resume is not None:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cladapt.errors import ConfigError
-from cladapt.tokens.prompts import Document, PackedForm, PromptForm, Template, pack, share_prefixes
+from cladapt.tokens.prompts import Document, PackedForm, PromptForm, Template, one_target_each, pack, share_prefixes
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import add_sid_tokens, make_tokenizer, sid_token_ids
 
@@ -341,3 +341,18 @@ def test_a_document_longer_than_a_row_is_refused() -> None:
 def test_a_document_that_cannot_be_learned_from_is_refused(tokens: list, loss: list) -> None:
     with pytest.raises(ConfigError, match="cannot be learned from"):
         Document(np.array(tokens, dtype=np.int64), np.array(loss, dtype=bool))
+
+
+def test_a_document_for_each_target_holds_what_the_target_sees() -> None:
+    packed = Document(np.array([9, 1, 2, 3, 4, 5, 6]), np.arange(7) > 2)
+    each = one_target_each(packed, 2)
+    assert [d.tokens.tolist() for d in each] == [[9, 1, 2, 3, 4], [9, 1, 2, 3, 4, 5, 6]]
+    assert [np.flatnonzero(d.loss).tolist() for d in each] == [[3, 4], [5, 6]]
+    prompts = [
+        Document(np.array([9, 1, 7, 5, 6]), np.arange(5) > 2),
+        Document(np.array([9, 1, 2, 7, 5, 8]), np.arange(6) > 3),
+    ]
+    (tree,) = share_prefixes(prompts, 64)
+    apart = one_target_each(tree, 2)
+    assert [d.tokens.tolist() for d in apart] == [d.tokens.tolist() for d in prompts]
+    assert [d.loss.tolist() for d in apart] == [d.loss.tolist() for d in prompts]
