@@ -1,7 +1,5 @@
 """Item-wise SAM of a linear: gradients by item, the perturbed pass against the loop over items, in float64 and bf16."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -91,27 +89,41 @@ def test_in_bf16_the_perturbation_survives_where_its_sum_with_the_factor_would_n
     item = torch.zeros(64, dtype=torch.int64)
     factors = ItemFactors(Runs.of(item, 1))
     factors.gradients, factors.kappa = torch.cat([step, torch.zeros(8, 16)], 1)[None], torch.ones(1)
-    runs, (down, _, kappa) = factors.runs, factors.of_runs(512, torch.bfloat16)
+    runs, (down, _) = factors.runs, factors.steps(512, torch.bfloat16)
     truth = x.double() @ step.double().T
-    found = (kappa * runs.flat(runs.padded(x) @ down.mT)).double()
+    found = runs.flat(runs.padded(x) @ down.mT).double()
     assert (found - truth).norm() / truth.norm() < 0.01
     rounded = x.double() @ ((a + step).bfloat16().double() - a.bfloat16().double()).T
     assert (rounded - truth).norm() / truth.norm() > 0.5
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("offsets", "item", "items", "message"),
     [
-        (lambda runs: Runs(runs.offsets[:-1], runs.item, runs.items), "not the bounds of runs"),
-        (lambda runs: Runs(runs.offsets + 1, runs.item, runs.items), "not the bounds of runs"),
-        (lambda runs: Runs(runs.offsets, runs.item, 3), "items from 0 to 3, expected 0 to 2"),
+        ([0, 3, 5], [0, 1, 2], 3, "not the bounds of 3 runs"),
+        ([1, 3], [0], 1, "not the bounds of 1 runs"),
+        ([0, 3, 3], [0, 1], 2, "not the bounds of 2 runs"),
+        ([0, 3, 5], [0, 3], 3, "items from 0 to 3, expected 0 to 2"),
     ],
 )
-def test_runs_that_are_none_are_refused(change: Callable[[Runs], Runs], message: str) -> None:
-    given = draw()
-    factors = ItemFactors(change(Runs.of(ITEM, ITEMS)))
+def test_runs_that_are_none_are_refused(offsets: list[int], item: list[int], items: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        Runs(torch.tensor(offsets), torch.tensor(item), items)
+
+
+def test_runs_of_other_tokens_are_refused() -> None:
+    given, factors = draw(), ItemFactors(Runs.of(ITEM[1:], ITEMS))
+    with pytest.raises(ValueError, match="x has 12 tokens, the runs have 11"):
         item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
+
+
+@pytest.mark.parametrize("item", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1], [3]])
+def test_padded_runs_become_flat_again(item: list[int]) -> None:
+    tokens, runs = torch.randn(len(item), 5), Runs.of(torch.tensor(item), 4)
+    assert torch.equal(runs.flat(runs.padded(tokens)), tokens)
+    padded = runs.padded(tokens, zeros=True)
+    assert torch.equal(runs.flat(padded), tokens)
+    torch.testing.assert_close(padded.sum((0, 1)), tokens.sum(0))
 
 
 def test_kappa_needs_the_gradients_of_a_first_pass() -> None:

@@ -13,6 +13,7 @@ item as by-products of the factors' gradient follow arXiv 2411.00999, products b
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -26,11 +27,20 @@ class Runs:
     """Runs of tokens: run t is rows offsets[t] to offsets[t + 1] of X, all of item[t].
 
     `offsets` int64 [T + 1] from 0 to M; `item` int64 [T], below `items`. An item may have several runs.
+    `ValueError` where these are no runs.
     """
 
     offsets: Tensor
     item: Tensor
     items: int
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.item) + 1 or int(self.offsets[0]) or not bool((self.offsets.diff() > 0).all()):
+            raise ValueError(f"offsets {tuple(self.offsets.tolist())} are not the bounds of {len(self.item)} runs")
+        if len(self.item) and not 0 <= int(self.item.min()) <= int(self.item.max()) < self.items:
+            raise ValueError(
+                f"items from {int(self.item.min())} to {int(self.item.max())}, expected 0 to {self.items - 1}"
+            )
 
     @classmethod
     def of(cls, item: Tensor, items: int) -> "Runs":
@@ -40,30 +50,43 @@ class Runs:
         first = starts.nonzero()[:, 0]
         return cls(torch.cat([first, first.new_tensor([len(item)])]), item[first], items)
 
-    def check(self, rows: int) -> None:
-        """`ValueError` where these are no runs of `rows` tokens."""
-        whole = (int(self.offsets[0]), int(self.offsets[-1])) == (0, rows) and bool((self.offsets.diff() > 0).all())
-        if len(self.offsets) != len(self.item) + 1 or (rows and not whole):
-            raise ValueError(f"offsets {tuple(self.offsets.tolist())} are not the bounds of runs of {rows} tokens")
-        if len(self.item) and not 0 <= int(self.item.min()) <= int(self.item.max()) < self.items:
-            raise ValueError(
-                f"items from {int(self.item.min())} to {int(self.item.max())}, expected 0 to {self.items - 1}"
-            )
+    @cached_property
+    def rows(self) -> int:
+        """M, the tokens of all runs."""
+        return int(self.offsets[-1])
 
-    def padded(self, tokens: Tensor) -> Tensor:
-        """[M, C] -> [T, L, C], zeros behind each run, L the longest."""
-        place, inside = self._places()
-        return tokens[place] * inside[..., None].to(tokens.dtype)
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether every item has one run and they come in order: what is by run is by item."""
+        return torch.equal(self.item, torch.arange(self.items, device=self.item.device))
+
+    def padded(self, tokens: Tensor, zeros: bool = False) -> Tensor:
+        """[M, C] -> [T, L, C], L the longest run; behind shorter ones are `zeros`, or tokens of another run."""
+        if self._alike:
+            return tokens.view(len(self.item), -1, tokens.shape[1])
+        place, inside, _ = self._places
+        found = tokens.index_select(0, place).view(len(self.item), -1, tokens.shape[1])
+        return found * inside[..., None].to(found.dtype) if zeros else found
 
     def flat(self, padded: Tensor) -> Tensor:
         """[T, L, C] -> [M, C], what `padded` undoes."""
-        return padded[self._places()[1]]
+        rows = padded.reshape(-1, padded.shape[2])
+        return rows if self._alike else rows.index_select(0, self._places[2])
 
-    def _places(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether all runs are of one length."""
+        length = self.offsets.diff()
+        return bool((length == length[:1]).all())
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The token at each padded place [T L], which places are of their run [T, L], and each token's place [M]."""
         length = self.offsets.diff()
         step = torch.arange(int(length.max()), device=length.device)
         inside = step < length[:, None]
-        return torch.where(inside, self.offsets[:-1, None] + step, 0), inside
+        place = torch.where(inside, self.offsets[:-1, None] + step, 0)
+        return place.flatten(), inside, inside.flatten().nonzero()[:, 0]
 
 
 class ItemFactors:
@@ -71,33 +94,41 @@ class ItemFactors:
 
     `gradients` float32 [items, r, K + N]: G_A,i and G_B,i^T side by side; None before the first backward pass.
     `kappa` float32 [items]: None in the first pass.
+    `recording`: whether backward passes add to the gradients.
     """
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self.gradients: Tensor | None = None
         self.kappa: Tensor | None = None
+        self.recording = True
 
     def squares(self) -> Tensor:
         """Squared norm of each item's gradient: float64 [items]."""
-        return self.whole().double().square().sum((1, 2))
+        return self.whole().flatten(1).square().sum(1, dtype=torch.float64)
 
-    def add(self, down: Tensor, up: Tensor) -> None:
-        """Add G_A,t [T, r, K] and G_B,t^T [T, r, N] of runs; a layer that runs twice has the sum of both."""
-        by_run = torch.cat([down, up], 2)
+    def add(self, by_run: Tensor) -> None:
+        """Add G_A,t and G_B,t^T [T, r, K + N] of runs; a layer that runs twice has the sum of both."""
+        if not self.recording:
+            return
         by_run = by_run.to(torch.promote_types(by_run.dtype, torch.float32))
+        if self.gradients is None and self.runs.in_order:
+            self.gradients = by_run
+            return
         if self.gradients is None:
             self.gradients = by_run.new_zeros(self.runs.items, *by_run.shape[1:])
         self.gradients.index_add_(0, self.runs.item, by_run)
 
-    def of_runs(self, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """G_A [T, r, K] and G_B^T [T, r, N] of every run in `dtype`, and kappa [M, 1] of every token."""
+    def steps(self, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """kappa G_A [T, r, K] and kappa G_B^T [T, r, N] of every run in `dtype`."""
         found = self.whole()
         if self.kappa is None:
             raise RuntimeError("kappa is set between the passes")
-        own = found.index_select(0, self.runs.item).to(dtype)
-        kappa = self.kappa.index_select(0, self.runs.item).repeat_interleave(self.runs.offsets.diff())
-        return own[..., :k], own[..., k:], kappa[:, None]
+        kappa = self.kappa[:, None, None]
+        if not self.runs.in_order:
+            found, kappa = (tensor.index_select(0, self.runs.item) for tensor in (found, kappa))
+        own = (kappa * found).to(dtype)
+        return own[..., :k], own[..., k:]
 
     def whole(self) -> Tensor:
         """`gradients`; `RuntimeError` before the first backward pass."""
@@ -132,7 +163,7 @@ def item_linear(
         [..., N].
 
     Raises:
-        ValueError: runs that are not those of x's rows.
+        ValueError: runs of more or fewer tokens than x has.
         RuntimeError: kappa without gradients.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -141,7 +172,8 @@ def item_linear(
         with torch.autocast(x.device.type, enabled=False):
             return item_linear(x, weight, bias, a, b, scale, factors, p, seed, frozen)
     rows = x.reshape(-1, x.shape[-1])
-    factors.runs.check(len(rows))
+    if len(rows) != factors.runs.rows:
+        raise ValueError(f"x has {len(rows)} tokens, the runs have {factors.runs.rows}")
     y = cast(Tensor, _ItemLinear.apply(rows, weight, bias, a, b, scale / (1.0 - p), factors, p, seed, frozen))
     return y.view(*x.shape[:-1], y.shape[1])
 
@@ -165,12 +197,12 @@ class _ItemLinear(torch.autograd.Function):
         y, s = forward_by(chosen.forward, x, weight, bias, a, b, scale, p, seed, frozen)
         ctx.perturbed = factors.kappa is not None
         if ctx.perturbed:
-            down, up, kappa = factors.of_runs(x.shape[1], x.dtype)
+            down, up = factors.steps(x.shape[1], x.dtype)
             runs = factors.runs
-            moved = kappa.to(x.dtype) * runs.flat(runs.padded(_dropped(x, p, seed)) @ down.mT)
+            moved = runs.flat(runs.padded(_dropped(x, p, seed)) @ down.mT)
             s = s + moved
             y.addmm_(moved, _as(b, x.dtype).T, alpha=scale)
-            y.add_(kappa.to(x.dtype) * runs.flat(runs.padded(s) @ up), alpha=scale)
+            y.add_(runs.flat(runs.padded(s) @ up), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, s, seed)
         ctx.scale, ctx.p, ctx.factors, ctx.frozen = scale, p, factors, frozen
         return y
@@ -185,21 +217,17 @@ class _ItemLinear(torch.autograd.Function):
         dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, scale, p, seed, ctx.needs_input_grad[0], ctx.frozen)
         dropped = _dropped(x, p, seed)
         if not ctx.perturbed:
-            wide, left = runs.padded(dropped), runs.padded(ds)
-            down, up = left.mT @ wide, scale * (runs.padded(s).mT @ runs.padded(dy))
-            factors.add(down, up)
-            da, db = _total(down), _total(up).T
+            left, right = (runs.padded(narrow, zeros=True).mT for narrow in (ds, scale * s))
+            by_run = torch.cat([left @ runs.padded(dropped), right @ runs.padded(dy)], 2)
+            factors.add(by_run)
+            total = by_run.sum(0, dtype=torch.promote_types(by_run.dtype, torch.float32))
+            da, db = total[:, : x.shape[1]], total[:, x.shape[1] :].T
             return dx, None, None, _as(da, a.dtype), _as(db, b.dtype), None, None, None, None, None
-        down, up, kappa = factors.of_runs(x.shape[1], x.dtype)
-        kappa = kappa.to(x.dtype)
-        moved = scale * kappa * runs.flat(runs.padded(dy) @ up.mT)
+        down, up = factors.steps(x.shape[1], x.dtype)
+        moved = scale * runs.flat(runs.padded(dy) @ up.mT)
         ds = ds + moved
         if dx is not None:
-            low = moved @ _as(a, x.dtype) + kappa * runs.flat(runs.padded(ds) @ down)
+            low = runs.flat(runs.padded(ds) @ down).addmm_(moved, _as(a, x.dtype))
             dx.add_(low if p == 0 else low * _keep(dx, p, seed))
         da, db = _as(ds.T @ dropped, a.dtype), _as(_scaled(scale, dy.T, s), b.dtype)
         return dx, None, None, da, db, None, None, None, None, None
-
-
-def _total(by_run: Tensor) -> Tensor:
-    return by_run.sum(0, dtype=torch.promote_types(by_run.dtype, torch.float32))
