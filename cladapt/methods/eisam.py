@@ -2,22 +2,26 @@
 
 The paper (EISAM, 2026) was not available in text or code: this is re-derived from its abstract and from the methods it
 builds on, Focal-SAM (one direction for all classes) and CC-SAM (a direction per class). For a target item i of
-frequency f_i, with g_i the gradient of its losses in a micro-batch,
+frequency f_i, with d_g the gradient of the losses of its group g in a micro-batch,
 
-    J = mean_b [ l_b(theta) + strength w_i ( l_b(theta + eps_i) - l_b(theta) ) ],   eps_i = radius_i g_i / |g_i|
+    J = mean_b [ l_b(theta) + strength w_i ( l_b(theta + eps_g) - l_b(theta) ) ],   eps_g = radius d_g / |d_g|
 
-    weights   power       (f_i / median)^-exponent
-              focal       (1 - f_i / sum)^exponent                nearly constant in a catalogue of thousands
-              max_focal   (1 - f_i / max)^exponent
-              tail        1 where f_i <= tail, else 0             ImbSAM
-              uniform     1
-    direction item        g_i of each item                       with uniform weights: SAM by sample
-              shared      sum_i w_i g_i for all                  Focal-SAM; with uniform weights: SAM
-    perturb   false       J = mean_b w_i l_b: the weights alone, the control that tells what perturbing adds
+    weights  power      (f_i / median)^-exponent
+             focal      (1 - f_i / sum)^exponent           nearly constant in a catalogue of thousands
+             max_focal  (1 - f_i / max)^exponent
+             tail       1 where f_i <= tail, else 0
+             uniform    1
+    groups   item       the losses of an item
+             sample     the losses of an example: a history in one piece, or with `targets=exact` one target
+             batch      all losses, in the direction sum_i w_i g_i
+
+so that others are settings of it: SAM is uniform weights and groups=batch, SAM by sample groups=sample, Focal-SAM focal
+weights and groups=batch, ImbSAM weights=tail and groups=batch, LookSAM SAM with `refresh` above 1. `perturb=false` is
+J = mean_b w_i l_b, the weights alone, the control that tells what perturbing adds.
 
 Weights but those of `tail` are scaled so that their mean over training events is 1, and at most `largest`. Frequencies
 are of training events of the stream up to the block. A step costs two passes.
-State: none.
+State: none; with `refresh` one tensor of every factor.
 """
 
 from typing import Annotated, Literal
@@ -29,7 +33,7 @@ from torch import Tensor
 from cladapt.config import Settings
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context, Method
-from cladapt.methods._sharpness import Sharpness
+from cladapt.methods._sharpness import Groups, Sharpness
 
 
 class EisamConfig(Settings):
@@ -49,15 +53,22 @@ class EisamConfig(Settings):
     """No weight is above this."""
     tail: Annotated[int, Field(ge=0)] = 20
     """Items with at most so many training events are the tail."""
-    direction: Literal["item", "shared"] = "item"
-    """A perturbation for each item, or one for all."""
+    groups: Groups = "item"
+    """Whose losses are perturbed in one direction."""
     targets: Literal["packed", "exact"] = "packed"
-    """`exact`: an example for each target. `packed`: targets share their history, whose tokens are moved for the target
-    that comes next; the perturbation that a later target sees through them is another item's."""
+    """`exact`: an example for each target. `packed`: targets share their history. There a token is moved for the target
+    that comes next (groups=item), and later targets see it so; or a history moves in one piece (groups=sample)."""
     perturb: bool = True
     """Whether there is a second pass; without, losses are weighted only."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of a block's steps before the first perturbed one."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Groups of the largest weights are perturbed until they hold this share of a batch's targets. Without dropout,
+    rows that hold none of them are left out of the second pass."""
+    layers: Annotated[int, Field(ge=0)] = 0
+    """The last so many layers are perturbed; 0: all. Saves memory of gradients by group, hardly time."""
+    refresh: Annotated[int, Field(ge=1)] = 1
+    """A second pass at every so many steps; those between have one, and use again what the second changed."""
 
 
 class Eisam(Method):
@@ -82,10 +93,13 @@ class Eisam(Method):
         return Sharpness(
             weight * config.strength if config.perturb else weight,
             radius,
-            shared=config.direction == "shared",
+            groups=config.groups,
             perturbed=config.perturb,
             exact=config.perturb and config.targets == "exact",
             warmup=config.warmup if config.perturb else 0.0,
+            share=config.share if config.perturb else 1.0,
+            layers=config.layers,
+            refresh=config.refresh if config.perturb else 1,
         )
 
 

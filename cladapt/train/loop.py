@@ -23,7 +23,7 @@ from cladapt.model.items import ItemPasses
 from cladapt.model.sharding import is_cut
 from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import STOPS, deferred_interrupt
-from cladapt.train.sharpness import by_item
+from cladapt.train.sharpness import Reuse, grouped, two_passes
 from cladapt.train.sinks import Sink
 from cladapt.train.targets import Targets
 
@@ -104,10 +104,11 @@ class Fit:
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
         if feed.items is not None:
-            ctx.frequency = feed.items.frequency.to(self.accelerator.device)
+            ctx.frequency = feed.items.frequency
         if method.flattens:  # its linears write no proximal gradient
             ctx.epilogue = None
         self._policy: Sharpness | None = None
+        self._reuse: Reuse | None = None
         self._is_cut = any(map(is_cut, module.parameters()))  # which DDP cannot hold: gradients are averaged here
         self.optimizer: Any = self.accelerator.prepare(self._make_optimizer())
         self.module: nn.Module = module if self._is_cut else self.accelerator.prepare(module)
@@ -142,8 +143,9 @@ class Fit:
         torch.manual_seed(seed)
         self.method.begin_block(self.ctx)
         self._policy = self.method.sharpness(self.ctx)
-        if self._policy is not None and self._policy.exact:
-            self.feed = self.feed.apart()
+        if self._policy is not None:
+            self._reuse = Reuse(self._policy.refresh) if self._policy.refresh > 1 else None
+            self.feed = self.feed.apart() if self._policy.exact else self.feed
         if self.accelerator.process_index:  # what begins a block is drawn alike, dropout apart
             torch.manual_seed(seed + (self.accelerator.process_index << 48))
         if resume is not None:
@@ -239,13 +241,15 @@ class Fit:
         targets = sum(map(self.feed.targets, micro_batches))
         self.module.train()
         total = torch.zeros((), device=self.accelerator.device)
+        sharp = self._policy is not None and progress >= self._policy.warmup * self.settings.epochs
+        twice = sharp and (self._reuse is None or self._reuse.due(self.position.total_steps))
         for index, batch in enumerate(micro_batches):
             piece = shard(batch, self.accelerator.process_index, processes)
             share = self.feed.targets(piece) / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
-            if self._policy is not None and progress >= self._policy.warmup * self.settings.epochs:
-                loss, terms = self._by_item(batch, local, targets, share, last)
+            if twice:
+                loss, terms = self._two_passes(batch, local, targets, share, last)
             else:
                 with self._sync(last):
                     with self._autocast():
@@ -260,6 +264,10 @@ class Fit:
                 ctx.log[name] = ctx.log.get(name, 0.0) + share * value.item()
         if self._is_cut:
             self._average_gradients()
+        if self._reuse is not None and twice:
+            self._reuse.keep(self.trained, self._summed)
+        elif self._reuse is not None and sharp:
+            self._reuse.apply(self.trained)
         if ctx.log:
             ctx.log.update(zip(ctx.log, self._over_ranks(list(ctx.log.values())), strict=True))
         self.method.edit_grads(ctx)
@@ -292,30 +300,41 @@ class Fit:
         """Inside, DDP averages gradients in the backward pass if it is the `last` of a step."""
         return nullcontext() if last or self._is_cut else self.accelerator.no_sync(self.module)
 
-    def _by_item(
+    def _two_passes(
         self, batch: Batch, local: Batch, targets: int, share: float, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch under the method's `Sharpness`: the plain loss, and the method's terms."""
-        policy, known = cast(Sharpness, self._policy), cast(Targets, self.feed.items)
-        items, owner = known.owner(batch).unique(return_inverse=True)
-        owner = shard((owner,), self.accelerator.process_index, self.accelerator.num_processes)[0]
-        passes = ItemPasses(owner.to(self.accelerator.device), len(items))
+        policy = cast(Sharpness, self._policy)
+        groups = grouped(policy, cast(Targets, self.feed.items), batch).to(self.accelerator.device)
+        own = shard((groups.of,), self.accelerator.process_index, self.accelerator.num_processes)[0]
+        passes = ItemPasses(own, len(groups.weight), policy.layers)
         terms: dict[str, Tensor] = {}
 
         def run(shares: Tensor, first: bool, final: bool) -> Tensor:
+            given = local if passes.rows is None else tuple(t[passes.rows] for t in local)
             with self._sync(last and final):
                 with self._autocast():
-                    losses: Tensor = self.module(*local, passes)
+                    losses: Tensor = self.module(*given, passes)
                 loss = (shares[passes.of_losses] * losses).sum() / targets
                 if first:
                     plain = losses.sum() / targets
                     terms.update(self.method.loss_terms(self.ctx, local, plain / share if share else plain))
-                    loss = loss + share * sum(terms.values(), torch.zeros_like(loss))
+                    added = share * sum(terms.values(), torch.zeros_like(loss))
+                    self._keep_plain(plain + added, passes)
+                    loss = loss + added
                 self.accelerator.backward(self.accelerator.num_processes * loss)
             return losses.detach()
 
-        losses = by_item(policy, items.to(self.accelerator.device), self._unwrapped, passes, run, self._summed)
+        losses = two_passes(policy, groups, self._unwrapped, passes, run, self._summed)
         return losses.sum() / targets, terms
+
+    def _keep_plain(self, loss: Tensor, passes: ItemPasses) -> None:
+        """The gradient of the plain loss, apart from those that the passes leave, where it is used again."""
+        if self._reuse is not None:
+            learned = {name: p for name, p in self.trained.items() if p.requires_grad}
+            with passes.unrecorded():
+                grads = torch.autograd.grad(loss, [*learned.values()], retain_graph=True, materialize_grads=True)
+            self._reuse.add_plain(dict(zip(learned, grads, strict=True)))
 
     def _summed(self, tensor: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -401,6 +420,7 @@ class Fit:
         tensors = {f"parameter/{name}": p.detach().clone() for name, p in self.trained.items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {f"method/{name}": value.clone() for name, value in self.method.state_dict().items()}
+        tensors |= {f"reuse/{name}": value for name, value in (self._reuse.tensors if self._reuse else {}).items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value.clone()
@@ -427,6 +447,8 @@ class Fit:
                     for key, t in state.items()
                 }
         self.best = {key.removeprefix("best/"): t for key, t in tensors.items() if key.startswith("best/")}
+        if self._reuse is not None:
+            self._reuse.tensors = {k.removeprefix("reuse/"): t for k, t in tensors.items() if k.startswith("reuse/")}
         self.method.load_state_dict(
             {k.removeprefix("method/"): t for k, t in tensors.items() if k.startswith("method/")}
         )

@@ -1,6 +1,7 @@
 """One micro-batch under a `Sharpness`: a pass with weighted losses, or two that leave the gradient of its J."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,17 +10,65 @@ from torch import Tensor, nn
 from cladapt.errors import ConfigError
 from cladapt.methods import Sharpness
 from cladapt.model.items import ItemPasses
+from cladapt.train.feeds import Batch
+from cladapt.train.targets import Targets
 
 LEAST = 1e-9
 """The least share of a loss in the first pass: at 0 neither its gradient nor the gradient's direction could be read."""
 
 Pass = Callable[[Tensor, bool, bool], Tensor]
-"""Forward and backward with the share [G] of each item's losses, the first pass or not, the last or not: losses [n]."""
+"""Forward and backward with a share [G] of each group's losses, the first pass or not, the last or not: losses [n]."""
 
 
-def by_item(
+@dataclass(frozen=True)
+class Grouped:
+    """The groups of a micro-batch."""
+
+    of: Tensor
+    """int64, below G: that of every token [R, S] or image [B]."""
+    weight: Tensor
+    """float32 [G]."""
+    radius: Tensor
+    """float32 [G]."""
+
+    def to(self, device: torch.device) -> "Grouped":
+        """The same there."""
+        return Grouped(self.of.to(device), self.weight.to(device), self.radius.to(device))
+
+
+def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
+    """The groups that the policy makes of a batch, all on the CPU."""
+    owner = targets.owner(batch)
+    if policy.groups == "sample" and policy.perturbed:
+        key = targets.sample(batch)
+    elif policy.groups == "batch" and policy.perturbed:  # losses of one weight: their gradients' sums are weighted
+        key = policy.weight.unique(return_inverse=True)[1][owner]
+    else:
+        key = owner
+    values, of = key.unique(return_inverse=True)
+    item, group = targets.of_losses(batch, owner), targets.of_losses(batch, of)
+    count = torch.bincount(group, minlength=len(values))
+    weight, radius = (_means(value[item], group, count) for value in (policy.weight, policy.radius))
+    if policy.groups == "batch" and policy.perturbed:
+        radius = policy.radius[item].mean().expand_as(radius)
+    return Grouped(of, _largest(weight, count, policy.share), radius)
+
+
+def _means(values: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    return torch.zeros(len(count)).index_add_(0, group, values) / count.clamp_min(1)
+
+
+def _largest(weight: Tensor, count: Tensor, share: float) -> Tensor:
+    """The weights of the groups that come first by weight, until they have the share of all losses; zeros elsewhere."""
+    order = weight.argsort(descending=True, stable=True)
+    before = count[order].cumsum(0) - count[order]
+    kept = order[before < share * count.sum()]
+    return torch.zeros_like(weight).index_copy_(0, kept, weight[kept])
+
+
+def two_passes(
     policy: Sharpness,
-    items: Tensor,
+    groups: Grouped,
     model: nn.Module,
     passes: ItemPasses,
     run: Pass,
@@ -27,16 +76,17 @@ def by_item(
 ) -> Tensor:
     """Leave the gradient of the policy's J, and give the plain losses [n].
 
-    `items` int64 [G]: those of `passes`; `reduce` adds a tensor over the processes. Shares are of losses, so all that
-    learns has its part of J; directions are those of the factors alone. The first pass has the share c = 1 - weight of
-    each loss and keeps c_i g_i: their sum is the first part of the gradient, their directions are g_i's but for the
-    sign. Both passes draw the same masks.
+    `passes` has the groups of the tokens at hand; `reduce` adds a tensor over the processes. Shares are of losses, so
+    all that learns has its part of J; directions are those of the factors alone. The first pass has the share
+    c = 1 - weight of each loss and keeps c_g d_g: their sum is the first part of the gradient, their directions are
+    d_g's but for the sign. Both passes draw the same masks; where none is drawn, the second leaves out what has no
+    weight.
     """
-    weight = policy.weight[items]
+    weight = groups.weight
     if not policy.perturbed:
         return run(weight, True, True)
     first = torch.where((1.0 - weight).abs() < LEAST, LEAST, 1.0 - weight)
-    generators = _generators(weight.device)
+    drawn = _generators(weight.device)
     with passes.inside(model):
         losses = run(first, True, False)
         if name := passes.missing(model):
@@ -44,35 +94,81 @@ def by_item(
                 f"sharpness-aware training perturbs the factors of plain LoRA linears, {name} is none",
                 "adapt plain linears, without 4-bit weights, with a method that learns their factors",
             )
-        _set_kappa(policy, passes, weight, first, policy.radius[items], reduce)
-        _restore(generators)
+        _set_kappa(policy.groups == "batch", passes, groups, first, reduce)
+        if _same(drawn, _generators(weight.device)):
+            passes.leave_out(weight == 0)
+        _restore(drawn)
         run(weight, False, True)
     return losses
 
 
 def _set_kappa(
-    policy: Sharpness,
-    passes: ItemPasses,
-    weight: Tensor,
-    first: Tensor,
-    radius: Tensor,
-    reduce: Callable[[Tensor], Tensor],
+    shared: bool, passes: ItemPasses, groups: Grouped, first: Tensor, reduce: Callable[[Tensor], Tensor]
 ) -> None:
-    """How far each item goes along what the first pass has kept; a shared direction becomes that of every item."""
+    """How far each group goes along what the first pass has kept; a shared direction becomes that of every group."""
     for kept in passes.kept:
         kept.gradients = reduce(kept.whole())
-        if policy.shared:
-            own = torch.einsum("i,irw->rw", (weight / first).to(kept.gradients.dtype), kept.gradients)
+        if shared:
+            own = torch.einsum("i,irw->rw", (groups.weight / first).to(kept.gradients.dtype), kept.gradients)
             kept.gradients = own.expand_as(kept.gradients)
     norm = torch.stack([kept.squares() for kept in passes.kept]).sum(0).sqrt()
-    sign = torch.ones_like(norm) if policy.shared else first.sign().double()
-    kappa = torch.where(norm > 0, radius.double() * sign / norm, 0.0)
+    sign = torch.ones_like(norm) if shared else first.sign().double()
+    kappa = torch.where(norm > 0, groups.radius.double() * sign / norm, 0.0)
     for kept in passes.kept:
         kept.kappa = kappa.to(kept.whole().dtype)
 
 
+class Reuse:
+    """What second passes change in the gradient, used again until the next one (LookSAM, CVPR 2022, for J).
+
+        v = dJ - g,   u = (v - <v, g> / <g, g> g) / |g|      at a step with two passes, g the gradient of plain losses
+        g + |g| u                                            at the steps until the next
+
+    for each tensor. LookSAM fixes the length of the second term by a constant; here it is what it was against |g|.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.plain: dict[str, Tensor] = {}
+        """g of the step at hand, summed over its micro-batches."""
+        self.tensors: dict[str, Tensor] = {}
+        """u of the last step with two passes, by the parameter's name."""
+
+    def due(self, step: int) -> bool:
+        """Whether a step, counted from 0, has two passes."""
+        return not self.tensors or step % self.every == 0
+
+    def add_plain(self, grads: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's part of g."""
+        for name, grad in grads.items():
+            self.plain[name] = self.plain[name] + grad if name in self.plain else grad
+
+    def keep(self, parameters: Mapping[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
+        """Take u from the gradients dJ that the parameters hold; `reduce` adds g over the processes."""
+        for name, parameter in parameters.items():
+            if parameter.grad is None:
+                continue
+            plain = reduce(self.plain[name])
+            square = plain.square().sum()
+            change = parameter.grad - plain
+            change = change - (change * plain).sum() / square.clamp_min(torch.finfo(square.dtype).tiny) * plain
+            self.tensors[name] = torch.where(square > 0, change / square.sqrt(), 0.0)
+        self.plain = {}
+
+    def apply(self, parameters: Mapping[str, Tensor]) -> None:
+        """Add |g| u to the gradients g that the parameters hold."""
+        for name, change in self.tensors.items():
+            grad = parameters[name].grad
+            if grad is not None:
+                grad.add_(grad.norm() * change)
+
+
 def _generators(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _same(one: tuple[Tensor, Any], other: tuple[Tensor, Any]) -> bool:
+    return all(a is b or torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _restore(states: tuple[Tensor, Any]) -> None:

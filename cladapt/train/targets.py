@@ -19,6 +19,12 @@ class Targets(Protocol):
     def owner(self, batch: Batch) -> Tensor:
         """The item whose loss a token, or all tokens of an image, work for: int64 [R, S] or [B]."""
 
+    def sample(self, batch: Batch) -> Tensor:
+        """The example of a token, numbered over the batch, or of an image: int64 [R, S] or [B]."""
+
+    def of_losses(self, batch: Batch, of_tokens: Tensor) -> Tensor:
+        """Of values [R, S] or [B] those of the tokens or images that a loss is computed from: [n]."""
+
 
 class PackedTargets:
     """Of packed rows: a token works for the next target of its document, those after the last target for that one.
@@ -58,6 +64,15 @@ class PackedTargets:
             owner = torch.where(known & (document > 0), found.gather(1, source + 1), owner)
         return owner
 
+    def sample(self, batch: Batch) -> Tensor:
+        document = batch[1]
+        begins = torch.ones_like(document)  # padding behind the documents is one more example
+        begins[:, 1:] = document[:, 1:] != document[:, :-1]
+        return begins.flatten().cumsum(0).view_as(document) - 1
+
+    def of_losses(self, batch: Batch, of_tokens: Tensor) -> Tensor:
+        return of_tokens[:, :-1][batch[3][:, 1:]]
+
 
 class ImageTargets:
     """Of images: all tokens of an image work for its label. `label` int64 [n]: those of the training images."""
@@ -67,3 +82,9 @@ class ImageTargets:
 
     def owner(self, batch: Batch) -> Tensor:
         return batch[1]
+
+    def sample(self, batch: Batch) -> Tensor:
+        return torch.arange(len(batch[1]))
+
+    def of_losses(self, batch: Batch, of_tokens: Tensor) -> Tensor:
+        return of_tokens[batch[2]]

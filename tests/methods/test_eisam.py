@@ -1,5 +1,6 @@
 """Item-wise SAM in the loop: the gradient of its objective by finite differences, controls, frequencies."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cladapt.config import AdapterConfig
 from cladapt.methods import Sharpness
+from cladapt.methods._sharpness import Groups
 from cladapt.methods.eisam import item_weights
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
 from cladapt.model.items import ItemPasses
@@ -19,7 +21,7 @@ from cladapt.tokens.prompts import Document
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
-from cladapt.train.sharpness import by_item
+from cladapt.train.sharpness import Reuse, grouped, two_passes
 from cladapt.train.targets import PackedTargets
 
 COUNTS = torch.tensor([0, 1, 4, 4, 16, 100])
@@ -43,7 +45,7 @@ def test_weights_of_a_family_have_mean_one_over_events_and_fall_with_frequency()
 class Case:
     """A tiny adapted LM in float64 and documents of one target each: the form in which items do not meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, row_tokens: int = 24) -> None:
         sids = SidTable(tuple("abcdef"), np.array([[k // 2, k % 2] for k in range(6)]), (3, 2))
         base = Base(*new_model("tiny", sids, seed=0), sids, {})
         self.tokens, levels = base.item_tokens().numpy(), sids.levels
@@ -63,24 +65,29 @@ class Case:
         ]
         self.target = torch.from_numpy(rows[:, 2])
         self.targets = PackedTargets(self.tokens, np.bincount(rows[:, 2], minlength=6))
-        (self.batch,) = PackedFeed(documents, documents, 512, 24).sample(1.0)
+        (self.batch,) = PackedFeed(documents, documents, 512, row_tokens).sample(1.0)
 
     def run(self, policy: Sharpness) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients and losses by the two passes."""
-        items, owner = self.targets.owner(self.batch).unique(return_inverse=True)
-        passes = ItemPasses(owner, len(items))
+        groups = grouped(policy, self.targets, self.batch)
+        passes = ItemPasses(groups.of, len(groups.weight), policy.layers)
+        self.rows = []
 
         def one(shares: Tensor, first: bool, final: bool) -> Tensor:
-            losses = self.loss(*self.batch, passes)
+            given = self.batch if passes.rows is None else tuple(t[passes.rows] for t in self.batch)
+            self.rows.append(len(given[0]))
+            losses = self.loss(*given, passes)
             (shares.double()[passes.of_losses] * losses).sum().backward()
             return losses.detach()
 
-        losses = by_item(policy, items, self.loss, passes, one, lambda tensor: tensor)
+        for p in self.parameters.values():
+            p.grad = None
+        losses = two_passes(policy, groups, self.loss, passes, one, lambda tensor: tensor)
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}, losses
 
-    def each(self) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-        """Every item, and the sum of its losses at the parameters as they are, from plain passes."""
-        items, owner = self.targets.owner(self.batch).unique(return_inverse=True)
+    def each(self, key: Tensor | None = None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Every item, or value of `key` [R, S], and the sum of its losses at the parameters as they are, plain."""
+        items, owner = (self.targets.owner(self.batch) if key is None else key).unique(return_inverse=True)
         passes = ItemPasses(owner, len(items))
         for index, item in enumerate(items.tolist()):
             yield item, lambda index=index: self.loss(*self.batch, passes)[passes.of_losses == index].sum()  # type: ignore[misc]
@@ -89,50 +96,125 @@ class Case:
         return dict(zip(self.parameters, torch.autograd.grad(loss, [*self.parameters.values()]), strict=True))
 
 
-def by_loop(case: Case, policy: Sharpness) -> dict[str, Tensor]:
-    """The gradient of J item by item: the parameters themselves are moved, a pass each."""
-    own = {item: case.gradient(loss()) for item, loss in case.each()}
-    if policy.shared:
-        total = {n: sum(policy.weight[i].double() * g[n] for i, g in own.items()) for n in case.parameters}
+WEIGHTS = [0.2, 1.0, 1.7, 0.0, 0.9, 1.0]
+
+
+def by_loop(case: Case, policy: Sharpness, only: str = "") -> dict[str, Tensor]:
+    """The gradient of J group by group: the parameters themselves (those of names with `only`) are moved, a pass each.
+
+    Documents hold one target, so that a sample has its item's weight.
+    """
+    key = case.targets.sample(case.batch) if policy.groups == "sample" else None
+    owner = case.targets.owner(case.batch)
+    item_of = dict(zip((owner if key is None else key).flatten().tolist(), owner.flatten().tolist(), strict=True))
+    own = {group: case.gradient(loss()) for group, loss in case.each(key)}
+    if policy.groups == "batch":
+        total = {n: sum(policy.weight[item_of[i]].double() * g[n] for i, g in own.items()) for n in case.parameters}
         direction = dict.fromkeys(own, total)
     else:
         direction = own
     found = {name: torch.zeros_like(p) for name, p in case.parameters.items()}
-    for item, loss in case.each():
-        norm = torch.stack([g.square().sum() for g in direction[item].values()]).sum().sqrt()
-        step = {n: policy.radius[item].double() * g / norm for n, g in direction[item].items()}
+    for group, loss in case.each(key):
+        moving = {n: g for n, g in direction[group].items() if only in n}
+        norm = torch.stack([g.square().sum() for g in moving.values()]).sum().sqrt()
+        step = {n: policy.radius[item_of[group]].double() * g / norm for n, g in moving.items()} if norm else {}
         with torch.no_grad():
-            for name, p in case.parameters.items():
-                p += step[name]
+            for name, change in step.items():
+                case.parameters[name] += change
         moved = case.gradient(loss())
         with torch.no_grad():
-            for name, p in case.parameters.items():
-                p -= step[name]
-        weight = policy.weight[item].double()
+            for name, change in step.items():
+                case.parameters[name] -= change
+        weight = policy.weight[item_of[group]].double()
         for name in found:
-            found[name] += (1 - weight) * own[item][name] + weight * moved[name]
+            found[name] += (1 - weight) * own[group][name] + weight * moved[name]
     return found
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("weight", [[0.5] * 6, [0.2, 1.0, 1.7, 0.0, 0.9, 1.0]], ids=["uniform", "by item"])
-def test_two_passes_are_a_loop_over_items_whose_parameters_are_moved(shared: bool, weight: list[float]) -> None:
-    case = Case()
-    policy = Sharpness(torch.tensor(weight), torch.linspace(0.1, 0.3, 6), shared=shared)
-    if shared:
-        policy = replace(policy, radius=torch.full((6,), 0.2))
-    truth = by_loop(case, policy)
-    found, losses = case.run(policy)
+def assert_close(found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     for name, expected in truth.items():
         torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("groups", ["item", "sample", "batch"])
+@pytest.mark.parametrize("weight", [[0.5] * 6, [1.0] * 6, WEIGHTS], ids=["half", "whole", "by item"])
+def test_two_passes_are_a_loop_over_groups_whose_parameters_are_moved(groups: Groups, weight: list[float]) -> None:
+    case = Case()
+    radius = torch.full((6,), 0.2) if groups == "batch" else torch.linspace(0.1, 0.3, 6)
+    policy = Sharpness(torch.tensor(weight), radius, groups=groups)
+    truth = by_loop(case, policy)
+    found, losses = case.run(policy)
+    assert_close(found, truth)
     plain = case.gradient(sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
     assert max(float((truth[n] - plain[n]).abs().max()) for n in truth) > 1e-3
     torch.testing.assert_close(losses.sum(), sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
 
 
+def test_the_last_layers_alone_are_perturbed() -> None:
+    case = Case()
+    policy = Sharpness(torch.tensor(WEIGHTS), torch.full((6,), 0.2), layers=1)
+    last = max(int(number[1]) for name in case.parameters if (number := re.search(r"layers\.(\d+)", name)))
+    moving = [n for n in case.parameters if f"layers.{last}." in n or "lm_head" in n]  # the head is behind the layers
+    assert 0 < len(moving) < len(case.parameters)
+    case.parameters = {f"moving {n}" if n in moving else n: p for n, p in case.parameters.items()}
+    assert_close(case.run(policy)[0], by_loop(case, policy, only="moving"))
+
+
+def test_groups_of_the_largest_weights_are_perturbed_and_rows_without_them_left_out() -> None:
+    case = Case(row_tokens=8)
+    weight = torch.tensor(WEIGHTS)
+    policy = Sharpness(weight, torch.full((6,), 0.2), share=0.4)
+    counts = torch.bincount(case.target, minlength=6)
+    kept, held = [], 0
+    for item in sorted(case.target.unique().tolist(), key=lambda i: -WEIGHTS[i]):
+        if held < 0.4 * 7:
+            kept.append(item)
+            held += int(counts[item])
+    alone = replace(policy, weight=torch.where(torch.isin(torch.arange(6), torch.tensor(kept)), weight, 0.0), share=1.0)
+    found, losses = case.run(policy)
+    assert_close(found, by_loop(case, alone))
+    assert case.rows == [7, int(torch.isin(case.target, torch.tensor(kept)).sum())]
+    assert case.rows[1] < 7
+    torch.testing.assert_close(losses.sum(), sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
+
+
+def test_where_nothing_has_weight_the_gradient_is_the_plain_one() -> None:
+    case = Case()
+    found, _ = case.run(Sharpness(torch.zeros(6), torch.ones(6)))
+    assert_close(found, case.gradient(sum(loss() for _, loss in case.each())))  # type: ignore[arg-type]
+
+
+def test_between_two_passes_what_they_changed_is_used_again_at_the_gradients_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = ("a", "b")
+    parameters = {n: torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for n in names}
+
+    def drawn() -> dict[str, Tensor]:
+        return {n: torch.randn(3, 2, generator=generator, dtype=torch.float64) for n in names}
+
+    def set_grads(values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameters[name].grad = value.clone()
+
+    reuse, half, rest, whole, later = Reuse(3), drawn(), drawn(), drawn(), drawn()
+    assert [reuse.due(step) for step in (0, 1)] == [True, True]  # nothing is there to use again
+    reuse.add_plain(half)
+    reuse.add_plain(rest)
+    set_grads(whole)
+    reuse.keep(parameters, lambda tensor: tensor)
+    assert [reuse.due(step) for step in (1, 2, 3, 4)] == [False, False, True, False]
+    set_grads(later)
+    reuse.apply(parameters)
+    for name in names:
+        plain, change = half[name] + rest[name], whole[name] - half[name] - rest[name]
+        across = change - (change * plain).sum() / plain.norm() ** 2 * plain
+        expected = later[name] + later[name].norm() / plain.norm() * across
+        torch.testing.assert_close(parameters[name].grad, expected)
+
+
 def test_the_gradient_is_that_of_the_objective_by_finite_differences() -> None:
     case, step = Case(), 1e-2  # losses are float32
-    policy = Sharpness(torch.tensor([0.2, 1.0, 1.7, 0.0, 0.9, 1.0]), torch.full((6,), 0.3))
+    policy = Sharpness(torch.tensor(WEIGHTS), torch.full((6,), 0.3))
     own = {item: case.gradient(loss()) for item, loss in case.each()}
     eps = {
         item: {
@@ -175,7 +257,7 @@ def test_the_gradient_is_that_of_the_objective_by_finite_differences() -> None:
 
 def test_weights_alone_need_no_second_pass() -> None:
     case = Case()
-    weight = torch.tensor([0.2, 1.0, 1.7, 0.0, 0.9, 1.0])
+    weight = torch.tensor(WEIGHTS)
     found, _ = case.run(Sharpness(weight, torch.ones(6), perturbed=False))
     truth = case.gradient(sum(weight[item].double() * loss() for item, loss in case.each()))  # type: ignore[arg-type]
     for name, expected in truth.items():
@@ -192,5 +274,8 @@ def test_a_token_works_for_the_next_target_of_its_document() -> None:
     owner = targets.owner((row, document, torch.zeros_like(row), loss))
     #        9  1  2  1  3  4  5   9  1  2  -
     assert owner.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0]]
+    batch = (row, document, torch.zeros_like(row), loss)
+    assert targets.of_losses(batch, owner).tolist() == [1, 1, 2, 2, 0, 0]
+    assert targets.sample(batch).tolist() == [[0] * 7 + [1] * 3 + [2]]
     assert targets.frequency.tolist() == [3, 2, 1]
     assert PackedTargets(np.array([[1, 2], [1, 2]]), np.array([3, 4])).frequency.tolist() == [7, 0]
