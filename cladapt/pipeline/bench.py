@@ -1,8 +1,9 @@
 """What the methods cost and what the engine saves, measured on a simulated stream made in memory.
 
-Four comparisons, each interleaved in one process: packed training against one padded example per target, constrained
-decoding against transformers' `generate`, a training step of every method against fine-tuning, and training and
-decoding with a pretrained model's vocabulary against the same model with ID tokens alone.
+Five comparisons, each interleaved in one process: packed training against one padded example per target, constrained
+decoding against transformers' `generate`, a training step of every method against fine-tuning, sharpness-aware steps
+against plain ones and against a loop over items, and training and decoding with a pretrained model's vocabulary against
+the same model with ID tokens alone.
 """
 
 import copy
@@ -37,7 +38,13 @@ from cladapt.train.feeds import Batch, PackedFeed
 from cladapt.train.loop import Fit
 from cladapt.train.pretrain import pretrain
 from cladapt.train.sinks import MemorySink, Sink
-from cladapt.train.stream import catalogue_softmax, make_form, training_documents, validation_documents
+from cladapt.train.stream import (
+    catalogue_softmax,
+    make_form,
+    packed_targets,
+    training_documents,
+    validation_documents,
+)
 from cladapt_kernels.timing import Row, compare, where, write_rows
 
 PRESET = "tiny"
@@ -55,6 +62,10 @@ TARGETS: Mapping[tuple[str, str], str] = {
     ("training", "packed"): ">= 4",
     ("decoding", "cladapt"): ">= 5",
     ("step", "peso"): "<= 1.05",
+    ("sharpness step", "eisam by item"): "<= 2.15",
+    ("sharpness step", "eisam by history"): "<= 2.15",
+    ("sharpness by item", "at once"): ">= 1.5",
+    ("sharpness memory", "eisam by item"): "within 10 % of 1",
     ("vocabulary: training step", LARGE): "<= 1.10",
     ("vocabulary: decoding batch", LARGE): "<= 1.10",
     ("vocabulary: memory of a training step", LARGE): "<= 1.10",
@@ -83,7 +94,8 @@ def methods(runs: int, out: Path | None, sink: Sink, llm: Path | None = None) ->
 
     `llm`: a pretrained causal LM on which the field's usual code is measured too; see `cladapt.pipeline.bench_llm`.
     """
-    from cladapt.pipeline.bench_llm import field, make_llm_case  # which measures with what is here
+    from cladapt.pipeline.bench_llm import field, make_llm_case  # which measure with what is here
+    from cladapt.pipeline.bench_sharpness import bench_sharpness
 
     check_request(runs, out)
     # first, so that a mistake shows before anything is measured
@@ -96,6 +108,7 @@ def methods(runs: int, out: Path | None, sink: Sink, llm: Path | None = None) ->
         ("training", bench_training),
         ("decoding", bench_decoding),
         ("steps", bench_steps),
+        ("sharpness-aware steps", bench_sharpness),
         ("vocabulary", bench_vocabulary),
     ):
         sink.emit({"kind": "note", "text": f"measuring {what}"})
@@ -125,14 +138,21 @@ def make_case(config: SimulateConfig, tokens: TokensConfig) -> Case:
     return Case(stream, base, form, split_block(stream, stream.n_blocks), train, device)
 
 
-def make_fit(case: Case, method_name: str, documents: Sequence[Document]) -> Fit:
+def make_fit(
+    case: Case, method_name: str, documents: Sequence[Document], dropout: float | None = None, **options: Any
+) -> Fit:
     """The loop of a method on its own copy of the base, at its second block, with what it keeps of the first."""
+    adapter = AdapterConfig() if dropout is None else AdapterConfig(dropout=dropout)
     base = Base(copy.deepcopy(case.base.model), case.base.tokenizer, case.base.sids, {})
-    method = build(MethodConfig(name=method_name))
-    model = create_adapter(base, AdapterConfig(), 0, method.parameters)
+    method = build(MethodConfig(name=method_name, options=options))
+    model = create_adapter(base, adapter, 0, method.parameters, by_item=method.flattens)
     initial = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     feed = PackedFeed(
-        documents, validation_documents(case.split, case.form), case.train.batch_tokens, case.train.row_tokens
+        documents,
+        validation_documents(case.split, case.form),
+        case.train.batch_tokens,
+        case.train.row_tokens,
+        packed_targets(case.stream, case.split.block, case.form),
     )
 
     def at(block: int) -> Fit:
@@ -144,7 +164,7 @@ def make_fit(case: Case, method_name: str, documents: Sequence[Document]) -> Fit
             fit_settings(case.train, 0, block),
             MemorySink(),
         )
-        method.begin_block(fit.ctx)
+        fit.begin()
         return fit
 
     before = at(case.split.block - 1)
@@ -192,7 +212,7 @@ def bench_steps(case: Case, runs: int) -> list[Row]:
     names = [BASELINE, *(name for name, kind in available().items() if kind.trains and name != BASELINE)]
     documents = training_documents(case.split, case.form)
     fits = {name: make_fit(case, name, documents) for name in names}
-    providers = {name: partial(_steps, fit, fit.steps(0)[:STEPS]) for name, fit in fits.items()}
+    providers = {name: partial(run_steps, fit, fit.steps(0)[:STEPS]) for name, fit in fits.items()}
     shape = f"{PRESET}, rank {AdapterConfig().rank}, {case.train.batch_tokens} tokens"
     return compare("step", shape, providers, case.device, runs)
 
@@ -212,7 +232,7 @@ def bench_vocabulary(case: Case, runs: int) -> list[Row]:
     check_losses(*(validation_losses(some) for some in cases.values()))
     fits = {name: make_fit(some, BASELINE, documents) for name, some in cases.items()}
     step: Mapping[str, Callable[[], object]] = {
-        name: partial(_steps, fit, fit.steps(0)[:1]) for name, fit in fits.items()
+        name: partial(run_steps, fit, fit.steps(0)[:1]) for name, fit in fits.items()
     }
     rows: list[Row] = []
     for what, providers, size in (
@@ -284,7 +304,8 @@ def _memory(name: str, shape: str, providers: Mapping[str, Callable[[], object]]
     return rows
 
 
-def _steps(fit: Fit, steps: Sequence[list[Batch]]) -> None:
+def run_steps(fit: Fit, steps: Sequence[list[Batch]]) -> None:
+    """Steps in the middle of a fit."""
     for step in steps:
         fit.step(step, 0.5)
 

@@ -128,6 +128,14 @@ class Fit:
         ctx.optimizer = ops.ProxAdamW(groups, lr=settings.lr)
         return ctx.optimizer
 
+    def begin(self) -> None:
+        """Let the method begin the block, and take what it asks of the backward passes."""
+        self.method.begin_block(self.ctx)
+        self._policy = self.method.sharpness(self.ctx)
+        if self._policy is not None:
+            self._reuse = Reuse(self._policy.refresh) if self._policy.refresh > 1 else None
+            self.feed = self.feed.apart() if self._policy.exact else self.feed
+
     def run(
         self,
         checkpoint: Callable[[Snapshot], None] | None = None,
@@ -141,11 +149,7 @@ class Fit:
         began, used = time.perf_counter(), 0
         seed = self.settings.seed * 1009 + self.ctx.block
         torch.manual_seed(seed)
-        self.method.begin_block(self.ctx)
-        self._policy = self.method.sharpness(self.ctx)
-        if self._policy is not None:
-            self._reuse = Reuse(self._policy.refresh) if self._policy.refresh > 1 else None
-            self.feed = self.feed.apart() if self._policy.exact else self.feed
+        self.begin()
         if self.accelerator.process_index:  # what begins a block is drawn alike, dropout apart
             torch.manual_seed(seed + (self.accelerator.process_index << 48))
         if resume is not None:

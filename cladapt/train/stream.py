@@ -108,9 +108,14 @@ def make_feed(stream: Stream, blocks: Sequence[int], form: Form, config: TrainCo
     validation = validation_documents(split_block(stream, blocks[-1]), form)
     documents = learned_documents(stream, blocks, form, config)
     warn_left_out(documents, f"block {blocks[-1]}")
-    frequency = np.bincount(training_sequences(stream, blocks[-1]).item, minlength=stream.n_items)
-    items = PackedTargets(form.item_tokens, frequency[: len(form.item_tokens)])
+    items = packed_targets(stream, blocks[-1], form)
     return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens, items)
+
+
+def packed_targets(stream: Stream, block: int, form: Form) -> PackedTargets:
+    """The items behind targets, with their training events in the stream up to a block."""
+    frequency = np.bincount(training_sequences(stream, block).item, minlength=stream.n_items)
+    return PackedTargets(form.item_tokens, frequency[: len(form.item_tokens)])
 
 
 def catalogue_softmax(base: Base, stream: Stream, block: int, softmax: Softmax) -> TrieSoftmax | None:

@@ -40,6 +40,20 @@ from cladapt.train.targets import PackedTargets
 
 METHODS = available()
 LEARNING = sorted(name for name, kind in METHODS.items() if kind.trains)
+FLATTENED: dict[str, dict[str, Any]] = {
+    f"{name}+eisam": {} for name in LEARNING if name != "eisam" and METHODS[name].parameters != "weights"
+} | {
+    f"eisam, {what}": options
+    for what, options in {
+        "by sample": {"groups": "sample"},
+        "by batch": {"groups": "batch", "weights": "uniform", "strength": 1.0},
+        "reused": {"refresh": 3},
+        "the largest half": {"share": 0.5},
+        "the last layer": {"layers": 1},
+        "exact": {"targets": "exact"},
+        "weights alone": {"perturb": False},
+    }.items()
+}
 PROXIMAL = sorted(name for name in LEARNING if "strength" in METHODS[name].Config.model_fields)
 SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
 SETTINGS = FitSettings(lr=2e-3, epochs=2, seed=0)
@@ -51,6 +65,7 @@ TARGETS = {"recommend": ("q_proj", "v_proj", "down_proj", "lm_head"), "classify"
 
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
 every_learner = pytest.mark.parametrize("name", LEARNING)
+every_flattened = pytest.mark.parametrize("name", FLATTENED)
 
 
 @pytest.fixture(scope="module", params=["recommend", "classify"])
@@ -67,6 +82,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def make(name: str, **options: Any) -> Method:
     return build(MethodConfig(name=name, options=options))
+
+
+def flattened(name: str) -> Method:
+    """A method of `FLATTENED`, perturbed from the first step on, and far."""
+    joined, _, what = name.partition(", ")
+    prefix = "" if what else "eisam."
+    options = {"warmup": 0.0, "radius": 0.5, **FLATTENED[name]}
+    return make(joined, **{prefix + key: value for key, value in options.items()})
 
 
 def histories(block: int, count: int, seed: int) -> np.ndarray:
@@ -278,25 +301,44 @@ def test_a_method_composes_with_fine_tuning_on_both_sides(name: str, folder: Pat
         assert equal(learned(folder, method), alone)
 
 
-@every_learner
+@every_flattened
 def test_a_method_composes_with_item_wise_sam(name: str, folder: Path) -> None:
-    """Resumed inside a block it ends in the same adapter, which is not that of the method alone."""
-    if name == "eisam":
-        return
-    if METHODS[name].parameters == "weights":
+    """It does something, twice the same."""
+    found = learned(folder, flattened(name))
+    assert equal(learned(folder, flattened(name)), found)
+    alone = "finetune" if name.startswith("eisam,") else name.removesuffix("+eisam")
+    assert not equal(learned(folder, make(alone)), found)
+
+
+@every_flattened
+def test_item_wise_sam_resumed_inside_a_block_equals_no_interruption(name: str, folder: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"accumulation": 2, "batch_tokens": 32}
+    whole = Learner(folder, flattened(name), dropout=0.1)
+    steps = whole.fit(2, **changes).run(
+        lambda s: save_checkpoint(tmp_path / str(s.position.total_steps), 2, "hash", s), 1
+    )
+    for step in (1, steps.steps // 2, steps.steps - 1):
+        resumed = Learner(folder, flattened(name), dropout=0.1)
+        resumed.fit(2, **changes).run(resume=load_checkpoint(tmp_path / str(step), 2, "hash", pytest.fail))
+        assert equal(resumed.tensors(), whole.tensors()), step
+
+
+@every_flattened
+def test_item_wise_sam_in_bf16_has_the_gradient_of_float32(name: str, folder: Path) -> None:
+    norms = []
+    for precision in ("fp32", "bf16"):
+        sink = MemorySink()
+        fit = Learner(folder, flattened(name)).fit(2, sink, precision=precision)
+        fit.run()
+        norms.append(next(event["grad_norm"] for event in sink.events if event["kind"] == "step"))
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert norms[1] != norms[0]
+
+
+def test_item_wise_sam_is_refused_where_whole_weights_learn() -> None:
+    for name in (name for name in LEARNING if METHODS[name].parameters == "weights"):
         with pytest.raises(ConfigError, match=r"eisam perturbs the factors of an adapter, .* learns whole weights"):
             make(f"{name}+eisam")
-        return
-    options = {"eisam.warmup": 0.0, "eisam.radius": 0.5}
-    flattened = learned(folder, make(f"{name}+eisam", **options))
-    assert equal(learned(folder, make(f"{name}+eisam", **options)), flattened)
-    assert not equal(learned(folder, make(name)), flattened)
-    half: list[Any] = []
-    learner = Learner(folder, make(f"{name}+eisam", **options), dropout=0.1)
-    learner.fit(2).run(half.append, 1)
-    again = Learner(folder, make(f"{name}+eisam", **options), dropout=0.1)
-    again.fit(2).run(resume=half[1])
-    assert equal(again.tensors(), learner.tensors())
 
 
 class Cube(torch.autograd.Function):
@@ -390,8 +432,8 @@ SPLIT: dict[str, Any] = {"lr": 5e-4, "epochs": 2, "accumulation": 2, "batch_toke
 
 def as_one_of_two(folder: Path, out: Path) -> None:
     """What each of the two processes does: learn with every method, and leave the result of its rank."""
-    for name in LEARNING:
-        learner = Learner(folder, make(name))
+    for name in [*LEARNING, *FLATTENED]:
+        learner = Learner(folder, flattened(name) if name in FLATTENED else make(name))
         rank = int(os.environ["RANK"])
         fit = learner.fit(2, JsonlSink(out / name / f"log_{rank}.jsonl"), **SPLIT)
         assert fit.accelerator.num_processes == 2
@@ -408,9 +450,9 @@ def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@every_learner
+@pytest.mark.parametrize("name", [*LEARNING, *FLATTENED])
 def test_two_processes_equal_one(name: str, two_processes: Path, folder: Path) -> None:
-    alone, sink = Learner(folder, make(name)), MemorySink()
+    alone, sink = Learner(folder, flattened(name) if name in FLATTENED else make(name)), MemorySink()
     start = alone.tensors()
     fit = alone.fit(2, sink, **SPLIT)
     assert any(len(batch[0]) % 2 for step in fit.steps(0) for batch in step)  # an uneven split is among them
