@@ -117,13 +117,28 @@ def test_runs_of_other_tokens_are_refused() -> None:
         item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
 
 
-@pytest.mark.parametrize("item", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1], [3]])
+@pytest.mark.parametrize("item", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1], [3], []])
 def test_padded_runs_become_flat_again(item: list[int]) -> None:
-    tokens, runs = torch.randn(len(item), 5), Runs.of(torch.tensor(item), 4)
+    tokens, runs = torch.randn(len(item), 5), Runs.of(torch.tensor(item, dtype=torch.int64), 4)
     assert torch.equal(runs.flat(runs.padded(tokens)), tokens)
     padded = runs.padded(tokens, zeros=True)
     assert torch.equal(runs.flat(padded), tokens)
     torch.testing.assert_close(padded.sum((0, 1)), tokens.sum(0))
+
+
+def test_no_tokens_are_no_gradient_of_any_item() -> None:
+    """As of a process that has no row of its own."""
+    given = draw()
+    a, b = (given[n].clone().requires_grad_() for n in ("a", "b"))
+    factors = ItemFactors(Runs.of(ITEM[:0], ITEMS))
+    for _ in range(2):
+        y = item_linear(given["x"][:0], given["weight"], given["bias"], a, b, SCALE, factors)
+        y.sum().backward()
+        assert y.shape == (0, N)
+        factors.kappa = torch.ones(ITEMS)
+    assert not a.grad.any()
+    assert not b.grad.any()
+    assert factors.squares().tolist() == [0.0] * ITEMS
 
 
 def test_kappa_needs_the_gradients_of_a_first_pass() -> None:

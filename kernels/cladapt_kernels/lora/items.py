@@ -62,10 +62,11 @@ class Runs:
 
     def padded(self, tokens: Tensor, zeros: bool = False) -> Tensor:
         """[M, C] -> [T, L, C], L the longest run; behind shorter ones are `zeros`, or tokens of another run."""
+        shape = (len(self.item), self._longest, tokens.shape[1])
         if self._alike:
-            return tokens.view(len(self.item), -1, tokens.shape[1])
+            return tokens.view(shape)
         place, inside, _ = self._places
-        found = tokens.index_select(0, place).view(len(self.item), -1, tokens.shape[1])
+        found = tokens.index_select(0, place).view(shape)
         return found * inside[..., None].to(found.dtype) if zeros else found
 
     def flat(self, padded: Tensor) -> Tensor:
@@ -74,16 +75,19 @@ class Runs:
         return rows if self._alike else rows.index_select(0, self._places[2])
 
     @cached_property
+    def _longest(self) -> int:
+        return int(self.offsets.diff().max()) if len(self.item) else 0
+
+    @cached_property
     def _alike(self) -> bool:
         """Whether all runs are of one length."""
-        length = self.offsets.diff()
-        return bool((length == length[:1]).all())
+        return self.rows == len(self.item) * self._longest
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         """The token at each padded place [T L], which places are of their run [T, L], and each token's place [M]."""
         length = self.offsets.diff()
-        step = torch.arange(int(length.max()), device=length.device)
+        step = torch.arange(self._longest, device=length.device)
         inside = step < length[:, None]
         place = torch.where(inside, self.offsets[:-1, None] + step, 0)
         return place.flatten(), inside, inside.flatten().nonzero()[:, 0]
