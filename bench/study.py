@@ -30,7 +30,7 @@ from cladapt.pipeline.evaluation import Evaluated
 from cladapt.pipeline.report import METRICS, regulariser_log
 from cladapt.run import open_run
 from cladapt.train.sinks import MemorySink
-from cladapt.workloads._base import Comparison
+from cladapt.workloads._base import effect_lines
 from inputs import Recipe, merge, recipe_of
 
 ROOT = Path(__file__).resolve().parent
@@ -135,7 +135,8 @@ def mean_distance(adapters: list[Path]) -> float | None:
 
 def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.DataFrame]:
     """`summary` (a line per cell name, seeds pooled), `differences` from every reference, `cells` (a line each), and
-    `blocks` (the difference of each pair block by block).
+    `blocks` (the difference of each pair block by block); `tails` (a line per cell name and group of the items by head
+    and tail) and `tails_differences` (of each pair) where the task has them.
 
     The first two also of what else the runs are judged by, such as the next block, where all cells have it.
     """
@@ -159,18 +160,12 @@ def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.Da
             line for name, others in against for line in wide(part.differences(name, others))
         ]
         pairs = [pair for pair in recipe.pairs if {*pair} <= {*part.names}]
-        if by_block := [line for one, two in pairs for line in block_lines(part, one, two)]:
+        if by_block := [line for pair in pairs for line in effect_lines(pair, "block", part.effects_by_block(*pair))]:
             frames[f"{prefix}blocks"] = by_block
+    pairs = [pair for pair in recipe.pairs if {*pair} <= {*comparison.names}]
+    by_tail = [line for pair in pairs for line in effect_lines(pair, "group", comparison.effects_by_tail(*pair))]
+    frames |= {name: rows for name, rows in (("tails", comparison.tails()), ("tails_differences", by_tail)) if rows}
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
-
-
-def block_lines(part: Comparison[Any], one: str, two: str) -> list[dict[str, Any]]:
-    """The difference of a pair in each block, and its slope: a line each."""
-    lines: dict[str, dict[str, Any]] = {}
-    for (block, metric), effect in part.effects_by_block(one, two).items():
-        line = lines.setdefault(block, {"difference": f"{one} - {two}", "block": block, "users": effect.n})
-        line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
-    return [*lines.values()]
 
 
 def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import Cells, Matrix, left_out, summaries
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import head_frequency, slices, summarise, user_metrics
-from cladapt.eval.significance import Effect, compare, describe, interval
+from cladapt.eval.significance import Effect, bounds, compare, describe, interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,8 @@ class Measures:
     models that only count, on the blocks they were made for. `ceiling`: the best reachable score per block, where it
     is known. `lag`: how far the tested block is ahead of the model that is judged by it. `next`: the same run on the
     first events of the block after each model's, with a lag of 1; None where it was not measured. `learned`: the cells
-    (t, s) whose held-out events the model of block t has learned.
+    (t, s) whose held-out events the model of block t has learned. `places`: where the targets stand among the items of
+    their block, see `cladapt.eval.tails.PLACES`; None for an evaluation that did not measure it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Measures:
     lag: int = 0
     next: "Measures | None" = None
     learned: Cells = frozenset()
+    places: pl.DataFrame | None = None
 
     @property
     def current(self) -> pl.DataFrame:
@@ -187,6 +189,11 @@ def metric_columns(config: EvalConfig) -> list[str]:
     return [*(f"{name}@{k}" for name in ("HR", "NDCG") for k in config.top_k), "MRR", "log_likelihood"]
 
 
+def headline(config: EvalConfig) -> tuple[str, str, str]:
+    """The metrics of charts and summaries."""
+    return f"HR@{max(config.top_k)}", f"NDCG@{max(config.top_k)}", "log_likelihood"
+
+
 def table_columns(config: EvalConfig) -> list[str]:
     """All numbers of a line of the table."""
     return ["users", TESTS, NOT_ALLOWED, *metric_columns(config), f"HR@{max(config.top_k)} (ID)"]
@@ -202,8 +209,7 @@ def model_row(name: str, rows: pl.DataFrame, config: EvalConfig) -> dict[str, An
     row: dict[str, Any] = {"model": name, "users": rows["user"].n_unique(), TESTS: rows.height}
     row |= {NOT_ALLOWED: int((~rows["allowed"]).sum()), **means_of_blocks}
     for column in (main, "log_likelihood"):
-        effect = block_mean_interval(measured, column, config.bootstrap)
-        row[f"{column} 95 %"] = None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"
+        row[f"{column} 95 %"] = bounds(block_mean_interval(measured, column, config.bootstrap))
     return row
 
 
@@ -231,6 +237,12 @@ def ceiling_row(ceiling: Mapping[int, Mapping[str, float]], config: EvalConfig) 
     names = metric_columns(config)
     values = {n: [block[n] for block in ceiling.values() if n in block] for n in names}
     return {"model": CEILING, **{n: float(np.mean(v)) if v else None for n, v in values.items()}}
+
+
+def rows_by_line(measures: Measures) -> dict[str, pl.DataFrame]:
+    """Rows by the name of their line: the run where it adapted, the frozen base, the counts-only models."""
+    own = {measures.name: measures.current} if measures.current.height else {}
+    return {**own, FROZEN: measures.frozen, **measures.references}
 
 
 def table(measures: Sequence[Measures]) -> list[dict[str, Any]]:

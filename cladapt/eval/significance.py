@@ -91,10 +91,15 @@ def compare(a: pl.DataFrame, b: pl.DataFrame, metric: str, resamples: int = 2000
     return paired_bootstrap(pairs["a"].to_numpy(), pairs["b"].to_numpy(), pairs["user"].to_numpy(), resamples, seed)
 
 
+def bounds(effect: Effect | None) -> str | None:
+    """The ends of an interval, e.g. `[0.0040, 0.0200]`; None for None."""
+    return None if effect is None else f"[{effect.low:.4f}, {effect.high:.4f}]"
+
+
 def describe(effect: Effect) -> str:
     """`no difference shown` when the interval covers zero, else e.g. `+0.0123 [0.0040, 0.0200]`; `-` for NaN."""
     if not np.isfinite(effect.mean):
         return "-"
     if effect.covers_zero:
         return NO_DIFFERENCE
-    return f"{effect.mean:+.4f} [{effect.low:.4f}, {effect.high:.4f}]"
+    return f"{effect.mean:+.4f} {bounds(effect)}"

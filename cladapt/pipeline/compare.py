@@ -18,7 +18,9 @@ from cladapt.model.load import PROVENANCE
 from cladapt.pipeline.evaluation import Evaluated
 from cladapt.pipeline.report import REPORT
 from cladapt.run import Run, open_run
-from cladapt.workloads._base import Comparison, Group, Workload
+from cladapt.workloads._base import Comparison, Group, Workload, effect_lines
+
+TAILS = "tails"
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,17 @@ def group_runs(evaluated: Sequence[Evaluated]) -> list[Pooled]:
 def tables(comparison: Comparison[Any], reference: str) -> dict[str, list[dict[str, Any]]]:
     """Summary and differences of the groups, and of what else they are judged by under prefixed names."""
     found = {"summary": comparison.summary(), "differences": comparison.differences(reference)}
+    if tails := comparison.tails():
+        found |= {TAILS: tails, f"{TAILS}_differences": tail_differences(comparison, reference)}
     for name, (_, more) in comparison.further.items():
         found |= {f"{name}_{table}": rows for table, rows in tables(more, reference).items()}
     return found
+
+
+def tail_differences(comparison: Comparison[Any], reference: str) -> list[dict[str, Any]]:
+    """Each other line minus the reference by head and tail: a row per group."""
+    pairs = [(name, reference) for name in comparison.names if name != reference]
+    return [line for pair in pairs for line in effect_lines(pair, "group", comparison.effects_by_tail(*pair))]
 
 
 def write_comparison(out: Path, comparison: Comparison[Any], result: Mapping[str, Any], note: str) -> None:
@@ -116,15 +126,18 @@ def write_comparison(out: Path, comparison: Comparison[Any], result: Mapping[str
         rows_table(f"{title}: paired differences", result[f"{prefix}differences"], note)
         for prefix, title in titles.items()
     ]
+    tails = [name for name in (TAILS, f"{TAILS}_differences") if result.get(name)]
+    tail_titles = ("Head and tail of the items", "Head and tail of the items: paired differences")
     sections: list[Section] = [
         *(table for pair in zip(summaries, differences, strict=True) for table in pair),
+        *(rows_table(t, result[n], comparison.tails_note) for t, n in zip(tail_titles, tails, strict=False)),
         *comparison.charts(),
         KeyValues("Runs", {group["name"]: ", ".join(group["runs"]) for group in result["groups"]}),
         KeyValues("Provenance", {"stream": result["stream"], "evaluation": comparison.config.model_dump(mode="json")}),
     ]
     title = "cladapt: " + " against ".join(group.name for group in comparison.groups)
     with atomic_dir(out) as folder:
-        for name in (f"{prefix}{table}" for prefix in titles for table in ("summary", "differences")):
+        for name in (*(f"{prefix}{table}" for prefix in titles for table in ("summary", "differences")), *tails):
             table = pl.DataFrame(result[name], infer_schema_length=None).write_csv(float_precision=6)
             (folder / f"{name}.csv").write_text(table, encoding="utf-8")
         (folder / REPORT).write_text(render_report(title, sections), encoding="utf-8")

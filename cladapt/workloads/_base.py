@@ -93,6 +93,8 @@ class Group(Generic[M]):
 class Comparison(ABC, Generic[M]):
     """Groups of runs and the lines that stand with them in one table, seeds pooled."""
 
+    tails_note: ClassVar[str] = ""
+    """What the groups of `tails` are, for reports."""
     groups: Sequence[Group[M]]
 
     @property
@@ -122,6 +124,14 @@ class Comparison(ABC, Generic[M]):
         """Paired differences of two lines by (block, metric), with "slope" for their growth; nothing where unknown."""
         return {}
 
+    def tails(self) -> list[dict[str, Any]]:
+        """One row per line and group of the tests by head and tail; none where the task does not know them."""
+        return []
+
+    def effects_by_tail(self, name: str, reference: str) -> Mapping[tuple[str, str], Effect]:
+        """Paired differences of two lines by (group, metric); nothing where unknown."""
+        return {}
+
     def differences(self, reference: str, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Each other line (or `names`) minus the reference: one row per metric that both have."""
         return [
@@ -146,6 +156,17 @@ class Comparison(ABC, Generic[M]):
     def further(self) -> "Mapping[str, tuple[str, Comparison[M]]]":
         """More tables of the same groups, judged by something else: name -> (title, comparison)."""
         return {}
+
+
+def effect_lines(pair: tuple[str, str], kind: str, effects: Mapping[tuple[str, str], Effect]) -> list[dict[str, Any]]:
+    """One row per part of the tests, named in the column `kind`: the effects by (part, metric) of a pair of lines, the
+    first minus the second."""
+    lines: dict[str, dict[str, Any]] = {}
+    for (part, metric), effect in effects.items():
+        line = lines.setdefault(part, {"difference": " - ".join(pair), kind: part, "users": effect.n})
+        line |= {metric: effect.mean, f"{metric} low": effect.low, f"{metric} high": effect.high}
+        line[f"{metric} shown"] = describe(effect)
+    return [*lines.values()]
 
 
 class Workload(ABC, Generic[C, S, B, M]):

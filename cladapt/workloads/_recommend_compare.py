@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from cladapt.config import EvalConfig
+from cladapt.eval import tails
 from cladapt.eval.continual import left_out, summaries
 from cladapt.eval.metrics import user_metrics
 from cladapt.eval.protocol import (
@@ -21,6 +22,7 @@ from cladapt.eval.protocol import (
     ceiling_row,
     effects,
     effects_by_block,
+    headline,
     matrix,
     metric_columns,
     model_row,
@@ -37,6 +39,7 @@ NEXT_NOTE = (
 )
 NEW_ITEMS = "new_items"
 NEW_ITEMS_TITLE = "New items: tests whose target first occurs in the tested block"
+UNTOLD = "evaluated before head and tail were measured: give `cladapt eval` again, which keeps what it has"
 BySeed = Mapping[int, pl.DataFrame]
 
 
@@ -47,15 +50,11 @@ def new_items(measures: Measures) -> Measures:
     return replace(measures, rows=measures.rows.filter(new), references=counted, ceiling={}, next=None)
 
 
-def headline(config: EvalConfig) -> tuple[str, str, str]:
-    """The metrics of charts and summaries."""
-    return f"HR@{max(config.top_k)}", f"NDCG@{max(config.top_k)}", "log_likelihood"
-
-
 @dataclass(frozen=True)
 class Lines(Comparison[Measures]):
     """Rows by name and seed: the groups, their frozen bases, the counts-only models."""
 
+    tails_note = tails.NOTE
     is_part: bool = False
     """Whether the rows are a part of those of another table, which has no parts of its own."""
 
@@ -152,6 +151,31 @@ class Lines(Comparison[Measures]):
             return {}
         one, two = (pool(self.rows[line]) for line in (name, reference))
         return effects_by_block(one, two, self.config, self._transferred)
+
+    @cached_property
+    def _placed(self) -> "Lines | None":
+        """The groups with where each target stands among the items; None for a part, and where a run did not tell."""
+        return None if self.is_part else self._part(tails.placed)
+
+    def tails(self) -> list[dict[str, Any]]:
+        """One row per line and group, seeds pooled; where a run lacks them, a row for each such run instead."""
+        if self._placed is not None:
+            lines = self._placed.rows.items()
+            return [row for name, by_seed in lines for row in tails.tail_rows(name, pool(by_seed), self.config)]
+        if self.is_part:
+            return []
+        return [
+            {"model": group.name, "seed": seed, "missing": UNTOLD}
+            for group in self.groups
+            for seed, each in group.by_seed.items()
+            if each.places is None
+        ]
+
+    def effects_by_tail(self, name: str, reference: str) -> Mapping[tuple[str, str], Effect]:
+        if self._placed is None or self.rows[name].keys() != self.rows[reference].keys():
+            return {}
+        one, two = (pool(self._placed.rows[line]) for line in (name, reference))
+        return tails.tail_effects(one, two, self.config)
 
     def charts(self) -> list[Section]:
         return [*block_curves({name: pool(rows) for name, rows in self.rows.items()}, self.config, self.ceiling)]

@@ -12,9 +12,11 @@ from cladapt.config import EvalConfig
 from cladapt.errors import DataError
 from cladapt.eval.metrics import ROWS
 from cladapt.eval.protocol import COUNTS, Measures
+from cladapt.eval.tails import PLACES
 from cladapt.workloads._base import MetricsRecord
 
 NEXT = "next_block"
+TAILS = "tails"
 
 
 class CellRecord(BaseModel):
@@ -33,13 +35,14 @@ class RecommendRecord(MetricsRecord):
 
 
 def frames_of(measures: Measures) -> dict[str, pl.DataFrame]:
-    """Rows by file name: a file per tested block, one per counts-only model, and the same of the next block."""
+    """Rows by file name: a file per tested block, one per counts-only model, the same of the next block, and where the
+    targets stand among the items."""
     tested = measures.rows["block"].unique().sort().to_list()
     blocks = {block_file(s): measures.rows.filter(pl.col("block") == s) for s in tested}
     frames = {**blocks, **{counts_file(name): rows for name, rows in measures.references.items()}}
     if after := measures.next:
         frames |= {NEXT: after.rows, **{counts_file(name, "next_"): rows for name, rows in after.references.items()}}
-    return frames
+    return frames if measures.places is None else {**frames, TAILS: measures.places}
 
 
 def read_measures(folder: Path, metrics: Mapping[str, Any], name: str, settings: EvalConfig, again: str) -> Measures:
@@ -55,6 +58,7 @@ def read_measures(folder: Path, metrics: Mapping[str, Any], name: str, settings:
     if first.is_file():
         rows = read_parquet(first, ROWS)
         after = Measures(name, rows, read_counts(folder, "next_"), base_block, settings, lag=1)
+    places = folder / f"{TAILS}.parquet"
     measures = Measures(
         name,
         pl.concat([read_parquet(path, ROWS) for path in tested]),
@@ -64,6 +68,7 @@ def read_measures(folder: Path, metrics: Mapping[str, Any], name: str, settings:
         {int(block): values for block, values in metrics["ceiling"].items()},
         next=after,
         learned=frozenset((cell["model_block"], cell["block"]) for cell in metrics["matrix"] if cell.get("learned")),
+        places=read_parquet(places, PLACES) if places.is_file() else None,
     )
     if measures.own.is_empty():
         raise DataError(

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 FORMULAS = (
     "R: accuracy among all classes of the blocks up to the model's. FWT: of a nearest-class-mean probe on blocks to "
-    "come, minus that of the base. Intervals are 95 %, bootstrap over the images of each block."
+    "come, minus that of the base. Intervals are 95 %, bootstrap over the images of each block. No head and tail: an "
+    "item is a class here, which has all of its training images in one block."
 )
 
 

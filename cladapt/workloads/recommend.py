@@ -16,6 +16,7 @@ from cladapt.config import EvalConfig, PretrainConfig, PromoteConfig, RunConfig,
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
 from cladapt.errors import DataError
+from cladapt.eval import tails
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import summaries
 from cladapt.eval.evaluate import Evaluator
@@ -29,11 +30,13 @@ from cladapt.eval.protocol import (
     continual_summary,
     differences,
     effects,
+    headline,
     matrix,
     measure_counts,
     measure_run,
     model_row,
     on_block,
+    rows_by_line,
     slice_table,
     table,
     table_columns,
@@ -57,7 +60,7 @@ from cladapt.train.prompting import check_prompt, prompt_record
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
 from cladapt.workloads._base import Group, Workload, whole
-from cladapt.workloads._recommend_compare import Lines, block_curves, headline, heat_map, next_block_tables
+from cladapt.workloads._recommend_compare import Lines, block_curves, heat_map, next_block_tables
 from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
 
 if TYPE_CHECKING:
@@ -218,7 +221,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             after = Measures(name, first, counts, learned, settings, lag=1)
         leaks = frozenset((model.block, s) for model in models for s in model.learned)
         counts = measure_counts(evaluator, later, earlier=earlier)
-        return Measures(name, rows, counts, learned, settings, best, next=after, learned=leaks)
+        places = tails.measure_places(evaluator, later, earlier)
+        return Measures(name, rows, counts, learned, settings, best, next=after, learned=leaks, places=places)
 
     def judge(
         self,
@@ -260,6 +264,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             "matrix": cells(measures),
             "continual": continual_summary(measures, headline(measures.config)),
             "slices": slice_table(measures, stream),
+            "tails": tails.tail_table(measures),
             "ceiling": {str(block): dict(values) for block, values in measures.ceiling.items()},
             "next_block": {
                 "table": table([measures.next]) if measures.next else [],
@@ -268,24 +273,23 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         }
 
     def printed(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        more = {"continual": figures["continual"], "next_block": figures["next_block"]["table"]}
+        own = [row for row in figures["tails"] if row["model"] == figures["table"][0]["model"]]
+        more = {"continual": figures["continual"], "next_block": figures["next_block"]["table"], "tails": own}
         return {**super().printed(figures), **more}
 
     def table_names(self, method: str, settings: EvalConfig) -> tuple[Sequence[str], Sequence[str]]:
         return (method, FROZEN, *COUNTS, CEILING), table_columns(settings)
 
     def sections(self, measures: Measures, figures: Mapping[str, Any], stream: Stream, base: Base) -> list[Section]:
-        lines = {"frozen": measures.frozen, **measures.references}
-        if measures.current.height:
-            lines = {measures.name: measures.current, **lines}
         known = [m for m in headline(measures.config) if all(cell[m] is not None for cell in figures["matrix"])]
         return [
             rows_table("Mean over the later blocks", figures["table"], self.note),
             rows_table("Paired differences", figures["differences"]),
             *(heat_map(measures, metric) for metric in known),
-            *block_curves(lines, measures.config, measures.ceiling),
+            *block_curves(rows_by_line(measures), measures.config, measures.ceiling),
             rows_table("Summaries of R[t][s]", figures["continual"]),
             rows_table("Slices of the current blocks", figures["slices"]),
+            rows_table("Head and tail of the items", figures["tails"], tails.NOTE),
             *next_block_tables(figures["next_block"]),
             KeyValues("Semantic IDs", base.sids.collisions()),
         ]

@@ -89,6 +89,16 @@ def test_a_study_of_recommendations(
     assert names[-1] == "finetune - frozen"
     assert {"peso - markov", "peso - block popularity"} <= {*names}
     assert {"next_block_summary", "next_block_differences"} <= tables.keys()
+    tails, gains = tables["tails"], tables["tails_differences"]
+    assert {*tails["model"]} == {*summary["model"]} - {"ceiling"}
+    by_cell = {(row["model"], row["group"]): row for row in tails.to_dicts()}
+    assert {*gains["difference"]} == {"finetune - frozen"}
+    for row in gains.to_dicts():
+        one, two = (by_cell[name, row["group"]] for name in ("finetune", "frozen"))
+        assert one["tests"] == two["tests"]
+        for metric in ("HR@10", "NDCG@10", "log_likelihood"):
+            assert row[metric] == pytest.approx(one[metric] - two[metric])
+            assert row[f"{metric} low"] <= row[metric] <= row[f"{metric} high"]
     capsys.readouterr()
     again, same = made(study, INTERACTIONS, tmp_path)
     assert capsys.readouterr().err == ""  # everything was there
@@ -104,6 +114,7 @@ def test_a_study_of_recommendations(
 
 def test_a_study_of_classes(study: Any, drawings: Path) -> None:
     done, tables = made(study, IMAGES, drawings)
+    assert not [name for name in tables if name.startswith("tails")]
     assert len({cell.config.data for cell, _ in done}) == len({cell.config.base for cell, _ in done}) == 2
     cells, summary = tables["cells"], tables["summary"]
     wanted = {"ACC", "MAA", "learning", "BWT", "forgetting", "FWT", "norm", "imbalance", "seconds"}
@@ -173,5 +184,8 @@ def test_a_pretrained_base_is_tuned_once_for_its_cells(study: Any, checkpoint: A
     assert {read_json(base / "cladapt.json")["fitted_block"] for base in bases.values()} == {1}
     assert {cell.base for cell, _ in done if cell.name in ("tuned", "again")} == {done[0][0].base}
     assert tables["differences"]["difference"].to_list()[0] == "again - tuned"
+    titled = {row["model"] for row in tables["tails"].to_dicts() if row["group"].startswith("title")}
+    assert {"tuned", "drawn", "by LoRA"} <= titled
+    assert "scratch" not in titled  # its tokenizer has no words
     with pytest.raises(ConfigError, match="--seeds 7: no such seed"):
         made(study, recipe, tmp_path / "data", seeds=[7])

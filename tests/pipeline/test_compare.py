@@ -140,6 +140,8 @@ def test_the_tables_and_a_page_are_written(world: Path, tmp_path: Path) -> None:
         "next_block_summary.csv",
         "report.html",
         "summary.csv",
+        "tails.csv",
+        "tails_differences.csv",
     ]
     after = pl.read_csv(tmp_path / "out" / "next_block_summary.csv")
     assert after["model"].to_list() == ["peso", "finetune", "frozen", "block popularity", "markov"]
@@ -156,6 +158,55 @@ def test_the_tables_and_a_page_are_written(world: Path, tmp_path: Path) -> None:
     assert str(world / "finetune-1") in html
     with pytest.raises(ConfigError, match="out exists and is not empty"):
         compare_runs(paths(world, "peso"), tmp_path / "out")
+
+
+def test_head_and_tail_are_those_of_the_files_with_seeds_pooled(world: Path) -> None:
+    result = compare_runs(paths(world, "peso", "finetune"))
+    tests: dict[str, dict[str, list[float]]] = {}
+    for name in ("peso", "finetune"):
+        for seed in (0, 1):
+            run = world / f"{name}-{seed}" / "users"
+            stand = {(p["block"], p["item"]): p for p in pl.read_parquet(run / "tails.parquet").to_dicts()}
+            for row in pl.read_parquet(run / "block_*.parquet").to_dicts():
+                if row["model_block"] == row["block"] > 1:
+                    place = stand[row["block"], row["item"]]
+                    prior = "head" if place["prior_quintile"] == 1 else "tail"
+                    data = "head" if place["data_quintile"] == 1 else "tail"
+                    group = f"prior {prior}, data {data}"
+                    tests.setdefault(name, {}).setdefault(group, []).append(row["log_likelihood"])
+    lines = {(row["model"], row["group"]): row for row in result["tails"]}
+    for name, by_group in tests.items():
+        assert len(by_group) == 4
+        for group, values in by_group.items():
+            assert lines[name, group]["tests"] == len(values)
+            assert lines[name, group]["log_likelihood"] == pytest.approx(fmean(values))
+    differences = {(row["difference"], row["group"]): row for row in result["tails_differences"]}
+    for group in tests["peso"]:
+        row = differences["finetune - peso", group]
+        gain = lines["finetune", group]["log_likelihood"] - lines["peso", group]["log_likelihood"]
+        assert row["log_likelihood"] == pytest.approx(gain)
+        assert row["log_likelihood low"] <= gain <= row["log_likelihood high"]
+    assert not [name for name in result if name.startswith(("next_block_tails", "new_items_tails"))]
+
+
+def test_a_run_evaluated_before_head_and_tail_were_is_named_until_it_is_evaluated_again(
+    world: Path, tmp_path: Path
+) -> None:
+    run = copied(world, "finetune-0", tmp_path / "run")
+    before = (run / "users" / "tails.parquet").read_bytes()
+    (run / "users" / "tails.parquet").unlink()
+    changed(run, "metrics.json", lambda record: record["measured"]["rows"].pop("tails.parquet"))
+    result = compare_runs([world / "peso-0", run])
+    (line,) = result["tails"]
+    assert (line["model"], line["seed"]) == ("finetune", 0)
+    assert "give `cladapt eval` again" in line["missing"]
+    assert result["tails_differences"] == []
+    compare_runs([world / "peso-0", run], tmp_path / "out")
+    assert not (tmp_path / "out" / "tails_differences.csv").exists()
+    again = evaluation.evaluate(run, EVAL, None, MemorySink())
+    assert again["cells"]["measured"] == 0
+    assert (run / "users" / "tails.parquet").read_bytes() == before
+    assert "missing" not in compare_runs([world / "peso-0", run])["tails"][0]
 
 
 def copied(world: Path, name: str, target: Path) -> Path:

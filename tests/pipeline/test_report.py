@@ -12,6 +12,7 @@ import pytest
 from cladapt.artifacts import read_json
 from cladapt.config import EvalConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.eval.protocol import Measures, continual_summary, differences, slice_table, table
+from cladapt.eval.tails import tail_table
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.pipeline import bases, evaluation, runs, streams
 from cladapt.pipeline.report import regulariser_log, run_report, step_curves
@@ -51,6 +52,8 @@ def test_metrics_are_the_tables_of_the_protocol(run: Run, measures: Measures) ->
     assert metrics["next_block"] == {"table": table([measures.next]), "differences": differences([measures.next])}
     assert metrics["continual"] == continual_summary(measures, ["HR@10", "NDCG@10", "log_likelihood"])
     assert metrics["slices"] == slice_table(measures, stream)
+    assert metrics["tails"] == tail_table(measures)
+    assert {row["model"] for row in metrics["tails"]} == {"peso", "frozen", "block popularity", "markov"}
     for line in metrics["spectrum"]:
         assert line == {"block": line["block"], **summary(saved_spectra(run.adapters[line["block"]]))}
 
@@ -70,6 +73,7 @@ def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: 
         "log_likelihood on the block just learned",
         "Summaries of R[t][s]",
         "Slices of the current blocks",
+        "Head and tail of the items",
         "What the method did",
         "Step by step",
         "Spectrum of the adapters",

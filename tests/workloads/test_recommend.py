@@ -12,6 +12,7 @@ from cladapt.data.schema import Stream
 from cladapt.errors import DataError
 from cladapt.eval.metrics import ROWS
 from cladapt.eval.protocol import COUNTS, Measures
+from cladapt.eval.tails import PLACES
 from cladapt.model.load import load_base
 from cladapt.pipeline import bases, streams
 from cladapt.train.sinks import MemorySink
@@ -87,13 +88,19 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     counts = {name: pl.concat([rows(b, b, "abc") for b in (2, 3)]) for name in COUNTS}
     following = pl.concat([rows(1, 3, "ab"), rows(2, 3, "ab")])
     after = Measures("peso", following, {COUNTS[0]: rows(2, 3, "ab")}, 1, config, lag=1)
-    measures = Measures("peso", own, counts, 1, config, {2: {"HR@10": 0.5}}, next=after)
+    stand = {"block": 2, "item": "i", "data_quintile": 1, "prior": -1.5, "prior_quintile": 2}
+    places = pl.DataFrame([stand, {**stand, "block": 3, "prior": None}], schema=PLACES)
+    measures = Measures("peso", own, counts, 1, config, {2: {"HR@10": 0.5}}, next=after, places=places)
     for name, frame in work.frames(measures).items():
         write_parquet(tmp_path / f"{name}.parquet", frame)
     metrics = {"base_block": 1, "ceiling": {"2": {"HR@10": 0.5}}, "matrix": [{"block": b} for b in (1, 2, 3)]}
     found = work.read(tmp_path, metrics, "peso", config, "again")
     assert found.rows.sort("block", "model_block", "user").equals(own.sort("block", "model_block", "user"))
     assert {name: frame.rows() for name, frame in found.references.items()} == {n: f.rows() for n, f in counts.items()}
+    assert found.places is not None
+    assert found.places.equals(places)
+    (tmp_path / "tails.parquet").unlink()
+    assert work.read(tmp_path, metrics, "peso", config, "again").places is None  # as older evaluations are
     assert found.next is not None
     assert found.next.rows.equals(following)
     assert [*found.next.references] == [COUNTS[0]]
