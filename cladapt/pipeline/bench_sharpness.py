@@ -63,8 +63,7 @@ def _against_a_loop(case: Case, apart: Sequence[Document], runs: int) -> list[Ro
     chosen = [*islice(different.values(), ITEMS)]
     options: dict[str, Any] = {"weights": "uniform", "targets": "exact", "warmup": 0.0}
     batched, looped = make_fit(case, METHOD, apart, 0.0, **options), make_fit(case, BASELINE, apart, 0.0)
-    rows = replace(case.train, batch_tokens=ITEMS * case.train.row_tokens)
-    whole = PackedFeed(chosen, chosen, rows.batch_tokens, rows.row_tokens).sample(1.0)
+    whole = PackedFeed(chosen, chosen, EVERYTHING, case.train.row_tokens).sample(1.0)
     each = [PackedFeed([d], [d], len(d.tokens), len(d.tokens)).sample(1.0)[0] for d in chosen]
     policy = batched.method.sharpness(batched.ctx)
     if policy is None:
