@@ -98,6 +98,9 @@ def create_adapter(
             f"linear modules of this model end in: {', '.join(_linearnames_module(base.model))}",
         ) from error
     adapter_parameters(model)
+    if by_item and not ops.uses_kernel("lora_linear", kernels):
+        for layer in lora_layers(model).values():
+            layer.by_item_alone = True
     if learns == "directions":
         for module in lora_layers(model).values():
             parametrize.register_parametrization(module.lora_B[NAME], "weight", Scaled())

@@ -33,6 +33,8 @@ class _Fused(_Layer):
     """What a proximal term adds to the factors' gradients in the backward pass."""
     items: "ItemPasses | None" = None
     """The items of the tokens, while gradients are kept by item or factors perturbed by it."""
+    by_item_alone: bool = False
+    """Whether the op is there for items alone, for no kernel runs it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.stock_reason(x):
@@ -82,6 +84,8 @@ class _Fused(_Layer):
     def stock_reason(self, x: Tensor) -> str:
         """Why PEFT's own forward runs, empty where the op does."""
         names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.by_item_alone and self.items is None:
+            return "no kernel runs here, and no gradients are kept by item"
         if self.disable_adapters or self.merged:
             return "adapters are disabled or merged"
         if not names or len(names) != len(self.active_adapters) or not self._are_frozen(names[0], names[1:]):

@@ -307,7 +307,7 @@ def _memory(name: str, shape: str, providers: Mapping[str, Callable[[], object]]
 def run_steps(fit: Fit, steps: Sequence[list[Batch]]) -> None:
     """Steps in the middle of a fit."""
     for step in steps:
-        fit.step(step, 0.5)
+        fit.step(step, 0.5 * fit.settings.epochs)
 
 
 def padded_documents(split: BlockSplit, form: Form, levels: int) -> list[Document]:

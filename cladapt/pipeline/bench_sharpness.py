@@ -73,7 +73,7 @@ def _against_a_loop(case: Case, apart: Sequence[Document], runs: int) -> list[Ro
         for name, parameter in looped.trained.items():
             parameter.copy_(batched.trained[name])
     with gradients_of(batched) as ours:
-        batched.step(whole, 0.5)
+        batched.step(whole, 0.5 * batched.settings.epochs)
     with gradients_of(looped) as theirs:
         step_by_item(looped, each, weight, radius)
     for name, truth in theirs.items():
@@ -81,7 +81,7 @@ def _against_a_loop(case: Case, apart: Sequence[Document], runs: int) -> list[Ro
             raise CheckFailed(f"gradients of {name} differ: at once and item by item", "report this as a bug")
     calls: Mapping[str, Callable[[], object]] = {
         "item by item": partial(step_by_item, looped, each, weight, radius),
-        "at once": partial(batched.step, whole, 0.5),
+        "at once": partial(batched.step, whole, 0.5 * batched.settings.epochs),
     }
     shape = f"{PRESET}, rank {AdapterConfig().rank}, {len(chosen)} items of one example"
     return compare("sharpness by item", shape, calls, case.device, runs, counted="items")
@@ -103,7 +103,7 @@ def _forms(case: Case, documents: Sequence[Document]) -> list[Row]:
             for key, parameter in fit.trained.items():
                 parameter.copy_(fits["plain"].trained[key])
         with gradients_of(fit) as grads:
-            fit.step(fit.feed.sample(1.0), 0.5)
+            fit.step(fit.feed.sample(1.0), 0.5 * fit.settings.epochs)
         found[name] = torch.cat([grads[key].flatten() for key in sorted(grads)])
     exact = found["exact"] - found["plain"]
     rows: list[Row] = []

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-from cladapt_kernels.lora.items import ItemFactors, Runs, item_linear
+from cladapt_kernels.lora.items import ItemFactors, Runs, item_linear, item_mask
 
 ITEM = torch.tensor([2, 2, 2, 0, 0, 2, 1, 1, 1, 1, 1, 3])
 """Item 2 has two runs; no token is of item 4."""
@@ -22,7 +22,8 @@ def draw(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def plain(given: dict[str, Tensor], a: Tensor, b: Tensor, own: Tensor, p: float, seed: Tensor) -> Tensor:
     """Y of the tokens `own` with these factors, by the reference."""
-    keep = reference.keep_mask(seed, *given["x"].shape, p)[own] if p else None
+    mask = item_mask(given["x"], p, seed)
+    keep = None if mask is None else mask[own]
     return reference.lora_linear(given["x"][own], given["weight"], given["bias"], a, b, SCALE / (1 - p), keep)
 
 
@@ -73,6 +74,18 @@ def test_the_perturbed_pass_is_a_pass_for_each_item_with_factors_of_its_own(p: f
     loss.backward()
     for name, tensor in {"x": x, "a": a, "b": b}.items():
         torch.testing.assert_close(found[f"second d{name}"], tensor.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_mask_keeps_its_share_and_depends_on_the_seed_alone() -> None:
+    x = torch.empty(301, 203)
+    first, again, other = (item_mask(x, 0.3, torch.tensor([seed])) for seed in (4, 4, 5))
+    assert first is not None
+    assert other is not None
+    assert torch.equal(first, again)
+    assert (first != other).double().mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.01)
+    assert first.double().mean() == pytest.approx(0.7, abs=0.01)
+    assert first.double().mean(0).std() == pytest.approx((0.3 * 0.7 / 301) ** 0.5, rel=0.2)  # as of single draws
+    assert item_mask(x, 0.0, None) is None
 
 
 def test_kappa_zero_is_no_perturbation() -> None:

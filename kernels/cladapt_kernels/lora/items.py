@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cladapt_kernels.lora.linear import Frozen, _as, _dropped, _input_gradient, _keep, _route, _scaled, forward_by
-from cladapt_kernels.lora.routes import Gemm, Route
+from cladapt_kernels.lora.routes import Gemm, Route, runs_kernels
 
 SHORTEST = 128
 """Rows of a run, in the mean, from which kernels by item run: their tiles end with the runs, shorter ones leave more
@@ -251,9 +252,30 @@ class _Layer(NamedTuple):
     def route(self, like: Tensor) -> Route:
         return _route(like, self.weight, self.a, self.p, self.frozen)
 
-    def has_kernels(self, impl: Gemm) -> bool:
-        """Whether the second pass is by kernels where the first is by `impl`; they have no frozen factors."""
-        return impl != "addmm" and self.frozen is None and self.factors.runs.are_long
+    def has_kernels(self, impl: Gemm, perturbed: bool) -> bool:
+        """Whether a pass is by kernels where the route has `impl`; those of the second pass have no frozen factors."""
+        return impl != "addmm" and not (perturbed and (self.frozen is not None or not self.factors.runs.are_long))
+
+
+def item_mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
+    """Which entries of x [M, K] dropout keeps, bool [M, K]; None where it keeps all.
+
+    That of the kernels where they run. Elsewhere drawn by torch's generator from the seed, 16 bits an entry: p is
+    rounded to 2^-16, and a draw takes a fifth of the time of `torch.nn.functional.dropout`.
+    """
+    if p == 0:
+        return None
+    if seed is None or runs_kernels(x.device):
+        return _keep(x, p, seed).bool()
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    return (bits >= round(p * 2**16) - 2**15).view(x.shape)
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """keep * x; torch multiplies by numbers faster than it selects by a mask."""
+    return x if keep is None else x * keep.view(torch.uint8).to(x.dtype)
 
 
 class _ItemLinear(torch.autograd.Function):
@@ -272,46 +294,87 @@ class _ItemLinear(torch.autograd.Function):
         frozen: Frozen,
     ) -> Tensor:
         layer = _Layer(weight, a, b, scale, factors, p, seed, frozen)
-        impl = layer.route(x).forward
+        impl, keep = layer.route(x).forward, None
         ctx.perturbed = factors.kappa is not None
-        if ctx.perturbed and layer.has_kernels(impl):
+        if not layer.has_kernels(impl, ctx.perturbed):
+            keep = item_mask(x, p, seed)
+            whole, x = x, _kept(x, keep)
+            y, s = _product(layer, whole, x, bias)
+        elif ctx.perturbed:
             y, s = _perturbed_by_kernels(layer, x, bias)
         else:
             y, s = forward_by(impl, x, weight, bias, a, b, scale, p, seed, frozen)
-            if ctx.perturbed:
-                y, s = _perturbed(layer, x, y, s)
-        ctx.save_for_backward(x, weight, a, b, s, seed)
+        ctx.save_for_backward(x, keep, weight, a, b, s, seed)
         ctx.scale, ctx.p, ctx.factors, ctx.frozen = scale, p, factors, frozen
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, s, seed = ctx.saved_tensors
+        x, keep, weight, a, b, s, seed = ctx.saved_tensors
         layer = _Layer(weight, a, b, ctx.scale, ctx.factors, ctx.p, seed, ctx.frozen)
         chosen, dy, need_dx = layer.route(dy), dy.contiguous(), ctx.needs_input_grad[0]
-        if ctx.perturbed and layer.has_kernels(chosen.dx):
+        if not layer.has_kernels(chosen.dx, ctx.perturbed):
+            dx, ds = _product_gradient(layer, dy, need_dx, item_mask(x, ctx.p, seed) if keep is None else keep)
+        elif ctx.perturbed:
             dx, ds = _input_gradient_by_kernels(layer, dy, need_dx)
         else:
             dx, ds = _input_gradient(chosen.dx, dy, weight, a, b, ctx.scale, ctx.p, seed, need_dx, ctx.frozen)
-            if ctx.perturbed:
-                dx, ds = _perturbed_input_gradient(layer, dy, dx, ds)
-        if chosen.factors != "matmul" and (ctx.perturbed or ctx.factors.runs.are_long):
-            da, db = _gradients_by_kernels(layer, ds, x, s, dy, ctx.factors.recording and not ctx.perturbed)
-        elif ctx.perturbed:
-            da, db = ds.T @ _dropped(x, ctx.p, seed), _scaled(ctx.scale, dy.T, s)
+        p = 0.0 if keep is not None else ctx.p  # x is dropped where the mask is known
+        records = ctx.factors.recording and not ctx.perturbed
+        if chosen.factors != "matmul" and (not records or ctx.factors.runs.are_long):
+            da, db = _gradients_by_kernels(layer, ds, x, s, dy, p, records)
         else:
-            da, db = _gradients(layer, ds, x, s, dy)
+            da, db = _gradients(layer, ds, _dropped(x, p, seed), s, dy, records)
         return dx, None, None, _as(da, a.dtype), _as(db, b.dtype), None, None, None, None, None
 
 
-def _perturbed(layer: _Layer, x: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Y and H of the second pass, from those of the first."""
-    runs, (down, up) = layer.factors.runs, layer.factors.steps(x.shape[1], x.dtype)
-    moved = runs.flat(runs.padded(_dropped(x, layer.p, layer.seed)) @ down.mT)
-    s = s + moved
-    y.addmm_(moved, _as(layer.b, x.dtype).T, alpha=layer.scale)
-    return y.add_(runs.flat(runs.padded(s) @ up), alpha=layer.scale), s
+def _product(layer: _Layer, x: Tensor, dropped: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Y and S of the first pass, Y and H of the second, where keep * X is `dropped`."""
+    runs, y = layer.factors.runs, functional.linear(x, layer.weight, bias)
+    s = functional.linear(dropped, _as(layer.a, x.dtype))
+    if layer.factors.kappa is not None:
+        down, up = layer.factors.steps(x.shape[1], x.dtype)
+        s += runs.flat(runs.padded(dropped) @ down.mT)
+        y.add_(runs.flat(runs.padded(s) @ up), alpha=layer.scale)
+    y.addmm_(s, _as(layer.b, x.dtype).T, alpha=layer.scale)
+    if layer.frozen is not None:
+        down, up = (_as(factor, x.dtype) for factor in layer.frozen)
+        y.addmm_(functional.linear(x, down), up.T, alpha=layer.scale * (1.0 - layer.p))
+    return y, s
+
+
+def _product_gradient(layer: _Layer, dy: Tensor, need_dx: bool, keep: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """dX, None where not needed, and dS of the first pass or D of the second."""
+    runs, perturbed = layer.factors.runs, layer.factors.kappa is not None
+    ds = _scaled(layer.scale, dy, _as(layer.b, dy.dtype))
+    if perturbed:
+        down, up = layer.factors.steps(layer.weight.shape[1], dy.dtype)
+        ds.add_(runs.flat(runs.padded(dy) @ up.mT), alpha=layer.scale)
+    if not need_dx:
+        return None, ds
+    low = ds @ _as(layer.a, dy.dtype)
+    if perturbed:
+        low += runs.flat(runs.padded(ds) @ down)
+    dx = torch.addmm(_kept(low, keep), dy, layer.weight)
+    if layer.frozen is not None:
+        down, up = (_as(factor, dy.dtype) for factor in layer.frozen)
+        dx.addmm_(_scaled(layer.scale * (1.0 - layer.p), dy, up), down)
+    return dx, ds
+
+
+def _gradients(
+    layer: _Layer, ds: Tensor, dropped: Tensor, s: Tensor, dy: Tensor, records: bool
+) -> tuple[Tensor, Tensor]:
+    """dA and dB, whose parts by item are kept where `records`."""
+    if not records:
+        return ds.T @ dropped, _scaled(layer.scale, dy.T, s)
+    runs, k = layer.factors.runs, dropped.shape[1]
+    left, right = (runs.padded(narrow, zeros=True).mT for narrow in (ds, layer.scale * s))
+    by_run = torch.cat([left @ runs.padded(dropped), right @ runs.padded(dy)], 2)
+    layer.factors.add(by_run)
+    total = by_run.sum(0, dtype=torch.promote_types(by_run.dtype, torch.float32))
+    return total[:, :k], total[:, k:].T
 
 
 def _perturbed_by_kernels(layer: _Layer, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -323,17 +386,6 @@ def _perturbed_by_kernels(layer: _Layer, x: Tensor, bias: Tensor | None) -> tupl
     with on_device_of(x):
         s = by_item.shrink(x, layer.a, down, kappa, table, 1.0, layer.p, layer.seed)
         return by_item.seeded(x, layer.weight.T, s, layer.b.T, up, kappa, table, layer.scale, bias), s
-
-
-def _perturbed_input_gradient(layer: _Layer, dy: Tensor, dx: Tensor | None, ds: Tensor) -> tuple[Tensor | None, Tensor]:
-    """dX of the second pass, None where not needed, and D, from those of the first."""
-    runs, (down, up) = layer.factors.runs, layer.factors.steps(layer.weight.shape[1], dy.dtype)
-    moved = layer.scale * runs.flat(runs.padded(dy) @ up.mT)
-    ds = ds + moved
-    if dx is not None:
-        low = runs.flat(runs.padded(ds) @ down).addmm_(moved, _as(layer.a, dy.dtype))
-        dx.add_(low if layer.p == 0 else low * _keep(dx, layer.p, layer.seed))
-    return dx, ds
 
 
 def _input_gradient_by_kernels(layer: _Layer, dy: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
@@ -349,29 +401,19 @@ def _input_gradient_by_kernels(layer: _Layer, dy: Tensor, need_dx: bool) -> tupl
         return by_item.seeded(dy, layer.weight, ds, layer.a, down, kappa, table, p=layer.p, seed=layer.seed), ds
 
 
-def _gradients(layer: _Layer, ds: Tensor, x: Tensor, s: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """dA and dB, whose parts by item are kept."""
-    runs, k = layer.factors.runs, x.shape[1]
-    left, right = (runs.padded(narrow, zeros=True).mT for narrow in (ds, layer.scale * s))
-    by_run = torch.cat([left @ runs.padded(_dropped(x, layer.p, layer.seed)), right @ runs.padded(dy)], 2)
-    layer.factors.add(by_run)
-    total = by_run.sum(0, dtype=torch.promote_types(by_run.dtype, torch.float32))
-    return total[:, :k], total[:, k:].T
-
-
 def _gradients_by_kernels(
-    layer: _Layer, ds: Tensor, x: Tensor, s: Tensor, dy: Tensor, keeps: bool
+    layer: _Layer, ds: Tensor, x: Tensor, s: Tensor, dy: Tensor, p: float, records: bool
 ) -> tuple[Tensor, Tensor]:
-    """dA and dB, whose parts by item are kept where `keeps`."""
+    """dA and dB, whose parts by item are kept where `records`; dropout `p` is what x still lacks."""
     from cladapt_kernels.lora import by_item, skinny
     from cladapt_kernels.tiles import on_device_of
 
     da, db = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (layer.a, layer.b))
     given = ds, x, s, dy, layer.scale, da, db
     with on_device_of(x):
-        if keeps:
-            kept = by_item.factors(*given, *layer.factors.runs.sorted_by_item, layer.p, layer.seed)
+        if records:
+            kept = by_item.factors(*given, *layer.factors.runs.sorted_by_item, p, layer.seed)
             layer.factors.add_measured(*kept)
         else:
-            skinny.skinny(*given, layer.p, layer.seed)
+            skinny.skinny(*given, p, layer.seed)
     return da, db
