@@ -246,7 +246,7 @@ class Fit:
         self.module.train()
         total = torch.zeros((), device=self.accelerator.device)
         sharp = self._policy is not None and progress >= self._policy.warmup * self.settings.epochs
-        twice = sharp and (self._reuse is None or self._reuse.due(self.position.total_steps))
+        twice = sharp and (self._reuse is None or self._reuse.due(self.ctx.step))
         for index, batch in enumerate(micro_batches):
             piece = shard(batch, self.accelerator.process_index, processes)
             share = self.feed.targets(piece) / targets
