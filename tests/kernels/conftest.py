@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy
@@ -255,3 +256,31 @@ def outputs(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
         return guarded(shape, kind, torch.device(device or "cpu"))
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture
+def launched_inside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that run; it is an error where one runs outside of `torch.cuda.device_of`."""
+    if torch.cuda.is_available():
+        pytest.skip("what is launched is seen where kernels are interpreted")
+    pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
+    inside: list[Tensor] = []
+    launched: list[str] = []
+    run = interpreter.GridExecutor.__call__
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def watched(grid: Any, *args: Any, **more: Any) -> Any:
+        assert inside, f"{grid.fn.__name__} is launched on whichever device is the current one"
+        launched.append(grid.fn.__name__)
+        return run(grid, *args, **more)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
+    return launched

@@ -432,3 +432,34 @@ print(json.dumps(told))
     assert done.returncode == 0, done.stderr[-2000:]
     # 2048 entries by 256 threads are two loads each: of five tensors read, and of three written
     assert json.loads(done.stdout) == {"adamw, kl": [10, 6], "adamw, kl, odd sizes": [0, 0]}
+
+
+def test_steps_and_figures_are_launched_on_the_device_of_their_tensors(
+    device: torch.device, guarded: Make, launched_inside: list[str]
+) -> None:
+    # triton launches on the current device, which with several GPUs may be another
+    world = World(device, guarded)
+    fused, grads = FusedStep(world.values, world.term("l2")), world.grads()
+    fused.refresh(world.step)
+    fused.measure(grads, world.step)
+    fused.add(grads, world.step)
+    world.launch(fused, grads)
+    assert {*launched_inside} == {"_refresh", "_measure", "_add", "_step"}
+
+
+def test_a_step_is_given_no_address_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    class Launcher:
+        def __getitem__(self, _: tuple[int]) -> Callable[..., None]:
+            return lambda *args, **more: given.extend(
+                value for value in (*args, *more.values()) if isinstance(value, Tensor)
+            )
+
+    # meta stands for a device that is not the CPU
+    values, grads, first, second = ([torch.empty(64, device="meta")] for _ in range(4))
+    monkeypatch.setattr(fused_step, "_step", Launcher())
+    on_cpu = torch.tensor(1e-3), torch.tensor(1.0)
+    FusedStep(values).step(grads, first, second, torch.empty((), device="meta"), on_cpu[0], clip=on_cpu[1])
+    assert len(given) >= 9
+    assert {tensor.device.type for tensor in given} == {"meta"}

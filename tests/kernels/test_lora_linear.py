@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,10 +369,22 @@ def test_kernels_run_below_autograd_and_the_registered_op_on_transposed_factors(
         torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
 
 
-def test_fake_tensors_of_transposed_factors_have_the_strides_of_real_ones(device: torch.device) -> None:
-    x, weight, bias, a, b, _ = inputs(0.0, torch.float64, device)
-    a, b = (t.detach().T.contiguous().T.requires_grad_() for t in (a, b))
-    torch.library.opcheck(torch.ops.cladapt.lora_linear, (x, weight, bias, a, b, SCALE, 0.0, None))
+@pytest.mark.parametrize("impl", ["addmm", "seeded"])
+def test_fake_tensors_of_transposed_factors_have_the_strides_of_real_ones(
+    impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.float64 if impl == "addmm" else torch.float32
+    case = make((6, 10, 12, 5), dtype, device, dtype)
+    a, b = (t.T.contiguous().T for t in (case.a, case.b))
+    if impl != "addmm":
+        by_kernels(monkeypatch, impl)
+    ops = torch.ops.cladapt
+    given = (case.x, case.weight, case.bias, a, b, SCALE, 0.0, None)
+    _, s = ops.lora_linear(*given)
+    torch.library.opcheck(ops.lora_linear, given, test_utils="test_faketensor")
+    # not reached from the forward op: fake and real gradients are never compared there
+    given = (case.dy, case.x, case.weight, a, b, s, SCALE, 0.0, None, True, True, True)
+    torch.library.opcheck(ops.lora_linear_backward, given, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -461,3 +474,32 @@ def test_what_does_not_fit_is_told(change: dict[str, object], message: str) -> N
     }
     with pytest.raises(ValueError, match=message):
         lora_linear(**{**given, **change})  # type: ignore[arg-type]
+
+
+def test_the_mask_is_written_on_the_device_of_its_seed(device: torch.device, launched_inside: list[str]) -> None:
+    from cladapt_kernels.lora.mask import keep_mask
+
+    keep_mask(torch.tensor([77], device=device), 5, 3, 0.3, torch.float32)
+    assert launched_inside == ["_mask"]
+
+
+@pytest.mark.parametrize("count", [108, 144])
+def test_a_strip_has_as_many_programs_as_its_gpu_has_processors(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[int] = []
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            grids.append(*grid)
+            return lambda *args, **more: None
+
+    gpu = SimpleNamespace(multi_processor_count=count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(gemm, "_strip", Launcher())
+    for remembered in (tiles._processors, tiles._capability):
+        monkeypatch.setattr(tiles, remembered.__name__, remembered.__wrapped__)
+    with FakeTensorMode():  # tensors of a GPU where there is none
+        x, w, a, u = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in
+                      ((64, 32), (32, 512 * 128), (4, 32), (4, 512 * 128)))  # fmt: skip
+        gemm.strip(x, w, a, u)  # one block of rows, more tiles of columns than processors
+    assert grids == [count]

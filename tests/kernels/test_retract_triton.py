@@ -175,3 +175,10 @@ def test_a_factor_without_a_contiguous_side_is_told(device: torch.device) -> Non
     stiefel.remember([x])
     with pytest.raises(ValueError, match=r"factor 0 is torch.float32 of strides \(16, 2\), expected float32, one side"):
         stiefel.retract_([torch.zeros(8, 16, device=device)[:, :4:2]])
+
+
+def test_retractions_are_launched_on_the_device_of_their_tensors(
+    device: torch.device, guarded: Make, launched_inside: list[str]
+) -> None:
+    World(((7, 5, 2),), 0.3, device, guarded).retracted(kernel=True)
+    assert launched_inside == ["_products", "_weights", "_apply"]
