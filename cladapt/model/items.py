@@ -70,7 +70,7 @@ class ItemPasses:
 
     def missing(self, model: nn.Module) -> str:
         """The name of a layer that learns, is to be perturbed and has kept nothing, empty where there is none."""
-        for name, layer in self._perturbed(model).items():
+        for name, layer in perturbed_layers(model, self.layers).items():
             learns = any(p.requires_grad for key, p in layer.named_parameters() if "lora_" in key)
             if learns and (id(layer) not in self._kept or self._kept[id(layer)].gradients is None):
                 return name
@@ -79,7 +79,9 @@ class ItemPasses:
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
         """The layers of the adapter keep gradients by group, or are perturbed along them."""
-        layers: list[Any] = [layer for layer in self._perturbed(model).values() if hasattr(layer, "items")]
+        layers: list[Any] = [
+            layer for layer in perturbed_layers(model, self.layers).values() if hasattr(layer, "items")
+        ]
         for layer in layers:
             layer.items = self
         try:
@@ -88,9 +90,10 @@ class ItemPasses:
             for layer in layers:
                 layer.items = None
 
-    def _perturbed(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The adapted layers by name: those of the last blocks, and those outside of blocks."""
-        found = dict(lora_layers(model))
-        block = {name: int(number[1]) for name in found if (number := re.search(r"\.(\d+)\.", name))}
-        first = max(block.values(), default=0) + 1 - self.layers if self.layers else 0
-        return {name: layer for name, layer in found.items() if block.get(name, first) >= first}
+
+def perturbed_layers(model: nn.Module, last: int) -> dict[str, nn.Module]:
+    """The adapted layers by name: of the `last` blocks, or of all where it is 0, and those outside of blocks."""
+    found = dict(lora_layers(model))
+    block = {name: int(number[1]) for name in found if (number := re.search(r"\.(\d+)\.", name))}
+    first = max(block.values(), default=0) + 1 - last if last else 0
+    return {name: layer for name, layer in found.items() if block.get(name, first) >= first}

@@ -7,17 +7,17 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cladapt.config import AdapterConfig
 from cladapt.errors import CheckFailed
-from cladapt.pipeline.bench import BASELINE, PRESET, STEPS, Case, make_fit, run_steps
+from cladapt.pipeline.bench import BASELINE, HIDDEN, LAYERS, PRESET, STEPS, Case, make_fit, run_steps, wide_base
 from cladapt.pipeline.memory import peak_bytes
 from cladapt.tokens.prompts import Document, one_target_each
 from cladapt.train.feeds import Batch, PackedFeed, evenly
 from cladapt.train.loop import Fit
+from cladapt.train.sharpness import buffer_bytes
 from cladapt.train.stream import training_documents
 from cladapt_kernels.timing import Row, compare
 
@@ -158,22 +158,24 @@ def step_by_item(fit: Fit, batches: Sequence[Batch], weight: float, radius: floa
 
 
 def _memory(case: Case, documents: Sequence[Document]) -> list[Row]:
-    """What a step by item holds beyond a plain one, over its buffer as computed: items times r (K + N) of a layer."""
-    fits = {name: make_fit(case, name, documents) for name in (BASELINE, METHOD)}
-    plain, sharp = (peak_bytes(partial(run_steps, fit, fit.steps(0)[:1]), case.device) for fit in fits.values())
-    (batch, *_), *_ = fits[METHOD].steps(0)
-    known: Any = fits[METHOD].feed.items
-    items = len(np.unique(known.owner(batch).numpy()))
-    computed = 4 * items * sum(p.numel() for p in fits[METHOD].trained.values())
-    value = (sharp - plain) / computed
-    return [
-        {
-            "name": "sharpness memory",
-            "shape": f"{PRESET}, rank {AdapterConfig().rank}, {items} items, {computed} bytes computed",
-            "provider": f"{METHOD} by item",
-            "runs": 1,
-            "metric": "peak memory beyond a plain step over the buffer as computed",
-            "unit": "ratio",
-            **dict.fromkeys(("q20", "q50", "q80"), value),
-        }
-    ]
+    """What a step holds beyond a plain one at its peak, over its buffer as computed: groups times r (K + N).
+
+    With a model of a pretrained one's proportions: in a tiny one the work on a single layer weighs as much.
+    """
+    wide = replace(case, base=wide_base(case, len(case.base.tokenizer)))
+    plain = make_fit(wide, BASELINE, documents, dropout=0.0)
+    before = peak_bytes(partial(run_steps, plain, plain.steps(0)[:1]), case.device)
+    rows: list[Row] = []
+    for name in FORMS:
+        fit = make_fit(wide, METHOD, documents, dropout=0.0, **SETTINGS[name])
+        peak = peak_bytes(partial(run_steps, fit, fit.steps(0)[:1]), case.device)
+        policy, targets = fit.method.sharpness(fit.ctx), fit.feed.items
+        if policy is None or targets is None:
+            raise CheckFailed(f"{METHOD} asks for nothing {name}", "report this as a bug")
+        computed = buffer_bytes(policy, targets, fit.steps(0)[0][0], fit.module)
+        shape = f"{LAYERS} layers, width {HIDDEN}, rank {AdapterConfig().rank}, {computed} bytes computed"
+        metric = "peak memory beyond a plain step over the buffer as computed"
+        row: Row = {"name": "sharpness memory", "shape": shape, "provider": f"{METHOD} {name}", "runs": 1}
+        quantiles = dict.fromkeys(("q20", "q50", "q80"), (peak - before) / computed)
+        rows.append({**row, "metric": metric, "unit": "ratio", **quantiles})
+    return rows

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cladapt.errors import ConfigError
 from cladapt.methods import Sharpness
-from cladapt.model.items import ItemPasses
+from cladapt.model.items import ItemPasses, perturbed_layers
 from cladapt.train.feeds import Batch
 from cladapt.train.targets import Targets
 
@@ -52,6 +52,15 @@ def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
     if policy.groups == "batch" and policy.perturbed:
         radius = policy.radius[item].mean().expand_as(radius)
     return Grouped(of, _largest(weight, count, policy.share), radius)
+
+
+def buffer_bytes(policy: Sharpness, targets: Targets, batch: Batch, model: nn.Module) -> int:
+    """Bytes of the gradients by group that one micro-batch keeps between its passes: float32, groups times factors."""
+    if not policy.perturbed:
+        return 0
+    layers = perturbed_layers(model, policy.layers).values()
+    factors = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
+    return 4 * len(grouped(policy, targets, batch).weight) * factors
 
 
 def _means(values: Tensor, group: Tensor, count: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from cladapt.eval.protocol import (
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.eval.significance import Effect
-from cladapt.methods import build
+from cladapt.methods import Context, build
 from cladapt.model.adapter import adapted_lm, adapted_weights
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
@@ -57,8 +57,10 @@ from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed, shard
 from cladapt.train.memory import MicroBatch, activation_bytes
 from cladapt.train.prompting import check_prompt, prompt_record
+from cladapt.train.sharpness import buffer_bytes
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
+from cladapt.train.targets import PackedTargets
 from cladapt.workloads._base import Group, Workload, whole
 from cladapt.workloads._recommend_compare import Lines, block_curves, heat_map, next_block_tables
 from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
@@ -178,11 +180,17 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         learned = method.learned_with(blocks[-1] if blocks else stream.n_blocks)
         loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
         feed = make_feed(stream, learned, form_of(config, base, stream), train)
+        targets = cast(PackedTargets, feed.items)
+        policy = method.sharpness(Context({}, learned[-1], frequency=targets.frequency))
+        if policy is not None and policy.exact:
+            feed = feed.apart()
         batches = feed.epoch([config.seed, 0])
         largest = max(batches, key=lambda batch: batch[0].numel())
         size = MicroBatch.of(loss, shard(largest, 0, ranks.ranks()))
         precision = ops.precision(train.precision)
         peak = activation_bytes(loss.lm, size, precision, train.checkpointing)
+        if policy is not None:
+            peak += buffer_bytes(policy, targets, largest, model)
         if method.weight_gradients:  # its pass before the first step, which adds up the gradients in float32
             weights = [*adapted_weights(model).values()]
             added = sum(4 * weight.numel() for weight in weights)

@@ -102,9 +102,9 @@ def test_in_bf16_the_perturbation_survives_where_its_sum_with_the_factor_would_n
     item = torch.zeros(64, dtype=torch.int64)
     factors = ItemFactors(Runs.of(item, 1))
     factors.gradients, factors.kappa = torch.cat([step, torch.zeros(8, 16)], 1)[None], torch.ones(1)
-    runs, (down, _) = factors.runs, factors.steps(512, torch.bfloat16)
+    (down, _), (piece,) = factors.steps(item[:1], 512, torch.bfloat16), factors.runs.pieces
     truth = x.double() @ step.double().T
-    found = runs.flat(runs.padded(x) @ down.mT).double()
+    found = (piece.of(x) @ down.mT)[0].double()
     assert (found - truth).norm() / truth.norm() < 0.01
     rounded = x.double() @ ((a + step).bfloat16().double() - a.bfloat16().double()).T
     assert (rounded - truth).norm() / truth.norm() > 0.5
@@ -130,13 +130,20 @@ def test_runs_of_other_tokens_are_refused() -> None:
         item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
 
 
-@pytest.mark.parametrize("item", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1], [3], []])
-def test_padded_runs_become_flat_again(item: list[int]) -> None:
-    tokens, runs = torch.randn(len(item), 5), Runs.of(torch.tensor(item, dtype=torch.int64), 4)
-    assert torch.equal(runs.flat(runs.padded(tokens)), tokens)
-    padded = runs.padded(tokens, zeros=True)
-    assert torch.equal(runs.flat(padded), tokens)
-    torch.testing.assert_close(padded.sum((0, 1)), tokens.sum(0))
+@pytest.mark.parametrize(
+    "item",
+    [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1], [3], [], [0] * 9 + [1, 2, 2, 3] + [1] * 5 + [0] * 2],
+)
+def test_every_token_is_in_one_place_of_one_piece(item: list[int]) -> None:
+    runs = Runs.of(torch.tensor(item, dtype=torch.int64), 4)
+    tokens, again = torch.randn(len(item), 5), torch.zeros(len(item), 5)
+    for piece in runs.pieces:
+        padded = piece.own(piece.of(tokens))
+        piece.add(again, padded, 2.0)
+        if piece.place is not None and piece.inside is not None:
+            here = torch.tensor(item)[piece.place].view(len(piece.item), -1)
+            assert (here == piece.item[:, None]).all()
+    assert torch.equal(again, 2 * tokens)
 
 
 def test_no_tokens_are_no_gradient_of_any_item() -> None:

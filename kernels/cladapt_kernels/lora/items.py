@@ -28,6 +28,10 @@ SHORTEST = 128
 than a third of such a tile empty. By rule, timed on no GPU."""
 
 
+NARROWEST, LARGEST = 0.6, 0.25
+"""Of a piece, by matrix products: the shortest run over the longest, and the most tokens over all. By rule."""
+
+
 @dataclass(frozen=True)
 class Runs:
     """Runs of tokens: run t is rows offsets[t] to offsets[t + 1] of X, all of item[t].
@@ -94,37 +98,59 @@ class Runs:
         every = torch.arange(self.items + 1, device=item.device)
         return bounds, torch.searchsorted(item, every, out_int32=True)
 
-    def padded(self, tokens: Tensor, zeros: bool = False) -> Tensor:
-        """[M, C] -> [T, L, C], L the longest run; behind shorter ones are `zeros`, or tokens of another run."""
-        shape = (len(self.item), self._longest, tokens.shape[1])
-        if self._alike:
-            return tokens.view(shape)
-        place, inside, _ = self._places
-        found = tokens.index_select(0, place).view(shape)
-        return found * inside[..., None].to(found.dtype) if zeros else found
-
-    def flat(self, padded: Tensor) -> Tensor:
-        """[T, L, C] -> [M, C], what `padded` undoes."""
-        rows = padded.reshape(-1, padded.shape[2])
-        return rows if self._alike else rows.index_select(0, self._places[2])
-
     @cached_property
-    def _longest(self) -> int:
-        return int(self.offsets.diff().max()) if len(self.item) else 0
-
-    @cached_property
-    def _alike(self) -> bool:
-        """Whether all runs are of one length."""
-        return self.rows == len(self.item) * self._longest
-
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The token at each padded place [T L], which places are of their run [T, L], and each token's place [M]."""
+    def pieces(self) -> "list[_Piece]":
+        """All runs, in pieces of runs of nearly one length."""
         length = self.offsets.diff()
-        step = torch.arange(self._longest, device=length.device)
-        inside = step < length[:, None]
-        place = torch.where(inside, self.offsets[:-1, None] + step, 0)
-        return place.flatten(), inside, inside.flatten().nonzero()[:, 0]
+        longest, shortest = (int(length.max()), int(length.min())) if len(length) else (0, 0)
+        if longest == shortest:
+            return [_Piece(self.item, longest, None, None)] if longest else []
+        order = length.argsort(descending=True, stable=True)
+        found, first, lengths = [], 0, length[order].tolist()
+        for end in range(1, len(lengths) + 1):
+            first_length = lengths[first]
+            fits = end < len(lengths) and lengths[end] >= NARROWEST * first_length
+            if not fits or (end - first + 1) * first_length > self.rows * LARGEST:
+                found.append(self._piece(order[first:end], first_length))
+                first = end
+        return found
+
+    def _piece(self, runs: Tensor, longest: int) -> "_Piece":
+        step = torch.arange(longest, device=runs.device)
+        inside = step < self.offsets.diff()[runs, None]
+        place = torch.where(inside, self.offsets[runs, None] + step, self.offsets[runs, None])
+        return _Piece(self.item[runs], longest, place.flatten(), inside[..., None])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Runs, whose tokens lie side by side as [t, l, C], l the longest of them: behind a shorter one is its first again.
+
+    `place` int64 [t l]: the token at each place, None where the runs are all that there are and of one length.
+    `inside` bool [t, l, 1]: whether a place has a token of its own.
+    """
+
+    item: Tensor
+    longest: int
+    place: Tensor | None
+    inside: Tensor | None
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """[M, C] -> [t, l, C]."""
+        found = tokens if self.place is None else tokens.index_select(0, self.place)
+        return found.view(len(self.item), self.longest, tokens.shape[1])
+
+    def own(self, padded: Tensor) -> Tensor:
+        """[t, l, C] with zeros behind each run."""
+        return padded if self.inside is None else padded * self.inside.to(padded.dtype)
+
+    def add(self, tokens: Tensor, padded: Tensor, scale: float = 1.0) -> None:
+        """tokens [M, C] += scale padded [t, l, C], which has zeros behind each run."""
+        rows = padded.reshape(-1, tokens.shape[1])
+        if self.place is None:
+            tokens.add_(rows, alpha=scale)
+        else:
+            tokens.index_add_(0, self.place, rows, alpha=scale)
 
 
 class ItemFactors:
@@ -149,18 +175,16 @@ class ItemFactors:
             return self._measured[1].double()
         return found.flatten(1).square().sum(1, dtype=torch.float64)
 
-    def add(self, by_run: Tensor) -> None:
-        """Add G_A,t and G_B,t^T [T, r, K + N] of runs; a layer that runs twice has the sum of both."""
-        if not self.recording:
-            return
+    def add(self, item: Tensor, by_run: Tensor) -> None:
+        """Add G_A,t and G_B,t^T [T, r, K + N] of runs of items [T]; a layer that runs twice has the sum of both."""
         self._measured = None
         by_run = by_run.to(torch.promote_types(by_run.dtype, torch.float32))
-        if self.gradients is None and self.runs.in_order:
+        if self.gradients is None and item is self.runs.item and self.runs.in_order:
             self.gradients = by_run
             return
         if self.gradients is None:
             self.gradients = by_run.new_zeros(self.runs.items, *by_run.shape[1:])
-        self.gradients.index_add_(0, self.runs.item, by_run)
+        self.gradients.index_add_(0, item, by_run)
 
     def add_measured(self, by_item: Tensor, squares: Tensor) -> None:
         """Add G_A,i and G_B,i^T [items, r, K + N], whose squared norms [items] are known."""
@@ -174,13 +198,12 @@ class ItemFactors:
         found, kappa = self._both()
         return found[..., :k], found[..., k:], kappa
 
-    def steps(self, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """kappa G_A [T, r, K] and kappa G_B^T [T, r, N] of every run in `dtype`."""
+    def steps(self, item: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """kappa G_A [T, r, K] and kappa G_B^T [T, r, N] of items [T] in `dtype`."""
         found, kappa = self._both()
-        kappa = kappa[:, None, None]
-        if not self.runs.in_order:
-            found, kappa = (tensor.index_select(0, self.runs.item) for tensor in (found, kappa))
-        own = (kappa * found).to(dtype)
+        if item is not self.runs.item or not self.runs.in_order:
+            found, kappa = found.index_select(0, item), kappa.index_select(0, item)
+        own = (kappa[:, None, None] * found).to(dtype)
         return own[..., :k], own[..., k:]
 
     def whole(self) -> Tensor:
@@ -331,35 +354,38 @@ class _ItemLinear(torch.autograd.Function):
 
 def _product(layer: _Layer, x: Tensor, dropped: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Y and S of the first pass, Y and H of the second, where keep * X is `dropped`."""
-    runs, y = layer.factors.runs, functional.linear(x, layer.weight, bias)
+    factors, y = layer.factors, functional.linear(x, layer.weight, bias)
     s = functional.linear(dropped, _as(layer.a, x.dtype))
-    if layer.factors.kappa is not None:
-        down, up = layer.factors.steps(x.shape[1], x.dtype)
-        s += runs.flat(runs.padded(dropped) @ down.mT)
-        y.add_(runs.flat(runs.padded(s) @ up), alpha=layer.scale)
+    for piece in () if factors.kappa is None else factors.runs.pieces:
+        down, up = factors.steps(piece.item, x.shape[1], x.dtype)
+        moved = piece.own(piece.of(dropped) @ down.mT)
+        piece.add(s, moved)
+        piece.add(y, piece.own(piece.of(s)) @ up, layer.scale)
     y.addmm_(s, _as(layer.b, x.dtype).T, alpha=layer.scale)
     if layer.frozen is not None:
-        down, up = (_as(factor, x.dtype) for factor in layer.frozen)
-        y.addmm_(functional.linear(x, down), up.T, alpha=layer.scale * (1.0 - layer.p))
+        low, high = (_as(factor, x.dtype) for factor in layer.frozen)
+        y.addmm_(functional.linear(x, low), high.T, alpha=layer.scale * (1.0 - layer.p))
     return y, s
 
 
 def _product_gradient(layer: _Layer, dy: Tensor, need_dx: bool, keep: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """dX, None where not needed, and dS of the first pass or D of the second."""
-    runs, perturbed = layer.factors.runs, layer.factors.kappa is not None
+    factors, k = layer.factors, layer.weight.shape[1]
     ds = _scaled(layer.scale, dy, _as(layer.b, dy.dtype))
-    if perturbed:
-        down, up = layer.factors.steps(layer.weight.shape[1], dy.dtype)
-        ds.add_(runs.flat(runs.padded(dy) @ up.mT), alpha=layer.scale)
+    by_item = dy.new_zeros(len(dy), k) if need_dx and factors.kappa is not None else None
+    for piece in () if factors.kappa is None else factors.runs.pieces:
+        down, up = factors.steps(piece.item, k, dy.dtype)
+        piece.add(ds, piece.own(piece.of(dy) @ up.mT), layer.scale)
+        if by_item is not None:
+            piece.add(by_item, piece.own(piece.of(ds)) @ down)
     if not need_dx:
         return None, ds
-    low = ds @ _as(layer.a, dy.dtype)
-    if perturbed:
-        low += runs.flat(runs.padded(ds) @ down)
+    a = _as(layer.a, dy.dtype)
+    low = ds @ a if by_item is None else by_item.addmm_(ds, a)
     dx = torch.addmm(_kept(low, keep), dy, layer.weight)
     if layer.frozen is not None:
-        down, up = (_as(factor, dy.dtype) for factor in layer.frozen)
-        dx.addmm_(_scaled(layer.scale * (1.0 - layer.p), dy, up), down)
+        below, above = (_as(factor, dy.dtype) for factor in layer.frozen)
+        dx.addmm_(_scaled(layer.scale * (1.0 - layer.p), dy, above), below)
     return dx, ds
 
 
@@ -369,11 +395,15 @@ def _gradients(
     """dA and dB, whose parts by item are kept where `records`."""
     if not records:
         return ds.T @ dropped, _scaled(layer.scale, dy.T, s)
-    runs, k = layer.factors.runs, dropped.shape[1]
-    left, right = (runs.padded(narrow, zeros=True).mT for narrow in (ds, layer.scale * s))
-    by_run = torch.cat([left @ runs.padded(dropped), right @ runs.padded(dy)], 2)
-    layer.factors.add(by_run)
-    total = by_run.sum(0, dtype=torch.promote_types(by_run.dtype, torch.float32))
+    k, s = dropped.shape[1], layer.scale * s
+    total = dy.new_zeros(ds.shape[1], k + dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
+    for piece in layer.factors.runs.pieces:
+        left, right = (piece.own(piece.of(narrow)).mT for narrow in (ds, s))
+        by_run = torch.cat([left @ piece.of(dropped), right @ piece.of(dy)], 2)
+        total += by_run.sum(0, dtype=total.dtype)
+        layer.factors.add(piece.item, by_run)
+    if layer.factors.gradients is None:  # no token, as of a process without a row
+        layer.factors.gradients = total.expand(layer.factors.runs.items, *total.shape)
     return total[:, :k], total[:, k:].T
 
 
