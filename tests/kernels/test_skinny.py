@@ -1,6 +1,4 @@
-"""The gradients of the factors beyond autograd's use: accumulation, squared norms, samples, the proximal term."""
-
-from itertools import pairwise
+"""The gradients of the factors beyond autograd's use: the same bits again, in one launch, the proximal term."""
 
 import pytest
 import torch
@@ -57,33 +55,6 @@ def test_one_launch_gives_the_same_bit_for_bit_again_and_leaves_its_counters_zer
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_add_to_what_is_there_and_their_squared_norms_are_told(inputs: tuple[Tensor, ...]) -> None:
-    da, db = torch.ones_like(inputs[4]), torch.ones_like(inputs[5])
-    squares, per_sample = skinny(*inputs[:4], SCALE, da, db, accumulate=True, squares=True)
-    true_a, true_b = truth(inputs)
-    torch.testing.assert_close(da.double(), 1 + true_a, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(db.double(), 1 + true_b, rtol=1e-4, atol=1e-4)
-    assert squares is not None
-    expected = torch.stack([(1 + true_a).square().sum(), (1 + true_b).square().sum()])
-    torch.testing.assert_close(squares.double(), expected, rtol=1e-5, atol=0)
-    assert per_sample is None
-
-
-def test_samples_have_their_own_norms_and_an_empty_one_has_none(
-    inputs: tuple[Tensor, ...], device: torch.device
-) -> None:
-    edges = [0, 1, 64, 64, 300, M]
-    da, db = empty(inputs)
-    offsets = torch.tensor(edges, dtype=torch.int32, device=device)
-    _, per_sample = skinny(*inputs[:4], SCALE, da, db, offsets=offsets, squares=True)
-    own = [truth(inputs, slice(a, b)) for a, b in pairwise(edges)]
-    expected = torch.stack([a.square().sum() + b.square().sum() for a, b in own])
-    assert per_sample is not None
-    torch.testing.assert_close(per_sample.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(da.double(), truth(inputs)[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(db.double(), truth(inputs)[1], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("tau", [1.0, 0.02])
 @pytest.mark.parametrize("kind", ["kl", "l2"])
 def test_the_proximal_gradient_is_added_as_the_reference_has_it(
@@ -106,8 +77,6 @@ def test_the_proximal_gradient_is_added_as_the_reference_has_it(
         _, gradient = reference.proximal_l2(flat_value.double(), flat_anchor.double(), lengths)
     zeros = [torch.zeros_like(t) for t in inputs[:4]]  # so that the term is seen alone
     da, db = empty(inputs)
-    squares, _ = skinny(*zeros, SCALE, da, db, proximal=Proximal(kind, *value, *anchor, statistics), squares=True)
+    skinny(*zeros, SCALE, da, db, proximal=Proximal(kind, *value, *anchor, statistics))
     found = torch.cat([da.reshape(-1), db.reshape(-1)])
     torch.testing.assert_close(found.double(), weight * gradient, rtol=2e-3, atol=1e-4 * weight * gradient.abs().max())
-    assert squares is not None
-    assert squares.abs().max() == 0  # of the task's gradient alone

@@ -1,9 +1,7 @@
 """dA = dS^T (keep * X) and dB = scale dY^T S: two tall matrices read once, deterministic.
 
 `skinny`: a program sums one chunk of rows of one strip of columns of X or dY into a float32 workspace
-[chunks, r, K + N]; a second launch folds the chunks in order and finishes: scale, accumulation, proximal gradient,
-squared norms. Where the chunks are samples, the workspace holds each sample's own gradient, so its squared norm costs
-no pass over anything.
+[chunks, r, K + N]; a second launch folds the chunks in order and adds a proximal gradient.
 
 `single`: the two gradients alone in one launch. Whichever program of a strip is the last to be ready, which a counter
 tells, folds the strip's chunks in order.
@@ -32,11 +30,10 @@ CROWD = 2  # programs per multiprocessor that `single` aims at
 
 @triton.jit
 def _product(
-    narrow, wide, seed, first, last, column, r, width, stride_wm, stride_wc, threshold,
+    narrow, wide, total, seed, first, last, column, r, width, stride_wm, stride_wc, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """narrow^T (keep * wide) over the rows from `first` to `last` and the columns from `column`, in float32."""
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    """total + narrow^T (keep * wide) over the rows from `first` to `last` and the columns from `column`, in float32."""
     for row in range(first, last, BLOCK_M):
         right = load_tile(wide, row, column, last, width, stride_wm, stride_wc, BLOCK_M, BLOCK_C)
         if DROPOUT:
@@ -48,40 +45,36 @@ def _product(
 
 @triton.jit
 def _partial(
-    ds, x, s, dy, sums, squares, offsets, seed, m, k, n, r, chunk_rows, stride_xm, stride_xk, stride_dym, stride_dyn,
-    scale, threshold,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, OFFSETS: tl.constexpr, SQUARES: tl.constexpr,
+    ds, x, s, dy, sums, seed, m, k, n, r, chunk_rows, stride_xm, stride_xk, stride_dym, stride_dyn, scale, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     strip, chunk = tl.program_id(0), tl.program_id(1)
-    if OFFSETS:
-        first, last = tl.load(offsets + chunk), tl.load(offsets + chunk + 1)
-    else:
-        first = chunk * chunk_rows
-        last = min(first + chunk_rows, m)
+    first = chunk * chunk_rows
+    last = min(first + chunk_rows, m)
     workspace = sums + tl.full((), chunk, tl.int64) * r * (k + n)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     x_strips = tl.cdiv(k, BLOCK_C)
     if strip < x_strips:
         column = strip * BLOCK_C
         total = _product(
-            ds, x, seed, first, last, column, r, k, stride_xm, stride_xk, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
-        )
+            ds, x, total, seed, first, last, column, r, k, stride_xm, stride_xk, threshold,
+            BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT,
+        )  # fmt: skip
         store_tile(workspace, total, 0, column, r, k, k + n, 1, BLOCK_R, BLOCK_C)
     else:
         column = (strip - x_strips) * BLOCK_C
         total = _product(
-            s, dy, seed, first, last, column, r, n, stride_dym, stride_dyn, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
-        )
+            s, dy, total, seed, first, last, column, r, n, stride_dym, stride_dyn, threshold,
+            BLOCK_M, BLOCK_C, BLOCK_R, False,
+        )  # fmt: skip
         total *= tl.full((), scale, tl.float32)
         store_tile(workspace + k, total, 0, column, r, n, k + n, 1, BLOCK_R, BLOCK_C)
-    if SQUARES:  # what lies outside is zero: its loads were
-        tl.store(squares + chunk * tl.num_programs(0) + strip, tl.sum(total * total))
 
 
 @triton.jit
 def _fold(
-    sums, da, db, squares, a, b, anchor_a, anchor_b, statistics, stride_statistics, chunks, k, n, r,
-    BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr, PROXIMAL: tl.constexpr, SQUARES: tl.constexpr,
+    sums, da, db, a, b, anchor_a, anchor_b, statistics, stride_statistics, chunks, k, n, r,
+    BLOCK: tl.constexpr, PROXIMAL: tl.constexpr,
 ):  # fmt: skip
     """Programs of row 0 finish dA [r, K], those of row 1 dB [N, r], stored transposed."""
     up = tl.program_id(1)
@@ -96,11 +89,6 @@ def _fold(
         source += r * (k + n)
     down, up_own = i < tl.where(up == 0, r * k, 0), i < tl.where(up == 0, 0, r * n)
     place = tl.where(up == 0, i, column * r + rank)
-    if ACCUMULATE:
-        total += tl.load(da + place, mask=down, other=0.0).to(tl.float32)
-        total += tl.load(db + place, mask=up_own, other=0.0).to(tl.float32)
-    if SQUARES:
-        tl.store(squares + up * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(own, total * total, 0.0)))
     if PROXIMAL != "none":
         value = tl.load(a + place, mask=down, other=0.0).to(tl.float32)
         value += tl.load(b + place, mask=up_own, other=0.0).to(tl.float32)
@@ -129,17 +117,20 @@ def _single(
     strip, chunk = tl.program_id(0), tl.program_id(1)
     first = chunk * chunk_rows
     last = min(first + chunk_rows, m)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     x_strips = tl.cdiv(k, BLOCK_C)
     if strip < x_strips:
         column = strip * BLOCK_C
         total = _product(
-            ds, x, seed, first, last, column, r, k, stride_xm, stride_xk, threshold, BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT
-        )
+            ds, x, total, seed, first, last, column, r, k, stride_xm, stride_xk, threshold,
+            BLOCK_M, BLOCK_C, BLOCK_R, DROPOUT,
+        )  # fmt: skip
     else:
         column = (strip - x_strips) * BLOCK_C
         total = _product(
-            s, dy, seed, first, last, column, r, n, stride_dym, stride_dyn, threshold, BLOCK_M, BLOCK_C, BLOCK_R, False
-        )
+            s, dy, total, seed, first, last, column, r, n, stride_dym, stride_dyn, threshold,
+            BLOCK_M, BLOCK_C, BLOCK_R, False,
+        )  # fmt: skip
         total *= tl.full((), scale, tl.float32)
     SIZE: tl.constexpr = BLOCK_R * BLOCK_C
     inside = tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -198,54 +189,44 @@ def skinny(
     db: Tensor,
     p: float = 0.0,
     seed: Tensor | None = None,
-    accumulate: bool = False,
-    offsets: Tensor | None = None,
     proximal: Proximal | None = None,
-    squares: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write da = ds^T (keep * x) and db = scale dy^T s, or add to them.
+) -> None:
+    """Write da = ds^T (keep * x) and db = scale dy^T s.
 
     Args:
         ds, s: [M, r], contiguous, of the dtype of x and dy.
         x, dy: [M, K], [M, N], any strides.
         da, db: [r, K], [N, r], contiguous: what is written.
         p, seed: dropout of x, drawn from `seed` int64 [1].
-        accumulate: add to da and db.
-        offsets: int32 [samples + 1], which cuts the rows into samples.
         proximal: a term whose gradient is added last.
-        squares: ask for squared norms.
-
-    Returns:
-        With `squares` the squared norms of dA and dB before the proximal term [2], and those of each sample's gradient
-        [samples] where there are offsets; else None.
     """
     (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
-    if offsets is None:
-        chunk_rows = max(FEWEST_ROWS, triton.cdiv(triton.cdiv(m, CHUNKS), BLOCK_M) * BLOCK_M)
-        chunks = max(1, triton.cdiv(m, chunk_rows))
-    else:
-        chunk_rows, chunks = 0, offsets.numel() - 1
-    tile = _tile(x, r)
-    strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
+    chunk_rows = max(FEWEST_ROWS, triton.cdiv(triton.cdiv(m, CHUNKS), BLOCK_M) * BLOCK_M)
+    chunks = max(1, triton.cdiv(m, chunk_rows))
+    tile = tile_of(x, r)
     sums = torch.empty(chunks, r, k + n, dtype=torch.float32, device=x.device)
-    per_sample = torch.empty(chunks, strips, device=x.device) if squares and offsets is not None else None
-    _partial[(strips, chunks)](
-        ds=ds, x=x, s=s, dy=dy, sums=sums, squares=per_sample, offsets=offsets, seed=seed,
-        m=m, k=k, n=n, r=r, chunk_rows=chunk_rows,
+    _partial[(strips_of(k, n, tile), chunks)](
+        ds=ds, x=x, s=s, dy=dy, sums=sums, seed=seed, m=m, k=k, n=n, r=r, chunk_rows=chunk_rows,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
-        scale=scale, threshold=drop_threshold(p), **tile, BLOCK_R=padded(r),
-        DROPOUT=p > 0, OFFSETS=offsets is not None, SQUARES=per_sample is not None,
+        scale=scale, threshold=drop_threshold(p), **tile, BLOCK_R=padded(r), DROPOUT=p > 0,
     )  # fmt: skip
-    programs = triton.cdiv(r * max(k, n), BLOCK_FOLD)
-    norms = torch.empty(2, programs, device=x.device) if squares else None
+    fold(sums, da, db, proximal)
+
+
+def fold(sums: Tensor, da: Tensor, db: Tensor, proximal: Proximal | None = None) -> None:
+    """Write da [r, K] and db [N, r], the sum of sums [parts, r, K + N] in order, and a proximal gradient if given."""
+    (parts, r, _), k, n = sums.shape, da.shape[1], db.shape[0]
     term = {name: getattr(proximal, name, None) for name in ("a", "b", "anchor_a", "anchor_b", "statistics")}
-    _fold[(programs, 2)](
-        sums=sums, da=da, db=db, squares=norms, **term,
-        stride_statistics=0 if proximal is None else proximal.statistics.stride(0), chunks=chunks, k=k, n=n, r=r,
-        BLOCK=BLOCK_FOLD, ACCUMULATE=accumulate, PROXIMAL="none" if proximal is None else proximal.kind,
-        SQUARES=squares, num_warps=4,
+    _fold[(triton.cdiv(r * max(k, n), BLOCK_FOLD), 2)](
+        sums=sums, da=da, db=db, **term,
+        stride_statistics=0 if proximal is None else proximal.statistics.stride(0), chunks=parts, k=k, n=n, r=r,
+        BLOCK=BLOCK_FOLD, PROXIMAL="none" if proximal is None else proximal.kind, num_warps=4,
     )  # fmt: skip
-    return None if norms is None else norms.sum(1), None if per_sample is None else per_sample.sum(1)
+
+
+def strips_of(k: int, n: int, tile: dict[str, int]) -> int:
+    """How many strips of columns X [., K] and dY [., N] have together."""
+    return triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
 
 
 def single(
@@ -261,8 +242,8 @@ def single(
 ) -> None:
     """Write da = ds^T (keep * x) and db = scale dy^T s in one launch; arguments as of `skinny`."""
     (m, k), n, r = x.shape, dy.shape[1], ds.shape[1]
-    tile, rank = _tile(x, r) | _single_tile(x, r), padded(r)
-    strips = triton.cdiv(k, tile["BLOCK_C"]) + triton.cdiv(n, tile["BLOCK_C"])
+    tile, rank = tile_of(x, r) | _single_tile(x, r), padded(r)
+    strips = strips_of(k, n, tile)
     wanted = max(1, CROWD * processors(x.device) // strips)
     chunk_rows = max(FEWEST_ROWS, triton.cdiv(triton.cdiv(m, wanted), tile["BLOCK_M"]) * tile["BLOCK_M"])
     chunks = max(1, triton.cdiv(m, chunk_rows))
@@ -280,7 +261,8 @@ def _single_tile(x: Tensor, r: int) -> dict[str, int]:
     return {"num_stages": 2} if x.element_size() == 4 else {"BLOCK_M": 64} if r > 32 else {}
 
 
-def _tile(x: Tensor, r: int) -> dict[str, int]:
+def tile_of(x: Tensor, r: int) -> dict[str, int]:
+    """By the dtype of X and the rank."""
     return EXACT if x.element_size() == 4 else WIDE if r <= 32 else HIGH
 
 
