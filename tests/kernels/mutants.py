@@ -42,7 +42,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.csv")
 COPIED = (PACKAGE, Path("tests/kernels"), Path("tests/conftest.py"), Path("pyproject.toml"))
 TESTS = {
     ".": ("branches",),
-    "lora": ("branches",),
+    "lora": ("branches", "branches_items"),
     "optim": ("branches_adamw",),
     "retract": ("branches_retract",),
 }

@@ -242,7 +242,35 @@ NAMED = (
         "chunks that end late", "lora/skinny.py",
         "last = min(first + chunk_rows, m)\n    workspace", "last = first + chunk_rows\n    workspace",
     ),
-    Named("sums for sums of squares", "lora/skinny.py", "strip, tl.sum(total * total)", "strip, tl.sum(total)"),
+    Named("sums for sums of squares", "lora/by_item.py", "strip, tl.sum(total * total)", "strip, tl.sum(total)"),
+    Named(
+        "an item's last run alone", "lora/by_item.py",
+        "total = _plus_rows(\n            narrow, wide, total, seed",
+        "total = _plus_rows(\n            narrow, wide, total * 0.0, seed",
+    ),
+    Named(
+        "the runs of the item before", "lora/by_item.py",
+        "tl.load(offsets + item), tl.load(offsets + item + 1)", "tl.load(offsets + item - 1), tl.load(offsets + item)",
+    ),
+    Named(
+        "G_B by item without its scale", "lora/by_item.py",
+        "total *= tl.full((), scale, tl.float32)\n        store_tile", "store_tile",
+    ),
+    Named(
+        "a perturbation added to the factor in 16 bits", "lora/by_item.py",
+        "moved = tl.dot(wide, step, moved",
+        "moved = tl.dot(wide, down + (tl.load(kappa + item) * step).to(wide.dtype), moved",
+    ),
+    Named(
+        "the whole term as strong as its perturbation", "lora/by_item.py",
+        "total = tl.dot(low, up, total, input_precision=\"ieee\") *",
+        "total = tl.load(kappa + item) * tl.dot(low, up, total, input_precision=\"ieee\") *",
+    ),
+    Named(
+        "tiles of another height than the kernel's", "lora/by_item.py",
+        "dtype=x.dtype, device=x.device), table(tile[\"BLOCK_M\"])",
+        "dtype=x.dtype, device=x.device), table(2 * tile[\"BLOCK_M\"])",
+    ),
     Named(
         "a fold from the second chunk", "optim/adamw.py",
         "h = tl.max(peak)\n    for start in range(first, last, FOLD)",

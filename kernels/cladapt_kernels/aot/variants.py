@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels.aot.compile import Variant
-from cladapt_kernels.lora import gemm, mask, shrink, skinny
+from cladapt_kernels.lora import by_item, gemm, mask, shrink, skinny
 from cladapt_kernels.optim.fused_step import FusedStep
 from cladapt_kernels.optim.terms import Term
 from cladapt_kernels.retract import Gauge, Kind
 from cladapt_kernels.retract.kernels import FusedStiefel
 
-TOKENS, K, N, RANK = 8192, 1024, 4096, 16
+TOKENS, K, N, RANK, ITEMS = 8192, 1024, 4096, 16, 32
 BF16, FP32 = torch.bfloat16, torch.float32
 ROUNDING = ("mma", "wgmma", "tcgen05")  # of tensor cores, which would take float32 for TF32
 
@@ -54,15 +54,39 @@ def _single(r: int, dtype: torch.dtype = BF16, p: float = 0.0) -> None:
     skinny.single(s, x, s, dy, 2.0, _empty(r, K, dtype=FP32), _empty(N, r, dtype=FP32), p, _seed())
 
 
-def _skinny(
-    r: int, dtype: torch.dtype = BF16, p: float = 0.0, hooks: bool = False, odd: int = 0, kind: str = ""
-) -> None:
+def _skinny(r: int, dtype: torch.dtype = BF16, p: float = 0.0, odd: int = 0, kind: str = "") -> None:
     k, n = K + odd, N + odd
     x, dy, s = _empty(TOKENS, k, dtype=dtype), _empty(TOKENS, n, dtype=dtype), _empty(TOKENS, r, dtype=dtype)
     da, db = _empty(r, k, dtype=FP32), _empty(n, r, dtype=FP32)
     term = skinny.Proximal(kind, da, db, da, db, _empty(2, 6, dtype=FP32)) if kind else None
-    offsets = _empty(33, dtype=torch.int32) if hooks else None
-    skinny.skinny(s, x, s, dy, 2.0, da, db, p, _seed(), hooks, offsets, term, hooks)
+    skinny.skinny(s, x, s, dy, 2.0, da, db, p, _seed(), term)
+
+
+def _items(r: int, dtype: torch.dtype = BF16, p: float = 0.0) -> None:
+    x, dy, s = (_empty(TOKENS, side, dtype=dtype) for side in (K, N, r))
+    bounds, offsets = _empty(ITEMS, 2, dtype=torch.int32), _empty(ITEMS + 1, dtype=torch.int32)
+    by_item.factors(s, x, s, dy, 2.0, _empty(r, K, dtype=FP32), _empty(N, r, dtype=FP32), bounds, offsets, p, _seed())
+
+
+def _table(rows: int) -> Tensor:
+    return _empty(TOKENS // rows, 3, dtype=torch.int32)
+
+
+def _items_shrink(r: int, dtype: torch.dtype = BF16, p: float = 0.0) -> None:
+    own, kappa = _empty(ITEMS, r, K + N, dtype=FP32)[..., :K], _empty(ITEMS, dtype=FP32)
+    by_item.shrink(_empty(TOKENS, K, dtype=dtype), _empty(r, K, dtype=FP32), own, kappa, _table, 1.0, p, _seed())
+
+
+def _items_forward(r: int, dtype: torch.dtype = BF16) -> None:
+    x, w, s, b = (_empty(*shape, dtype=dtype) for shape in ((TOKENS, K), (N, K), (TOKENS, r), (N, r)))
+    own, kappa = _empty(ITEMS, r, K + N, dtype=FP32)[..., K:], _empty(ITEMS, dtype=FP32)
+    by_item.seeded(x, w.T, s, b.float().T, own, kappa, _table, 2.0, _empty(N, dtype=dtype))
+
+
+def _items_backward(r: int, dtype: torch.dtype = BF16, p: float = 0.0) -> None:
+    dy, w, d = (_empty(*shape, dtype=dtype) for shape in ((TOKENS, N), (N, K), (TOKENS, r)))
+    own, kappa = _empty(ITEMS, r, K + N, dtype=FP32)[..., :K], _empty(ITEMS, dtype=FP32)
+    by_item.seeded(dy, w, d, _empty(r, K, dtype=FP32), own, kappa, _table, p=p, seed=_seed())
 
 
 def _vectors(dtype: torch.dtype = FP32, size: int = 16384) -> list[Tensor]:
@@ -145,11 +169,33 @@ VARIANTS = (
     Variant("factors at once, fp32", partial(_single, RANK, FP32), forbids=ROUNDING),
     Variant("factors at once, fp32, rank 64, dropout", partial(_single, 64, FP32, 0.1), forbids=ROUNDING),
     Variant("factors, dropout", partial(_skinny, RANK, p=0.1)),
-    Variant("factors, all hooks", partial(_skinny, RANK, hooks=True, kind="kl")),
     Variant("factors, kl term", partial(_skinny, RANK, kind="kl")),
     Variant("factors, l2 term", partial(_skinny, RANK, kind="l2")),
     Variant("factors, odd sizes", partial(_skinny, RANK, odd=1)),
     Variant("factors, fp32, odd sizes", partial(_skinny, RANK, FP32, odd=1), forbids=ROUNDING),
+    *(
+        Variant(f"by item, {name}, rank {r}, dropout {p}", partial(call, r, p=p), expects)
+        for name, (call, expects) in {
+            "factors": (_items, ()),
+            "shrink": (_items_shrink, ("wgmma",)),
+            "backward": (_items_backward, ("wgmma", "cp.async")),
+        }.items()
+        for r, p in ((RANK, 0.0), (RANK, 0.1), (64, 0.0), (128, 0.0))
+    ),
+    *(
+        Variant(f"by item, forward, rank {r}", partial(_items_forward, r), ("wgmma", "cp.async"))
+        for r in (RANK, 64, 128)
+    ),
+    *(
+        Variant(f"by item, fp32, {name}, rank {r}, dropout {p}", partial(call, r, FP32, p), forbids=ROUNDING)
+        for name, call, *given in (
+            ("factors", _items, (RANK, 0.0), (64, 0.1)),
+            ("shrink", _items_shrink, (RANK, 0.0), (64, 0.1)),
+            ("backward", _items_backward, (RANK, 0.0), (RANK, 0.1)),
+        )
+        for r, p in given
+    ),
+    Variant("by item, fp32, forward", partial(_items_forward, RANK, FP32), forbids=ROUNDING),
     *(
         Variant(f"fp32 by {name} factors, {what}", partial(call, dtype=FP32, factor=factor), forbids=ROUNDING)
         for name, factor in (("fp32", FP32), ("bf16", BF16))
