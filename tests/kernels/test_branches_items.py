@@ -1,6 +1,6 @@
 """Every branch of the linear's kernels by item, on tiles so small that short runs have many of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 from cladapt_kernels import reference
-from cladapt_kernels.lora import by_item, gemm, skinny
-from cladapt_kernels.lora.items import Runs
+from cladapt_kernels.lora import by_item, gemm, items, routes, shrink, skinny
+from cladapt_kernels.lora.items import ItemFactors, Runs, item_linear
 
 SEED, SCALE = 2**40 + 7, 0.5
 R, WIDE_SIDE, OTHER_SIDE = 5, 37, 24
@@ -179,3 +179,107 @@ def test_factors_of_an_item_lie_beyond_2_to_the_31_entries(
             *x.stride(), *x.stride(), *x.stride(), *strides, *last, **sizes, BLOCK_N=16, GROUP=1, BIAS=False,
         )  # fmt: skip
     assert places == {4 * 2**31}
+
+
+class Launches:
+    """Names of the kernels that ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: set[str] = set()
+        for module in (by_item, gemm, shrink, skinny):
+            for name, kernel in vars(module).items():
+                if hasattr(kernel, "run") and hasattr(kernel, "arg_names"):
+                    monkeypatch.setattr(kernel, "run", self._noting(name, kernel.run))
+
+    def _noting(self, name: str, run: Callable[..., object]) -> Callable[..., object]:
+        def noted(*args: object, **more: object) -> object:
+            self.names.add(name)
+            return run(*args, **more)
+
+        return noted
+
+    def taken(self) -> set[str]:
+        """Those since this was last asked."""
+        names, self.names = self.names, set()
+        return names
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The dispatcher takes any device for a GPU that our kernels know, and any number of rows for enough."""
+    routes.forget()
+    for name, value in (("_obstacle", ""), ("_capability", (9, 0)), ("_name", "Interpreted")):
+        monkeypatch.setattr(routes, name, lambda _, value=value: value)
+    monkeypatch.setattr(routes, "FEWEST_ROWS", 1)
+    yield
+    routes._route.cache_clear()
+    routes._table.cache_clear()
+
+
+PLAIN, BY_ITEM = {"_shrink", "_seeded"}, {"_shrink_by_item", "_seeded_by_item"}
+ORDINARY, KEPT = {"_partial", "_fold"}, {"_factors_by_item", "_fold"}
+
+
+@pytest.mark.usefixtures("dispatched")
+@pytest.mark.parametrize(
+    ("shortest", "frozen", "p", "expected"),
+    [
+        pytest.param(1, False, 0.3, (PLAIN, PLAIN | KEPT, BY_ITEM, BY_ITEM | ORDINARY), id="long runs"),
+        pytest.param(99, False, 0.0, (PLAIN, PLAIN, PLAIN, PLAIN | ORDINARY), id="short runs"),
+        pytest.param(1, True, 0.0, (PLAIN, PLAIN | KEPT, PLAIN, PLAIN | ORDINARY), id="frozen factors"),
+    ],
+)
+def test_both_passes_run_by_the_kernels_of_the_route_and_agree_with_plain_torch(
+    shortest: int, frozen: bool, p: float, expected: tuple[set[str], ...], device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    half, m, k, n = (torch.bfloat16 if device.type == "cuda" else torch.float16), len(ITEM), 32, 48
+    monkeypatch.setattr(items, "SHORTEST", shortest)
+    x, weight, dy, bias = (t.to(half) for t in drawn(device, (m, k), (n, k), (m, n), (n,)))
+    a, b, *beside = drawn(device, (R, k), (n, R), (2, k), (n, 2))
+    history, seed = (beside[0], beside[1]) if frozen else None, torch.tensor([SEED], device=device)
+    launches = Launches(monkeypatch)
+
+    def both_passes(dtype: torch.dtype) -> tuple[list[set[str]], list[Tensor]]:
+        """The kernels of each half pass; Y, dX, dA, dB of the second pass, squares and gradients by item."""
+        kept, taken, found = ItemFactors(Runs.of(ITEM.to(device), ITEMS)), [], list[Tensor]()
+        for _ in range(2):
+            leaves = [t.to(own).requires_grad_() for t, own in ((x, dtype), (a, a.dtype), (b, b.dtype))]
+            y = item_linear(leaves[0], weight.to(dtype), bias.to(dtype), *leaves[1:], SCALE, kept, p, seed, history)
+            taken.append(launches.taken())
+            found = [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+            taken.append(launches.taken())
+            kept.kappa = torch.linspace(0.0, 0.01, ITEMS, device=device)
+        return taken, [*found, kept.squares(), kept.whole()]
+
+    names, found = both_passes(half)
+    assert tuple(names) == expected
+    monkeypatch.setattr(routes, "FEWEST_ROWS", 10**9)
+    routes._route.cache_clear()
+    names, truth = both_passes(torch.float64)
+    assert not set().union(*names)
+    for name, ours, right in zip(("y", "dx", "da", "db", "squares", "gradients"), found, truth, strict=True):
+        assert (ours.double() - right).norm() <= 4e-3 * right.norm(), name
+
+
+@pytest.mark.usefixtures("dispatched")
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_layer_that_runs_twice_adds_and_one_that_does_not_record_keeps_nothing(
+    recording: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(items, "SHORTEST", 1)
+    m, k, n = len(ITEM), 32, 16
+    x, weight, dy = (t.half() for t in drawn(device, (m, k), (n, k), (m, n)))
+    leaves = [t.requires_grad_() for t in drawn(device, (R, k), (n, R))]
+    kept = ItemFactors(Runs.of(ITEM.to(device), ITEMS))
+    grads = []
+    for given in (x, 2 * x):
+        kept.recording = recording or given is x
+        y = item_linear(given, weight, None, *leaves, SCALE, kept)
+        grads.append(torch.autograd.grad(y, leaves, dy))
+    whole = kept.whole().sum(0)
+    factor = 1.0 + 2.0 * recording  # both gradients are linear in x
+    torch.testing.assert_close(whole[:, :k], factor * grads[0][0], rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(whole[:, k:].T, factor * grads[0][1], rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(grads[1][0], 2 * grads[0][0], rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(kept.squares(), kept.whole().double().square().sum((1, 2)), rtol=1e-5, atol=0)
