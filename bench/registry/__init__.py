@@ -5,7 +5,7 @@ each part of a LoRA linear, from which `write_routes` makes the table that the d
 too, is in `REGISTRY`.
 """
 
-from registry import adamw, lora, proximal, retract
+from registry import adamw, items, lora, proximal, retract
 from registry.gate import red, red_by_report
 from registry.tables import summary, write_routes
 
@@ -17,8 +17,10 @@ REGISTRY = (
     *lora.ENTRIES,
     *adamw.ENTRIES,
     *lora.PARTS,
+    *items.ENTRIES,
     *retract.ENTRIES,
     *proximal.ENTRIES,
     lora.ON_CPU,
+    items.ON_CPU,
     *lora.COMPILED,
 )

@@ -146,3 +146,34 @@ def test_kappa_needs_the_gradients_of_a_first_pass() -> None:
     factors.kappa = torch.ones(ITEMS)
     with pytest.raises(RuntimeError, match="no gradients before the first backward pass"):
         item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_tiles_cover_every_token_once_and_have_one_run_each(rows: int) -> None:
+    tiles = Runs.of(ITEM, ITEMS).tiles(rows)
+    assert tiles.dtype == torch.int32
+    assert [token for first, last, _ in tiles.tolist() for token in range(first, last)] == [*range(len(ITEM))]
+    starts = [0, 3, 5, 6, 11]  # of the runs, by hand
+    assert {*starts} <= {*tiles[:, 0].tolist()}
+    for first, last, item in tiles.tolist():
+        assert 0 < last - first <= rows
+        assert ITEM[first:last].tolist() == [item] * (last - first)
+        assert last in (*starts, len(ITEM)) or last - first == rows  # as long as they can be
+
+
+def test_runs_by_item_are_all_runs_of_each() -> None:
+    bounds, offsets = Runs.of(ITEM, ITEMS).sorted_by_item
+    assert bounds.dtype == offsets.dtype == torch.int32
+    assert bounds.tolist() == [[3, 5], [6, 11], [0, 3], [5, 6], [11, 12]]
+    assert offsets.tolist() == [0, 1, 2, 4, 5, 5]
+
+
+def test_squares_are_those_that_were_told_until_the_gradients_are_others() -> None:
+    factors = ItemFactors(Runs.of(ITEM, ITEMS))
+    gradients, told = torch.ones(ITEMS, R, K + N), torch.arange(5.0)
+    factors.add_measured(gradients, told)
+    assert torch.equal(factors.squares(), told.double())
+    factors.gradients = 2 * gradients
+    assert factors.squares().tolist() == [4.0 * R * (K + N)] * ITEMS
+    factors.add_measured(gradients, told)
+    assert factors.squares().tolist() == [9.0 * R * (K + N)] * ITEMS

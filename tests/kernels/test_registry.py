@@ -126,6 +126,16 @@ def test_the_providers_of_skinny_and_shrink_agree() -> None:
         call()
 
 
+def test_the_passes_of_items_by_a_loop_are_those_of_all_at_once() -> None:
+    (entry,) = [e for e in REGISTRY if e.name == "item_sam" and not e.gpu_only]
+    plain, *others = (call() for call in entry.make(CPU).values())
+    assert len(others) == 3
+    for found in others[1:]:
+        for ours, loop, first in zip(found, others[0], plain, strict=True):  # type: ignore[call-overload]
+            torch.testing.assert_close(ours, loop, rtol=1e-3, atol=1e-3)
+            assert (loop - first).norm() > 0.01 * first.norm()  # the perturbation shows
+
+
 def test_a_red_test_is_named_and_a_green_one_is_not(tmp_path: Path) -> None:
     (tmp_path / "green.py").write_text("def test_it(): pass\n")
     (tmp_path / "red.py").write_text("def test_it(): assert False\n")
