@@ -51,8 +51,8 @@ def _loop(parts: list[Layer]) -> Gradients:
         kappa = _kappa(da.square().sum() + db.square().sum())
         a, b = ((t.detach() + kappa * step).requires_grad_() for t, step in ((part.a, da), (part.b, db)))
         found.append(part._replace(a=a, b=b).backward(lora_linear(part.x, part.weight, None, a, b, SCALE)))
-    dx, da, db = zip(*found, strict=True)
-    return torch.cat(dx), torch.stack(da).sum(0), torch.stack(db).sum(0)
+    inputs, downs, ups = zip(*found, strict=True)
+    return torch.cat(inputs), torch.stack(downs).sum(0), torch.stack(ups).sum(0)
 
 
 def _passes(size: Size, items: int, device: torch.device) -> Providers:
