@@ -160,7 +160,7 @@ def test_factors_of_an_item_lie_beyond_2_to_the_31_entries(
     def load(builder: Any, place: Any, mask: Any, other: Any, *rest: Any) -> Any:
         """What is far is not held, and read as what lies outside of it."""
         first = int(place.data.flat[0])
-        if first == x.data_ptr():
+        if place.data.size == 1 or first == x.data_ptr():
             return ordinary(builder, place, mask, other, *rest)
         places.add(first - far.data_ptr())
         return other
