@@ -26,9 +26,7 @@ from cladapt_kernels.lora.routes import Gemm, Route, runs_kernels
 SHORTEST = 128
 """Rows of a run, in the mean, from which kernels by item run: their tiles end with the runs, shorter ones leave more
 than a third of such a tile empty. By rule, timed on no GPU."""
-
-
-NARROWEST, LARGEST = 0.6, 0.25
+NARROWEST, LARGEST = 0.5, 0.5
 """Of a piece, by matrix products: the shortest run over the longest, and the most tokens over all. By rule."""
 
 
