@@ -256,7 +256,7 @@ def _strides(own: Tensor, names: str) -> dict[str, int]:
 def _shrink_tile(x: Tensor, r: int, dropout: bool) -> dict[str, int]:
     """By rule, what no Triton of the matrix spills or serializes: float32 is summed outside of tensor cores."""
     wide = x.element_size() == 4
-    block = 32 if dropout or r > 64 or (wide and r > 32) else 64 if r > 32 else 128
+    block = 32 if dropout or r > 64 or (wide and r > 32) else 64 if wide or r > 32 else 128
     return {"BLOCK_K": block, "num_warps": 8 if r > 64 or (wide and (r > 32 or capability(x.device) < 100)) else 4}
 
 
