@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None, results: Path = ROOT / "results
         parser.error(f"--runs {options.runs} is too few for quantiles: use {FEWEST_RUNS} or more")
     if not options.seconds > 0:
         parser.error(f"--seconds {options.seconds}: expected a time above 0")
-    if options.report is not None and not options.report.is_file():
-        parser.error(f"--report {options.report}: no such file; pytest --junitxml={options.report} writes it")
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if options.report is not None and not options.report.is_file():
+        parser.error(f"--report {options.report}: no such file; pytest --junitxml={options.report} writes it")
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     gpu = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     asked = [entry for entry in (*ROUTES, *REGISTRY) if options.only in entry.name]

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -319,7 +320,7 @@ def test_importing_the_benchmarks_needs_torch_alone() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_kernel_tests_and_benchmarks_need_the_checkout_torch_triton_and_pytest_alone() -> None:
+def test_kernel_tests_and_benchmarks_need_the_checkout_torch_triton_numpy_and_pytest_alone() -> None:
     pytest.importorskip("triton", reason="the kernels are written in triton")
     collect = ["-q", "--collect-only", "-m", "not slow", "-p", "no:cacheprovider", "tests/kernels"]
     code = f"import pytest; sys.exit(pytest.main({collect}))"
@@ -327,3 +328,11 @@ def test_kernel_tests_and_benchmarks_need_the_checkout_torch_triton_and_pytest_a
     assert done.returncode == 0, done.stdout[-3000:]
     assert "test_every_kernel_stays_within_its_budget" not in done.stdout
     assert "test_the_model_is_the_one_worked_out_by_hand" in done.stdout
+
+
+def test_both_halves_of_make_gpu_end_within_ten_minutes() -> None:
+    makefile = Path(__file__).resolve().parents[2].joinpath("Makefile").read_text(encoding="utf-8")
+    (seconds,) = re.findall(r"^GPU_SECONDS \?= (\d+)$", makefile, re.MULTILINE)
+    grace = re.findall(r"timeout --signal=INT --kill-after=(\d+) \$\(GPU_SECONDS\)", makefile)
+    assert len(grace) == 2
+    assert 2 * int(seconds) + sum(map(int, grace)) < 600
