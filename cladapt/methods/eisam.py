@@ -11,8 +11,8 @@ frequency f_i, with d_g the gradient of the losses of its group g in a micro-bat
              max_focal  (1 - f_i / max)^exponent
              tail       1 where f_i <= tail, else 0
              uniform    1
-    groups   item       the losses of an item
-             sample     the losses of an example: a history in one piece, or with `targets=exact` one target
+    groups   sample     the losses of an example: a history in one piece, or with `targets=exact` one target
+             item       the losses of an item
              batch      all losses, in the direction sum_i w_i g_i
 
 so that others are settings of it: SAM is uniform weights and groups=batch, SAM by sample groups=sample, Focal-SAM focal
@@ -20,7 +20,9 @@ weights and groups=batch, ImbSAM weights=tail and groups=batch, LookSAM SAM with
 J = mean_b w_i l_b, the weights alone, the control that tells what perturbing adds.
 
 Weights but those of `tail` are scaled so that their mean over training events is 1, and at most `largest`. Frequencies
-are of training events of the stream up to the block. A step costs two passes.
+are of training events of the stream up to the block; w of an example is the mean over its targets. A step costs two
+passes. The default groups follow what was measured (bench/LOG.md): with an example for each target they hardly differ
+from items, of which a batch has each about once, and over packed histories they are nearer to it and cheaper.
 State: none; with `refresh` one tensor of every factor.
 """
 
@@ -53,11 +55,11 @@ class EisamConfig(Settings):
     """No weight is above this."""
     tail: Annotated[int, Field(ge=0)] = 20
     """Items with at most so many training events are the tail."""
-    groups: Groups = "item"
+    groups: Groups = "sample"
     """Whose losses are perturbed in one direction."""
     targets: Literal["packed", "exact"] = "packed"
-    """`exact`: an example for each target. `packed`: targets share their history. There a token is moved for the target
-    that comes next (groups=item), and later targets see it so; or a history moves in one piece (groups=sample)."""
+    """`exact`: an example for each target. `packed`: targets share their history. There a history moves in one piece
+    (groups=sample), or a token for the target that comes next (groups=item), and later targets see it so."""
     perturb: bool = True
     """Whether there is a second pass; without, losses are weighted only."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

@@ -23,12 +23,12 @@ from cladapt_kernels.timing import Row, compare
 
 METHOD = "eisam"
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "by item": {},
-    "by history": {"groups": "sample"},
+    "by item": {"groups": "item"},
+    "by history": {},
     "one direction": {"groups": "batch", "weights": "uniform"},
-    "by history, the largest half": {"groups": "sample", "share": 0.5},
-    "by history, the last layer": {"groups": "sample", "layers": 1},
-    "by history, every fifth step": {"groups": "sample", "refresh": 5},
+    "by history, the largest half": {"share": 0.5},
+    "by history, the last layer": {"layers": 1},
+    "by history, every fifth step": {"refresh": 5},
     "weights alone": {"perturb": False},
 }
 FORMS = ("by item", "by history")
@@ -61,7 +61,7 @@ def _against_a_loop(case: Case, apart: Sequence[Document], runs: int) -> list[Ro
     levels = case.base.sids.levels
     different = {tuple(d.tokens[-levels:].tolist()): d for d in apart}
     chosen = [*islice(different.values(), ITEMS)]
-    options: dict[str, Any] = {"weights": "uniform", "targets": "exact", "warmup": 0.0}
+    options: dict[str, Any] = {"groups": "item", "weights": "uniform", "targets": "exact", "warmup": 0.0}
     batched, looped = make_fit(case, METHOD, apart, 0.0, **options), make_fit(case, BASELINE, apart, 0.0)
     whole = PackedFeed(chosen, chosen, EVERYTHING, case.train.row_tokens).sample(1.0)
     each = [PackedFeed([d], [d], len(d.tokens), len(d.tokens)).sample(1.0)[0] for d in chosen]
@@ -94,7 +94,7 @@ def _forms(case: Case, documents: Sequence[Document]) -> list[Row]:
     common: dict[str, Any] = {"weights": "power", "strength": 1.0, "dropout": 0.0}
     fits = {
         "plain": make_fit(whole, BASELINE, some, dropout=0.0),
-        "exact": make_fit(whole, METHOD, some, targets="exact", **common),
+        "exact": make_fit(whole, METHOD, some, targets="exact", groups="item", **common),
         **{name: make_fit(whole, METHOD, some, **{**SETTINGS[name], **common}) for name in FORMS},
     }
     found: dict[str, Tensor] = {}

@@ -45,12 +45,12 @@ FLATTENED: dict[str, dict[str, Any]] = {
 } | {
     f"eisam, {what}": options
     for what, options in {
-        "by sample": {"groups": "sample"},
+        "by item": {"groups": "item"},
         "by batch": {"groups": "batch", "weights": "uniform", "strength": 1.0},
         "reused": {"refresh": 3},
         "the largest half": {"share": 0.5},
         "the last layer": {"layers": 1},
-        "exact": {"targets": "exact"},
+        "exact": {"targets": "exact", "groups": "item"},
         "weights alone": {"perturb": False},
     }.items()
 }
