@@ -9,8 +9,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 from cladapt_kernels import reference
-from cladapt_kernels.lora import by_item, gemm, items, routes, shrink, skinny
-from cladapt_kernels.lora.items import ItemFactors, Runs, item_linear
+from cladapt_kernels.lora import by_item, gemm, routes, shrink, skinny
+from cladapt_kernels.lora.items import ItemFactors, item_linear
+from cladapt_kernels.lora.runs import Runs
 
 SEED, SCALE = 2**40 + 7, 0.5
 R, WIDE_SIDE, OTHER_SIDE = 5, 37, 24
@@ -234,7 +235,7 @@ def test_both_passes_run_by_the_kernels_of_the_route_and_agree_with_plain_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     half, m, k, n = (torch.bfloat16 if device.type == "cuda" else torch.float16), len(ITEM), 32, 48
-    monkeypatch.setattr(items, "SHORTEST", shortest)
+    monkeypatch.setattr("cladapt_kernels.lora.runs.SHORTEST", shortest)
     x, weight, dy, bias = (t.to(half) for t in drawn(device, (m, k), (n, k), (m, n), (n,)))
     a, b, *beside = drawn(device, (R, k), (n, R), (2, k), (n, 2))
     history, seed = (beside[0], beside[1]) if frozen else None, torch.tensor([SEED], device=device)
@@ -267,7 +268,7 @@ def test_both_passes_run_by_the_kernels_of_the_route_and_agree_with_plain_torch(
 def test_a_layer_that_runs_twice_adds_and_one_that_does_not_record_keeps_nothing(
     recording: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(items, "SHORTEST", 1)
+    monkeypatch.setattr("cladapt_kernels.lora.runs.SHORTEST", 1)
     m, k, n = len(ITEM), 32, 16
     x, weight, dy = (t.half() for t in drawn(device, (m, k), (n, k), (m, n)))
     leaves = [t.requires_grad_() for t in drawn(device, (R, k), (n, R))]

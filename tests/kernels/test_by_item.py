@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-from cladapt_kernels.lora.items import Runs
+from cladapt_kernels.lora.runs import Runs
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 from cladapt_kernels.lora import by_item

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from cladapt_kernels import reference
-from cladapt_kernels.lora.items import ItemFactors, Runs, item_linear, item_mask
+from cladapt_kernels.lora.items import ItemFactors, item_linear, item_mask
+from cladapt_kernels.lora.runs import Runs
 
 ITEM = torch.tensor([2, 2, 2, 0, 0, 2, 1, 1, 1, 1, 1, 3])
 """Item 2 has two runs; no token is of item 4."""

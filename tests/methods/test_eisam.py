@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cladapt.config import AdapterConfig
-from cladapt.methods import Sharpness
+from cladapt.config import AdapterConfig, MethodConfig
+from cladapt.errors import ConfigError
+from cladapt.methods import Sharpness, _check_together, available, build
 from cladapt.methods._sharpness import Groups
-from cladapt.methods.eisam import item_weights
+from cladapt.methods.eisam import Eisam, EisamConfig, item_weights
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
 from cladapt.model.items import ItemPasses
 from cladapt.model.load import Base, new_model, trie_softmax
@@ -279,3 +280,14 @@ def test_a_token_works_for_the_next_target_of_its_document() -> None:
     assert targets.sample(batch).tolist() == [[0] * 7 + [1] * 3 + [2]]
     assert targets.frequency.tolist() == [3, 2, 1]
     assert PackedTargets(np.array([[1, 2], [1, 2]]), np.array([3, 4])).frequency.tolist() == [7, 0]
+
+
+@pytest.mark.parametrize("name", [name for name, method in available().items() if method.parameters == "weights"])
+def test_a_method_that_learns_whole_weights_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"eisam perturbs the factors of an adapter, .* learns whole weights"):
+        build(MethodConfig(name=f"{name}+eisam"))
+
+
+def test_two_methods_that_weigh_the_losses_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"eisam and again would each weigh the losses"):
+        _check_together("eisam+again", {"eisam": Eisam(EisamConfig()), "again": Eisam(EisamConfig())})
