@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -483,25 +482,3 @@ def test_the_mask_is_written_on_the_device_of_its_seed(device: torch.device, lau
 
     keep_mask(torch.tensor([77], device=device), 5, 3, 0.3, torch.float32)
     assert launched_inside == ["_mask"]
-
-
-@pytest.mark.parametrize("count", [108, 144])
-def test_a_strip_has_as_many_programs_as_its_gpu_has_processors(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    grids: list[int] = []
-
-    class Launcher:
-        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            grids.append(*grid)
-            return lambda *args, **more: None
-
-    gpu = SimpleNamespace(multi_processor_count=count)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(gemm, "_strip", Launcher())
-    for remembered in (tiles._processors, tiles._capability):
-        monkeypatch.setattr(tiles, remembered.__name__, remembered.__wrapped__)
-    with FakeTensorMode():  # tensors of a GPU where there is none
-        x, w, a, u = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in
-                      ((64, 32), (32, 512 * 128), (4, 32), (4, 512 * 128)))  # fmt: skip
-        gemm.strip(x, w, a, u)  # one block of rows, more tiles of columns than processors
-    assert grids == [count]

@@ -1,12 +1,13 @@
 """Routes: the table that measured rows make, how the dispatcher reads it, and the rule where there is none."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cladapt_kernels.lora import routes
 from cladapt_kernels.lora.routes import Route
@@ -225,3 +226,28 @@ def test_every_table_that_comes_along_is_well_formed(path: Path) -> None:
         assert line[4] in ("bfloat16", "float16")
         for impl, known in zip(line[5:], IMPLEMENTATIONS.values(), strict=True):
             assert impl in known
+
+
+@pytest.mark.parametrize("count", [108, 144])
+def test_a_strip_has_as_many_programs_as_its_gpu_has_processors(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the kernels are written in triton")
+    from cladapt_kernels import tiles
+    from cladapt_kernels.lora import gemm
+
+    grids: list[int] = []
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            grids.append(*grid)
+            return lambda *args, **more: None
+
+    gpu = SimpleNamespace(multi_processor_count=count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(gemm, "_strip", Launcher())
+    for remembered in (tiles._processors, tiles._capability):
+        monkeypatch.setattr(tiles, remembered.__name__, remembered.__wrapped__)
+    with FakeTensorMode():  # tensors of a GPU where there is none
+        sizes = ((64, 32), (32, 512 * 128), (4, 32), (4, 512 * 128))  # a block of rows, more of columns than processors
+        gemm.strip(*(torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in sizes))
+    assert grids == [count]
