@@ -64,6 +64,8 @@ TARGETS: Mapping[tuple[str, str], str] = {
     ("step", "peso"): "<= 1.05",
     ("sharpness step", "eisam by item"): "<= 2.15",
     ("sharpness step", "eisam by history"): "<= 2.15",
+    ("sharpness step, exact", "eisam by item"): "<= 2.15",
+    ("sharpness step, exact", "eisam by history"): "<= 2.15",
     ("sharpness by item", "at once"): ">= 1.5",
     ("sharpness memory", "eisam by item"): "within 10 % of 1",
     ("sharpness memory", "eisam by history"): "within 10 % of 1",

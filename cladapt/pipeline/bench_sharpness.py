@@ -44,15 +44,15 @@ def bench_sharpness(case: Case, runs: int) -> list[Row]:
     apart = [d for document in documents for d in one_target_each(document, case.base.sids.levels)]
     apart = list(evenly(apart, len(documents) / len(apart)))  # as many examples as there are histories
     rows: list[Row] = []
-    for what, given, settings in (
-        ("packed", documents, SETTINGS),
-        ("an example for each target", apart, {name: SETTINGS[name] for name in ("by item", "by history")}),
+    for name, given, settings in (
+        ("sharpness step", documents, SETTINGS),
+        ("sharpness step, exact", apart, {form: SETTINGS[form] for form in FORMS}),
     ):
         fits = {BASELINE: make_fit(case, BASELINE, given)}
-        fits |= {f"{METHOD} {name}": make_fit(case, METHOD, given, **options) for name, options in settings.items()}
-        steps = {name: partial(run_steps, fit, fit.steps(0)[:STEPS]) for name, fit in fits.items()}
-        shape = f"{PRESET}, rank {AdapterConfig().rank}, {case.train.batch_tokens} tokens, {what}"
-        rows += compare("sharpness step", shape, steps, case.device, runs)
+        fits |= {f"{METHOD} {key}": make_fit(case, METHOD, given, **options) for key, options in settings.items()}
+        steps = {key: partial(run_steps, fit, fit.steps(0)[:STEPS]) for key, fit in fits.items()}
+        shape = f"{PRESET}, rank {AdapterConfig().rank}, {case.train.batch_tokens} tokens"
+        rows += compare(name, shape, steps, case.device, runs)
     return [*rows, *_against_a_loop(case, apart, runs), *_forms(case, documents), *_memory(case, documents)]
 
 
@@ -110,12 +110,12 @@ def _forms(case: Case, documents: Sequence[Document]) -> list[Row]:
     for name in FORMS:
         change = found[name] - found["plain"]
         figures = {
-            "cosine of what the second pass changes with that of the exact form": change @ exact / change.norm(),
-            "its length over that of the exact form": change.norm(),
+            "direction": ("cosine of what the second pass changes with that of the exact form", exact / change.norm()),
+            "length": ("length of what the second pass changes over that of the exact form", change / change.norm()),
         }
-        for metric, value in figures.items():
-            row: Row = {"name": "sharpness form", "shape": f"{PRESET}, {len(some)} histories", "runs": 1}
-            quantiles = dict.fromkeys(("q20", "q50", "q80"), float(value / exact.norm()))
+        for what, (metric, along) in figures.items():
+            row: Row = {"name": f"sharpness form: {what}", "shape": f"{PRESET}, {len(some)} histories", "runs": 1}
+            quantiles = dict.fromkeys(("q20", "q50", "q80"), float(change @ along / exact.norm()))
             rows.append({**row, "provider": f"{METHOD} {name}", "metric": metric, "unit": "ratio", **quantiles})
     return rows
 

@@ -117,10 +117,11 @@ def test_the_csv_has_one_row_per_provider_and_the_one_schema(
         rows = [row for row in reader if row["unit"] == "ratio"]
     peaks = [row for row in rows if row["name"].startswith("vocabulary: memory")]
     assert all(0.9 < float(row["q50"]) < 1.1 for row in peaks)
+    assert all(0.0 < float(row["q50"]) < 1.0 for row in rows if row["name"] == "sharpness form: direction")
     training = {name for name, kind in available().items() if kind.trains}
     assert {row["provider"] for row in rows if row["name"] == "step"} == training
     by_provider = {(row["name"], row["provider"]): row for row in rows}
-    assert len(by_provider) == len(rows) == 5 + len(training) + 8
+    assert len(by_provider) == len(rows) == 5 + len(training) + 8 + 19
     assert by_provider["step", "finetune"]["q50"] == "1.0"
     assert by_provider["training", "packed"]["metric"].startswith("interactions per second over")
     (ours,) = (row for row in rows if row["provider"].startswith("cladapt"))
@@ -129,7 +130,7 @@ def test_the_csv_has_one_row_per_provider_and_the_one_schema(
         (row["name"], row["provider"].partition(",")[0]): row["target"] for row in result["measured"] if row["target"]
     }
     assert shown == {key: target for key, target in bench.TARGETS.items() if not key[0].startswith("field")}
-    assert [event["kind"] for event in sink.events] == ["note"] * 5
+    assert [event["kind"] for event in sink.events] == ["note"] * 6
 
 
 def test_too_few_runs_and_other_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
