@@ -19,7 +19,7 @@ so that others are settings of it: SAM is uniform weights and groups=batch, SAM 
 weights and groups=batch, ImbSAM weights=tail and groups=batch, LookSAM SAM with `refresh` above 1. `perturb=false` is
 J = mean_b w_i l_b, the weights alone, the control that tells what perturbing adds.
 
-Weights but those of `tail` are scaled so that their mean over training events is 1, and at most `largest`. Frequencies
+Weights but those of `tail` are scaled so that their mean over training events is 1, then cut at `largest`. Frequencies
 are of training events of the stream up to the block; w of an example is the mean over its targets. A step costs two
 passes. The default groups follow what was measured (bench/LOG.md): with an example for each target they hardly differ
 from items, of which a batch has each about once, and over packed histories they are nearer to it and cheaper.
@@ -107,15 +107,16 @@ class Eisam(Method):
 
 def item_weights(frequency: Tensor, family: str, exponent: float, tail: int, largest: float) -> Tensor:
     """Weights of items float32 [n] by their frequencies [n]; those never learned from have the weight of one event."""
-    counts = frequency.float().clamp_min(1.0)
+    counts = frequency.double().clamp_min(1.0)
     seen = frequency > 0
     if family == "tail":
         return (counts <= tail).float()
-    share = {
-        "power": (counts / counts[seen].median()) ** -exponent,
-        "focal": (1.0 - counts / frequency.sum()) ** exponent,
-        "max_focal": (1.0 - counts / counts[seen].max()) ** exponent,
+    base = {
+        "power": counts[seen].median() / counts,
+        "focal": 1.0 - counts / frequency.sum(),
+        "max_focal": 1.0 - counts / counts[seen].max(),
         "uniform": torch.ones_like(counts),
     }[family]
-    mean = (share * frequency).sum() / frequency.sum()
-    return (share / mean.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(largest)
+    share = (base / base[seen].max().clamp_min(torch.finfo(base.dtype).tiny)) ** exponent
+    mean = (share * frequency)[seen].sum() / frequency.sum()
+    return (share / mean.clamp_min(torch.finfo(share.dtype).tiny)).clamp_max(largest).float()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cladapt import ops
+from cladapt.errors import ConfigError
 from cladapt.model.adapter import lora_layers
 
 
@@ -49,6 +50,11 @@ class ItemPasses:
     def _runs_of(self, rows: int, picked: bool) -> ops.Runs:
         if (rows, picked) not in self._runs:
             owner = self.of_losses if picked else self.owner.flatten()
+            if not picked and rows % max(1, len(owner)):
+                raise ConfigError(
+                    f"a layer sees {rows} of {len(owner)} tokens: the adapted head, over the whole vocabulary",
+                    "with eisam use train.softmax=trie, or leave the head out of adapter.targets",
+                )
             if not picked and rows != len(owner):  # an image's tokens are all its own
                 owner = owner.repeat_interleave(rows // max(1, len(owner)))
             self._runs[rows, picked] = ops.Runs.of(owner, self.items)

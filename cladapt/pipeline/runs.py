@@ -259,6 +259,8 @@ def settled(config: RunSettings) -> RunSettings:
             raise _unfit(what, f"{name} takes gradients of the base's own weights, which are not there as a whole")
         if method.parameters == "weights":
             raise _unfit(what, f"{name} learns matrices as large as the base's own, which saves no memory")
+        if method.flattens and what.startswith("quantisation"):
+            raise _unfit(what, f"{name} perturbs the factors of plain linears, not of packed weights")
     precision = ranks.once(lambda: ops.precision(config.train.precision))
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 

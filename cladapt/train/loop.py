@@ -275,7 +275,7 @@ class Fit:
         if ctx.log:
             ctx.log.update(zip(ctx.log, self._over_ranks(list(ctx.log.values())), strict=True))
         self.method.edit_grads(ctx)
-        norm = self._clip()
+        norm = self._clip(twice)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rate(progress / self.settings.epochs, self.settings)
         self.optimizer.step()
@@ -359,7 +359,7 @@ class Fit:
         # not through accelerate, whose precision is fixed for the whole process by its first use
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _clip(self) -> float:
+    def _clip(self, sharp: bool) -> float:
         parameters = list(self.trained.values())
         limit = self.settings.clip or math.inf
         optimizer = self.ctx.optimizer
@@ -373,7 +373,7 @@ class Fit:
         if not math.isfinite(norm):
             raise DataError(
                 f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}",
-                "lower train.lr" if self.ctx.step else _START,
+                "lower the radius or the exponent of eisam" if sharp else "lower train.lr" if self.ctx.step else _START,
             )
         return norm
 

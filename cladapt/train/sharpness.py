@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cladapt.errors import ConfigError
-from cladapt.methods import Sharpness
+from cladapt.methods import Context, Method, Sharpness
 from cladapt.model.items import ItemPasses, perturbed_layers
 from cladapt.train.feeds import Batch
 from cladapt.train.targets import Targets
@@ -52,6 +52,11 @@ def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
     if policy.groups == "batch" and policy.perturbed:
         radius = policy.radius[item].mean().expand_as(radius)
     return Grouped(of, _largest(weight, count, policy.share), radius)
+
+
+def policy_of(method: Method, block: int, targets: Targets) -> Sharpness | None:
+    """What a method will ask of the passes over a block with these targets, before anything is learned."""
+    return method.sharpness(Context({}, block, frequency=targets.frequency))
 
 
 def buffer_bytes(policy: Sharpness, targets: Targets, batch: Batch, model: nn.Module) -> int:

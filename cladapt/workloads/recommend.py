@@ -43,7 +43,7 @@ from cladapt.eval.protocol import (
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.eval.significance import Effect
-from cladapt.methods import Context, build
+from cladapt.methods import build
 from cladapt.model.adapter import adapted_lm, adapted_weights
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
@@ -51,15 +51,15 @@ from cladapt.model.saved import LEARNED, adapter_provenance
 from cladapt.model.sharding import refuse_one_process
 from cladapt.model.source import check_reach
 from cladapt.tokens.build import load_sids, save_sids
-from cladapt.tokens.prompts import Form, LeftOut, pack
+from cladapt.tokens.prompts import Form, LeftOut, one_target_each, pack
 from cladapt.train.bases import make_base
 from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed, shard
 from cladapt.train.memory import MicroBatch, activation_bytes
 from cladapt.train.prompting import check_prompt, prompt_record
-from cladapt.train.sharpness import buffer_bytes
+from cladapt.train.sharpness import buffer_bytes, policy_of
 from cladapt.train.sinks import Sink
-from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, passed
+from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, packed_targets, passed
 from cladapt.train.targets import PackedTargets
 from cladapt.workloads._base import Group, Workload, whole
 from cladapt.workloads._recommend_compare import Lines, block_curves, heat_map, next_block_tables
@@ -156,6 +156,9 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         lines = []
         for block in blocks:
             documents = learned_documents(stream, method.learned_with(block), form, train)
+            policy = policy_of(method, block, packed_targets(stream, block, form)) if method.flattens else None
+            if policy is not None and policy.exact:
+                documents = [each for d in documents for each in one_target_each(d, base.sids.levels)]
             found = LeftOut.of(documents)
             left_out = {"items_left_out": found.items, "titles_cut": found.titles} if found.shortened else {}
             rows = pack(documents, train.row_tokens, None)
@@ -181,7 +184,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
         feed = make_feed(stream, learned, form_of(config, base, stream), train)
         targets = cast(PackedTargets, feed.items)
-        policy = method.sharpness(Context({}, learned[-1], frequency=targets.frequency))
+        policy = policy_of(method, learned[-1], targets)
         if policy is not None and policy.exact:
             feed = feed.apart()
         batches = feed.epoch([config.seed, 0])

@@ -41,6 +41,8 @@ def test_weights_of_a_family_have_mean_one_over_events_and_fall_with_frequency()
     assert item_weights(COUNTS, "max_focal", 1.0, 0, 1e9)[5] == 0
     assert item_weights(COUNTS, "tail", 0.5, 4, 1e9).tolist() == [1, 1, 1, 1, 0, 0]
     assert float(item_weights(COUNTS, "power", 0.5, 0, 1.5).max()) == 1.5
+    steep = item_weights(torch.tensor([1, 20, 500, 3000]), "power", 50.0, 0, 1e9)
+    assert steep.tolist() == pytest.approx([3521.0, 0, 0, 0])  # the rarest has all of the mean over 3,521 events
 
 
 class Case:
@@ -291,3 +293,9 @@ def test_a_method_that_learns_whole_weights_is_refused(name: str) -> None:
 def test_two_methods_that_weigh_the_losses_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"eisam and again would each weigh the losses"):
         _check_together("eisam+again", {"eisam": Eisam(EisamConfig()), "again": Eisam(EisamConfig())})
+
+
+def test_a_head_that_computes_the_whole_vocabulary_is_refused() -> None:
+    passes = ItemPasses(torch.zeros(2, 8, dtype=torch.int64), 1)
+    with pytest.raises(ConfigError, match=r"a layer sees 5 of 16 tokens: the adapted head, over the whole vocabulary"):
+        passes.factors(torch.nn.Linear(1, 1), 5, picked=False)

@@ -129,6 +129,13 @@ def test_methods_that_need_the_weights_themselves_are_refused_where_they_are_pac
     assert not Path("run").exists()
 
 
+def test_perturbed_factors_are_refused_on_packed_weights(growth: Path) -> None:
+    method = MethodConfig(name="peso+eisam")
+    config = config_of(growth).model_copy(update={"quantisation": "4bit", "method": method})
+    with pytest.raises(ConfigError, match=r"^quantisation=4bit: peso\+eisam perturbs the factors of plain linears"):
+        runs.plan(config)
+
+
 def test_one_process_cuts_nothing_and_packed_weights_are_not_cut(growth: Path) -> None:
     config = config_of(growth).model_copy(update={"sharding": "full"})
     with pytest.raises(

@@ -43,7 +43,7 @@ class ItemFactors:
         found = self.whole()
         if self._measured is not None and self._measured[0] is found:
             return self._measured[1].double()
-        return found.flatten(1).square().sum(1, dtype=torch.float64)
+        return found.flatten(1).double().square().sum(1)
 
     def add(self, item: Tensor, by_run: Tensor) -> None:
         """Add G_A,t and G_B,t^T [T, r, K + N] of runs of items [T]; a layer that runs twice has the sum of both."""
