@@ -327,6 +327,16 @@ def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path:
     assert plan["method_state_bytes"] == 4 * plan["trained_parameters"]  # PESO's anchor
 
 
+def test_a_plan_counts_an_example_for_each_target_and_what_two_passes_keep(world: Path) -> None:
+    forms = [MethodConfig(name="eisam", options={"targets": targets}) for targets in ("packed", "exact")]
+    packed, apart = (runs.plan(config_of(world).model_copy(update={"method": form})) for form in forms)
+    for one, other in zip(packed["blocks"], apart["blocks"], strict=True):
+        assert one["documents"] < one["targets"] == other["targets"] == other["documents"]
+        assert one["tokens_per_epoch"] < other["tokens_per_epoch"]
+    plain = runs.plan(config_of(world, "finetune"))
+    assert packed["memory"]["activations"] > plain["memory"]["activations"]
+
+
 def test_a_plan_says_where_nothing_is_left_to_learn(world: Path, tmp_path: Path) -> None:
     stream = Stream.load(world / "stream")
     shutil.copytree(world / "stream", tmp_path / "stream")
