@@ -1,4 +1,4 @@
-"""Item-wise sharpness-aware training: every item's loss is flattened in a direction of its own, rare items most.
+"""Item-wise sharpness-aware training: the loss is flattened group by group in directions of their own, rare items most.
 
 The paper (EISAM, 2026) was not available in text or code: this is re-derived from its abstract and from the methods it
 builds on, Focal-SAM (one direction for all classes) and CC-SAM (a direction per class). For a target item i of
@@ -15,9 +15,9 @@ frequency f_i, with d_g the gradient of the losses of its group g in a micro-bat
              item       the losses of an item
              batch      all losses, in the direction sum_i w_i g_i
 
-so that others are settings of it: SAM is uniform weights and groups=batch, SAM by sample groups=sample, Focal-SAM focal
-weights and groups=batch, ImbSAM weights=tail and groups=batch, LookSAM SAM with `refresh` above 1. `perturb=false` is
-J = mean_b w_i l_b, the weights alone, the control that tells what perturbing adds.
+so that others are settings of it, with strength=1 and warmup=0: SAM has uniform weights and groups=batch, SAM by sample
+groups=sample, Focal-SAM focal weights and groups=batch, ImbSAM weights=tail and groups=batch, LookSAM is SAM with
+`refresh` above 1. `perturb=false` is J = mean_b w_i l_b, the weights alone, which tells what perturbing adds.
 
 Weights but those of `tail` are scaled so that their mean over training events is 1, then cut at `largest`. Frequencies
 are of training events of the stream up to the block; w of an example is the mean over its targets. A step costs two
