@@ -92,16 +92,17 @@ class Eisam(Method):
         weight = item_weights(frequency, config.weights, config.exponent, config.tail, config.largest)
         mean = frequency[frequency > 0].mean()
         radius = config.radius * (frequency.clamp_min(1.0) / mean) ** -config.radius_exponent
+        if not config.perturb:
+            return Sharpness(weight, radius, perturbed=False)
         return Sharpness(
-            weight * config.strength if config.perturb else weight,
+            weight * config.strength,
             radius,
             groups=config.groups,
-            perturbed=config.perturb,
-            exact=config.perturb and config.targets == "exact",
-            warmup=config.warmup if config.perturb else 0.0,
-            share=config.share if config.perturb else 1.0,
+            exact=config.targets == "exact",
+            warmup=config.warmup,
+            share=config.share,
             layers=config.layers,
-            refresh=config.refresh if config.perturb else 1,
+            refresh=config.refresh,
         )
 
 

@@ -39,17 +39,17 @@ class Grouped:
 def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
     """The groups that the policy makes of a batch, all on the CPU."""
     owner = targets.owner(batch)
-    if policy.groups == "sample" and policy.perturbed:
+    if policy.groups == "sample":
         key = targets.sample(batch)
-    elif policy.groups == "batch" and policy.perturbed:  # losses of one weight: their gradients' sums are weighted
-        key = policy.weight.unique(return_inverse=True)[1][owner]
+    elif policy.groups == "batch":  # losses of one weight: their gradients' sums are weighted
+        key = policy.weight[owner]
     else:
         key = owner
     values, of = key.unique(return_inverse=True)
     item, group = targets.of_losses(batch, owner), targets.of_losses(batch, of)
     count = torch.bincount(group, minlength=len(values))
     weight, radius = (_means(value[item], group, count) for value in (policy.weight, policy.radius))
-    if policy.groups == "batch" and policy.perturbed:
+    if policy.groups == "batch":
         radius = policy.radius[item].mean().expand_as(radius)
     return Grouped(of, _largest(weight, count, policy.share), radius)
 

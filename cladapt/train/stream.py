@@ -103,12 +103,14 @@ def passed(blocks: Sequence[int]) -> range:
     return range(max(1, min(blocks[0], blocks[-1] - 1)), blocks[-1])
 
 
-def make_feed(stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig) -> PackedFeed:
-    """What is learned of `blocks`, judged by the validation events of the last of them."""
+def make_feed(
+    stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig, by_item: bool = False
+) -> PackedFeed:
+    """What is learned of `blocks`, judged by the validation events of the last of them; `by_item`: its items known."""
     validation = validation_documents(split_block(stream, blocks[-1]), form)
     documents = learned_documents(stream, blocks, form, config)
     warn_left_out(documents, f"block {blocks[-1]}")
-    items = packed_targets(stream, blocks[-1], form)
+    items = packed_targets(stream, blocks[-1], form) if by_item else None
     return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens, items)
 
 

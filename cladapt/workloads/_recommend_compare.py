@@ -39,7 +39,7 @@ NEXT_NOTE = (
 )
 NEW_ITEMS = "new_items"
 NEW_ITEMS_TITLE = "New items: tests whose target first occurs in the tested block"
-UNTOLD = "evaluated before head and tail were measured: give `cladapt eval` again, which keeps what it has"
+NOT_MEASURED = "evaluated before head and tail were measured: give `cladapt eval` again, which keeps what it has"
 BySeed = Mapping[int, pl.DataFrame]
 
 
@@ -165,7 +165,7 @@ class Lines(Comparison[Measures]):
         if self.is_part:
             return []
         return [
-            {"model": group.name, "seed": seed, "missing": UNTOLD}
+            {"model": group.name, "seed": seed, "missing": NOT_MEASURED}
             for group in self.groups
             for seed, each in group.by_seed.items()
             if each.places is None

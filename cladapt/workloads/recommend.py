@@ -60,7 +60,6 @@ from cladapt.train.prompting import check_prompt, prompt_record
 from cladapt.train.sharpness import buffer_bytes, policy_of
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, packed_targets, passed
-from cladapt.train.targets import PackedTargets
 from cladapt.workloads._base import Group, Workload, whole
 from cladapt.workloads._recommend_compare import Lines, block_curves, heat_map, next_block_tables
 from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
@@ -142,11 +141,11 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return str(made.pop("fingerprint")), {key: value for key, value in made.items() if key != "cladapt"}
 
     def examples(self, config: RunConfig, stream: Stream, base: Base) -> Examples:
-        form = form_of(config, base, stream)
+        form, by_item = form_of(config, base, stream), build(config.method).flattens
 
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[PackedLoss, PackedFeed]:
             loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, blocks[-1], config.train.softmax))
-            return loss, make_feed(stream, blocks, form, config.train)
+            return loss, make_feed(stream, blocks, form, config.train, by_item)
 
         return of_blocks
 
@@ -182,9 +181,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         method, train = build(config.method), config.train
         learned = method.learned_with(blocks[-1] if blocks else stream.n_blocks)
         loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
-        feed = make_feed(stream, learned, form_of(config, base, stream), train)
-        targets = cast(PackedTargets, feed.items)
-        policy = policy_of(method, learned[-1], targets)
+        feed = make_feed(stream, learned, form_of(config, base, stream), train, method.flattens)
+        policy = None if feed.items is None else policy_of(method, learned[-1], feed.items)
         if policy is not None and policy.exact:
             feed = feed.apart()
         batches = feed.epoch([config.seed, 0])
@@ -192,8 +190,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         size = MicroBatch.of(loss, shard(largest, 0, ranks.ranks()))
         precision = ops.precision(train.precision)
         peak = activation_bytes(loss.lm, size, precision, train.checkpointing)
-        if policy is not None:
-            peak += buffer_bytes(policy, targets, largest, model)
+        if policy is not None and feed.items is not None:
+            peak += buffer_bytes(policy, feed.items, largest, model)
         if method.weight_gradients:  # its pass before the first step, which adds up the gradients in float32
             weights = [*adapted_weights(model).values()]
             added = sum(4 * weight.numel() for weight in weights)

@@ -198,3 +198,11 @@ def test_squares_are_those_that_were_told_until_the_gradients_are_others() -> No
     assert factors.squares().tolist() == [4.0 * R * (K + N)] * ITEMS
     factors.add_measured(gradients, told)
     assert factors.squares().tolist() == [9.0 * R * (K + N)] * ITEMS
+
+
+def test_float64_stays_under_autocast_as_in_the_linear() -> None:
+    given = draw()
+    arguments = [given[n] for n in ("x", "weight", "bias", "a", "b")]
+    plain = item_linear(*arguments, SCALE, ItemFactors(Runs.of(ITEM, ITEMS)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(item_linear(*arguments, SCALE, ItemFactors(Runs.of(ITEM, ITEMS))), plain)

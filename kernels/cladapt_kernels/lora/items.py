@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cladapt_kernels.lora.linear import Frozen, _as, _dropped, _input_gradient, _keep, _route, _scaled, forward_by
+from cladapt_kernels.lora.linear import (
+    Frozen,
+    _as,
+    _autocast,
+    _dropped,
+    _input_gradient,
+    _keep,
+    _route,
+    _scaled,
+    forward_by,
+)
 from cladapt_kernels.lora.routes import Gemm, Route, runs_kernels
 from cladapt_kernels.lora.runs import Runs
 
@@ -119,8 +129,7 @@ def item_linear(
         RuntimeError: kappa without gradients.
     """
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
         with torch.autocast(x.device.type, enabled=False):
             return item_linear(x, weight, bias, a, b, scale, factors, p, seed, frozen)
     rows = x.reshape(-1, x.shape[-1])
