@@ -86,7 +86,9 @@ def test_a_killed_update_leaves_all_whole_and_is_finished_by_the_next(
     lasts, expected = time.monotonic() - began, content(undisturbed)
     assert whole(undisturbed) == {"blocks": 3, "current": 3}
     moments, hits = random.Random(5), 0
-    for kill in range(KILLS):
+    for kill in range(10 * KILLS):
+        if kill >= KILLS and hits:
+            break
         folder = tmp_path / f"killed-{kill}"
         shutil.copytree(world, folder)
         process = start(folder, UPDATE)
@@ -94,7 +96,7 @@ def test_a_killed_update_leaves_all_whole_and_is_finished_by_the_next(
             while process.is_alive() and not any(folder.rglob(".*.tmp")):
                 time.sleep(0.0005)
         else:
-            time.sleep(moments.uniform(0.0, lasts))
+            time.sleep(moments.uniform(0.0, lasts) * 0.5 ** max(0, kill - KILLS + 1))  # earlier while none is in time
         process.kill()
         hits += ended(process) == -signal.SIGKILL
         found = whole(folder)

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
+import triton
+import triton.language as tl
 
 from cladapt_kernels import reference
 from cladapt_kernels.retract import Gauge, Kind, Stiefel, kernels
+from cladapt_kernels.retract.stiefel import iterations
 
 ON_GPU = torch.cuda.is_available()
 NARROW = ((7, 5, 2, False), (21, 3, 9, True), (9, 6, 0, False))  # n, r, k and whether columns lie together
@@ -151,3 +154,37 @@ def test_a_kernel_that_multiplies_by_way_of_memory_reads_nothing_ahead(monkeypat
         x = torch.eye(80)[:, :rank].contiguous()
         Stiefel([x], [None], kernel=True).tangent_([x], [x.clone()])
     assert stages == [1, 1, 1]
+
+
+@triton.jit
+def _root(excess, found, RANK: tl.constexpr):
+    place = tl.arange(0, RANK)[:, None] * RANK + tl.arange(0, RANK)[None, :]
+    eye = (tl.arange(0, RANK)[:, None] == tl.arange(0, RANK)[None, :]).to(tl.float32)
+    tl.store(found + place, kernels._inverse_root(tl.load(excess + place), eye, found, RANK, RANK, 40))
+
+
+@pytest.mark.parametrize("excess", [0.0, 1e-4, 0.1, 2.0, 30.0])
+def test_an_inverse_root_takes_as_many_iterations_as_its_bound_asks_for(
+    excess: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = 16
+    basis = torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(0)).double())[0]
+    values = torch.linspace(0, excess, rank, dtype=torch.float64)
+    given = ((basis * values) @ basis.T).float()
+    products = 0
+
+    def counted(*args: object) -> object:
+        nonlocal products
+        products += 1
+        return ordinary(*args)
+
+    if not ON_GPU:
+        ordinary = kernels._product
+        monkeypatch.setattr(kernels, "_product", counted)
+    found = torch.empty(rank, rank, device=device)
+    _root[(1,)](given.to(device), found, RANK=rank)
+    truth = (basis * ((1 + values).rsqrt() - 1)) @ basis.T
+    torch.testing.assert_close(found.double().cpu(), truth, rtol=0, atol=1e-6)
+    if not ON_GPU:  # three products each, and three of the last step of Newton
+        bound = (torch.eye(rank) + given).abs().sum(1).max().item()
+        assert products == 3 * iterations((bound - 1) / (bound + 1), 1e-7) + 3
