@@ -107,7 +107,7 @@ def _joined(rows: pl.DataFrame, places: pl.DataFrame) -> pl.DataFrame:
 
 
 def groups(rows: pl.DataFrame) -> dict[str, pl.Expr]:
-    """The groups of placed rows: prior by data, title by data where titles are known, quintiles by data."""
+    """The groups of placed rows: data, prior by data, title by data where titles are known, quintiles by data."""
     data_head = (pl.col("data_quintile") == 1).fill_null(False)
     data = {"data head": data_head, "data tail": ~data_head}
     notions = ["prior"] if rows["title_quintile"].is_null().all() else ["prior", "title"]
@@ -118,7 +118,7 @@ def groups(rows: pl.DataFrame) -> dict[str, pl.Expr]:
         for name, part in data.items()
     }
     by_quintile = {f"data quintile {q}": pl.col("data_quintile") == q for q in range(1, 6)}
-    return {**grid, **by_quintile, "never trained on": pl.col("data_quintile").is_null()}
+    return {**data, **grid, **by_quintile, "never trained on": pl.col("data_quintile").is_null()}
 
 
 def tail_table(measures: Measures) -> list[dict[str, Any]]:

@@ -128,6 +128,8 @@ PLACED = [  # item, data, prior and title quintile
     ("n", 3, None, None),
 ]
 MEMBERS = {
+    "data head": "ij",
+    "data tail": "klmn",
     "prior head, data head": "i",
     "prior head, data tail": "k",
     "prior tail, data head": "j",
@@ -216,8 +218,9 @@ def test_figures_of_a_group_are_the_means_over_its_tests() -> None:
                 assert low - 1e-4 <= row[metric] <= high + 1e-4
             else:
                 assert row.get(f"{metric} 95 %") is None
-    by_data = [row for row in MEMBERS if row.startswith("data") or row == "never trained on"]
-    assert sum(found["m", group]["tests"] for group in by_data) == measures.current.height
+    by_quintile = [row for row in MEMBERS if row.startswith("data quintile") or row == "never trained on"]
+    for by_data in (by_quintile, ["data head", "data tail"]):
+        assert sum(found["m", group]["tests"] for group in by_data) == measures.current.height
 
 
 def test_titles_that_no_base_knows_have_no_groups() -> None:
@@ -277,6 +280,11 @@ def test_places_that_are_missing_are_told() -> None:
 def test_the_groups_of_a_notion_share_no_test() -> None:
     own = placed(make_measures(1))
     assert own is not None
+    sides = groups(own.rows)
+    assert (
+        own.rows.filter(sides.pop("data head")).height + own.rows.filter(sides.pop("data tail")).height
+        == own.rows.height
+    )
     for notion in ("prior", "title", "data"):
-        parts = [own.rows.filter(part) for name, part in groups(own.rows).items() if name.startswith(notion)]
+        parts = [own.rows.filter(part) for name, part in sides.items() if name.startswith(notion)]
         assert sum(part.height for part in parts) == pl.concat(parts).unique(["model_block", "block", "user"]).height
