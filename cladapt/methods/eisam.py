@@ -29,7 +29,7 @@ State: none; with `refresh` one tensor of every factor.
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from cladapt.config import Settings
@@ -53,7 +53,7 @@ class EisamConfig(Settings):
     """Of the weights `power`, `focal` and `max_focal`."""
     largest: Annotated[float, Field(gt=0.0)] = 5.0
     """No weight is above this."""
-    tail: Annotated[int, Field(ge=0)] = 20
+    tail: Annotated[int, Field(ge=1)] = 20
     """Items with at most so many training events are the tail."""
     groups: Groups = "sample"
     """Whose losses are perturbed in one direction."""
@@ -61,7 +61,7 @@ class EisamConfig(Settings):
     """`exact`: an example for each target. `packed`: targets share their history. There a history moves in one piece
     (groups=sample), or a token for the target that comes next (groups=item), and later targets see it so."""
     perturb: bool = True
-    """Whether there is a second pass; without, losses are weighted only."""
+    """Whether there is a second pass; without, losses are weighted, and options of perturbations refused."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of a block's steps before the first perturbed one."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -71,6 +71,16 @@ class EisamConfig(Settings):
     """The last so many layers are perturbed; 0: all. Saves memory of gradients by group, hardly time."""
     refresh: Annotated[int, Field(ge=1)] = 1
     """A second pass at every so many steps; those between have one, and use again what the second changed."""
+
+    @model_validator(mode="after")
+    def _weights_alone_perturb_nothing(self) -> "EisamConfig":
+        of_weights = {"weights", "exponent", "largest", "tail", "perturb"}
+        unread = [
+            n for n, f in type(self).model_fields.items() if n not in of_weights and getattr(self, n) != f.default
+        ]
+        if unread and not self.perturb:
+            raise ValueError(f"perturb=false perturbs nothing and does not read {', '.join(unread)}: leave them out")
+        return self
 
 
 class Eisam(Method):

@@ -27,6 +27,8 @@ from cladapt.train.sharpness import Reuse, grouped, two_passes
 from cladapt.train.sinks import Sink
 from cladapt.train.targets import Targets
 
+RISE = "sharpness/rise"
+"""In the log of a step with two passes: what perturbing added to its mean loss."""
 _START = "nothing was learned yet: the base, or the adapter it starts from, holds values too large; make it again"
 
 
@@ -329,7 +331,10 @@ class Fit:
                 self.accelerator.backward(self.accelerator.num_processes * loss)
             return losses.detach()
 
-        losses = two_passes(policy, groups, self._unwrapped, passes, run, self._summed)
+        losses, rise = two_passes(policy, groups, self._unwrapped, passes, run, self._summed)
+        if policy.perturbed:
+            log = self.ctx.log
+            log[RISE] = log.get(RISE, 0.0) + rise.item() / targets
         return losses.sum() / targets, terms
 
     def _keep_plain(self, loss: Tensor, passes: ItemPasses) -> None:

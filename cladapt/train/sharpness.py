@@ -87,8 +87,10 @@ def two_passes(
     passes: ItemPasses,
     run: Pass,
     reduce: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Leave the gradient of the policy's J, and give the plain losses [n].
+) -> tuple[Tensor, Tensor]:
+    """Leave the gradient of the policy's J; the plain losses [n], and what perturbing adds to their sum.
+
+        sum_b weight_g [l_b(theta + eps_g) - l_b(theta)]
 
     `passes` has the groups of the tokens at hand; `reduce` adds a tensor over the processes. Shares are of losses, so
     all that learns has its part of J; directions are those of the factors alone. The first pass has the share
@@ -98,11 +100,12 @@ def two_passes(
     """
     weight = groups.weight
     if not policy.perturbed:
-        return run(weight, True, True)
+        return run(weight, True, True), weight.new_zeros(())
     first = torch.where((1.0 - weight).abs() < LEAST, LEAST, 1.0 - weight)
     drawn = _generators(weight.device)
     with passes.inside(model):
         losses = run(first, True, False)
+        before = (weight[passes.of_losses] * losses).sum()
         if name := passes.missing(model):
             raise ConfigError(
                 f"sharpness-aware training perturbs the factors of plain LoRA linears, {name} is none",
@@ -112,8 +115,9 @@ def two_passes(
         if _same(drawn, _generators(weight.device)):
             passes.leave_out(weight == 0)
         _restore(drawn)
-        run(weight, False, True)
-    return losses
+        moved = run(weight, False, True)
+        rise = (weight[passes.of_losses] * moved).sum() - before
+    return losses, rise
 
 
 def _set_kappa(

@@ -71,7 +71,7 @@ class Case:
         (self.batch,) = PackedFeed(documents, documents, 512, row_tokens).sample(1.0)
 
     def run(self, policy: Sharpness) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients and losses by the two passes."""
+        """Gradients and losses by the two passes; `rise` is what the second adds."""
         groups = grouped(policy, self.targets, self.batch)
         passes = ItemPasses(groups.of, len(groups.weight), policy.layers)
         self.rows = []
@@ -85,7 +85,7 @@ class Case:
 
         for p in self.parameters.values():
             p.grad = None
-        losses = two_passes(policy, groups, self.loss, passes, one, lambda tensor: tensor)
+        losses, self.rise = two_passes(policy, groups, self.loss, passes, one, lambda tensor: tensor)
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}, losses
 
     def each(self, key: Tensor | None = None) -> Iterator[tuple[int, Callable[[], Tensor]]]:
@@ -117,6 +117,7 @@ def by_loop(case: Case, policy: Sharpness, only: str = "") -> dict[str, Tensor]:
     else:
         direction = own
     found = {name: torch.zeros_like(p) for name, p in case.parameters.items()}
+    case.rise = torch.zeros((), dtype=torch.float64)
     for group, loss in case.each(key):
         moving = {n: g for n, g in direction[group].items() if only in n}
         norm = torch.stack([g.square().sum() for g in moving.values()]).sum().sqrt()
@@ -124,11 +125,13 @@ def by_loop(case: Case, policy: Sharpness, only: str = "") -> dict[str, Tensor]:
         with torch.no_grad():
             for name, change in step.items():
                 case.parameters[name] += change
-        moved = case.gradient(loss())
+        above = loss()
+        moved = case.gradient(above)
         with torch.no_grad():
             for name, change in step.items():
                 case.parameters[name] -= change
         weight = policy.weight[item_of[group]].double()
+        case.rise += weight * (above - loss()).detach()
         for name in found:
             found[name] += (1 - weight) * own[group][name] + weight * moved[name]
     return found
@@ -145,9 +148,11 @@ def test_two_passes_are_a_loop_over_groups_whose_parameters_are_moved(groups: Gr
     case = Case()
     radius = torch.full((6,), 0.2) if groups == "batch" else torch.linspace(0.1, 0.3, 6)
     policy = Sharpness(torch.tensor(weight), radius, groups=groups)
-    truth = by_loop(case, policy)
+    truth, rise = by_loop(case, policy), case.rise
     found, losses = case.run(policy)
     assert_close(found, truth)
+    assert float(case.rise) == pytest.approx(float(rise), abs=1e-5)  # losses are float32
+    assert rise > 1e-3
     plain = case.gradient(sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
     assert max(float((truth[n] - plain[n]).abs().max()) for n in truth) > 1e-3
     torch.testing.assert_close(losses.sum(), sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
@@ -175,7 +180,9 @@ def test_groups_of_the_largest_weights_are_perturbed_and_rows_without_them_left_
             held += int(counts[item])
     alone = replace(policy, weight=torch.where(torch.isin(torch.arange(6), torch.tensor(kept)), weight, 0.0), share=1.0)
     found, losses = case.run(policy)
+    rise = case.rise
     assert_close(found, by_loop(case, alone))
+    assert float(rise) == pytest.approx(float(case.rise), abs=1e-5)
     assert case.rows == [7, int(torch.isin(case.target, torch.tensor(kept)).sum())]
     assert case.rows[1] < 7
     torch.testing.assert_close(losses.sum(), sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
@@ -299,3 +306,19 @@ def test_a_head_that_computes_the_whole_vocabulary_is_refused() -> None:
     passes = ItemPasses(torch.zeros(2, 8, dtype=torch.int64), 1)
     with pytest.raises(ConfigError, match=r"a layer sees 5 of 16 tokens: the adapted head, over the whole vocabulary"):
         passes.factors(torch.nn.Linear(1, 1), 5, picked=False)
+
+
+def test_more_layers_than_the_base_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"99 layers are to be perturbed, the base has 2"):
+        Case().run(Sharpness(torch.ones(6), torch.ones(6), layers=99))
+
+
+def test_weights_alone_refuse_what_describes_a_perturbation() -> None:
+    with pytest.raises(ConfigError, match=r"does not read strength, groups: leave them out"):
+        build(MethodConfig(name="eisam", options={"perturb": False, "groups": "item", "strength": 1.0}))
+    build(MethodConfig(name="eisam", options={"perturb": False, "groups": "sample"}))  # the default
+
+
+def test_a_tail_that_no_item_is_in_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tail"):
+        build(MethodConfig(name="eisam", options={"weights": "tail", "tail": 0}))
