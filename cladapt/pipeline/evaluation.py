@@ -116,7 +116,7 @@ def _evaluate(
             refuse_mixture(run, config, block)
         elif everything:
             return Earlier()
-        found = earlier_of(run, stream, base, adapters, learned, config, sink)
+        found = earlier_of(run, stream, base, adapters, learned, config, block, sink)
         return replace(found, blocks=[b for b in found.blocks if b != block]) if everything else found
 
     if text is not None:

@@ -65,11 +65,19 @@ def earlier_of(
     adapters: Mapping[int, Path],
     learned: int,
     config: Any,
+    block: int | None,
     sink: Sink,
 ) -> Earlier[Any]:
-    """The cells of the run's last evaluation that still hold; a note says why where none do."""
+    """The cells of the run's last evaluation that still hold; a note says why where none do.
+
+    `DataError` where one `block` alone is asked for then: its rows would take the place of all others.
+    """
 
     def none(why: str) -> Earlier[Any]:
+        if block is not None:
+            raise DataError(
+                f"--block {block}: {why}, so the other blocks' rows would be lost", "leave out --block to measure all"
+            )
         sink.emit({"kind": "note", "text": f"all is measured anew: {why}"})
         return Earlier()
 

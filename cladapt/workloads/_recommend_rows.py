@@ -58,7 +58,10 @@ def read_measures(folder: Path, metrics: Mapping[str, Any], name: str, settings:
     if first.is_file():
         rows = read_parquet(first, ROWS)
         after = Measures(name, rows, read_counts(folder, "next_"), base_block, settings, lag=1)
-    places = folder / f"{TAILS}.parquet"
+    at = folder / f"{TAILS}.parquet"
+    places = read_parquet(at, PLACES) if at.is_file() else None
+    if places is not None and places.select("block", "item").is_duplicated().any():
+        raise DataError(f"{at} has a target of a block twice", again)
     measures = Measures(
         name,
         pl.concat([read_parquet(path, ROWS) for path in tested]),
@@ -68,7 +71,7 @@ def read_measures(folder: Path, metrics: Mapping[str, Any], name: str, settings:
         {int(block): values for block, values in metrics["ceiling"].items()},
         next=after,
         learned=frozenset((cell["model_block"], cell["block"]) for cell in metrics["matrix"] if cell.get("learned")),
-        places=read_parquet(places, PLACES) if places.is_file() else None,
+        places=places,
     )
     if measures.own.is_empty():
         raise DataError(

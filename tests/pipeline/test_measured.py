@@ -10,7 +10,7 @@ import pytest
 
 from cladapt.artifacts import read_json, write_json
 from cladapt.config import AdapterConfig, MethodConfig, RunConfig, TrainConfig
-from cladapt.errors import ConfigError
+from cladapt.errors import ConfigError, DataError
 from cladapt.eval.metrics import summarise
 from cladapt.pipeline import evaluation, runs
 from cladapt.train.sinks import MemorySink
@@ -163,6 +163,17 @@ def test_what_cannot_be_trusted_is_measured_anew_and_told(change: Callable[[Path
     report, notes = evaluate(run)
     assert notes[0].startswith(note), notes[0]
     assert report["cells"]["kept"] == 0
+    assert written(run) == before
+
+
+@pytest.mark.parametrize(("change", "why"), [(torn_rows, "not a readable parquet file"), (no_record, "lacks measured")])
+def test_one_block_does_not_take_the_place_of_rows_that_cannot_be_trusted(
+    change: Callable[[Path], None], why: str, run: Path
+) -> None:
+    change(run)
+    before = written(run)
+    with pytest.raises(DataError, match=f"--block 3: .*{why}.* rows would be lost .leave out --block"):
+        evaluate(run, 3)
     assert written(run) == before
 
 

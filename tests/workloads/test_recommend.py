@@ -99,6 +99,9 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert {name: frame.rows() for name, frame in found.references.items()} == {n: f.rows() for n, f in counts.items()}
     assert found.places is not None
     assert found.places.equals(places)
+    write_parquet(tmp_path / "tails.parquet", pl.concat([places, places[1:]]))
+    with pytest.raises(DataError, match=r"tails\.parquet has a target of a block twice \(again\)"):
+        work.read(tmp_path, metrics, "peso", config, "again")
     (tmp_path / "tails.parquet").unlink()
     assert work.read(tmp_path, metrics, "peso", config, "again").places is None  # as older evaluations are
     assert found.next is not None
