@@ -284,3 +284,50 @@ def launched_inside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
     return launched
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Gives the names of the linear's kernels that ran since it was last called."""
+    pytest.importorskip("triton")
+    from cladapt_kernels.lora import by_item, gemm, mask, shrink, skinny
+
+    ran: set[str] = set()
+
+    def noting(name: str, run: Callable[..., object]) -> Callable[..., object]:
+        def noted(*args: object, **more: object) -> object:
+            ran.add(name)
+            return run(*args, **more)
+
+        return noted
+
+    for module in (by_item, gemm, mask, shrink, skinny):
+        for name, kernel in vars(module).items():
+            if hasattr(kernel, "run") and hasattr(kernel, "arg_names"):
+                monkeypatch.setattr(kernel, "run", noting(name, kernel.run))
+
+    def taken() -> set[str]:
+        names = {*ran}
+        ran.clear()
+        return names
+
+    return taken
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The dispatcher takes any device for a GPU that our kernels know, and any number of rows for enough."""
+    from cladapt_kernels.lora import routes
+
+    routes.forget()
+    for name, value in (("_obstacle", ""), ("_capability", (9, 0)), ("_name", "Interpreted")):
+        monkeypatch.setattr(routes, name, lambda _, value=value: value)
+    monkeypatch.setattr(routes, "FEWEST_ROWS", 1)
+
+    def forget() -> None:
+        routes._route.cache_clear()
+        routes._table.cache_clear()
+
+    monkeypatch.setattr(routes, "forget", forget)  # what the real one forgets besides is replaced here
+    yield
+    forget()

@@ -4,7 +4,7 @@ What a launcher reads from the device or fixes (processors, groups, limits of ro
 GPU is, `observer` tells what the interpreter lets pass, and what launchers allocate has NaN in it and around it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -363,40 +363,6 @@ def test_single_folds_any_number_of_chunks(
         close(db, truth[1])
 
 
-class Launches:
-    """Names of the kernels that ran."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: set[str] = set()
-        for module in (gemm, shrink, skinny, mask):
-            for name, kernel in vars(module).items():
-                if hasattr(kernel, "run") and hasattr(kernel, "arg_names"):
-                    monkeypatch.setattr(kernel, "run", self._noting(name, kernel.run))
-
-    def _noting(self, name: str, run: Callable[..., object]) -> Callable[..., object]:
-        def noted(*args: object, **more: object) -> object:
-            self.names.add(name)
-            return run(*args, **more)
-
-        return noted
-
-
-@pytest.fixture
-def dispatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The dispatcher takes any device for a GPU that our kernels know, and any number of rows for enough."""
-    routes.forget()
-    monkeypatch.setattr(routes, "_obstacle", lambda _: "")
-    monkeypatch.setattr(routes, "_capability", lambda _: (9, 0))
-    monkeypatch.setattr(routes, "_name", lambda _: "Interpreted")
-    monkeypatch.setattr(routes, "FEWEST_ROWS", 1)
-    # what the real ones remember is of no use to whoever comes next
-    monkeypatch.setattr(routes, "forget", lambda: [cached.cache_clear() for cached in (routes._route, routes._table)])
-    routes._route.cache_clear()
-    yield
-    routes._route.cache_clear()
-    routes._table.cache_clear()
-
-
 ROWS, WIDTH_IN, WIDTH_OUT, RANK = 40, 32, 48, 5
 SKINNY, SINGLE = {"_partial", "_fold"}, {"_single"}
 
@@ -422,7 +388,7 @@ SKINNY, SINGLE = {"_partial", "_fold"}, {"_single"}
 def test_the_dispatcher_s_choice_runs_below_the_registered_op(
     by: str, table: str, widest: int, exact: bool, p: float, forward: set[str], backward: set[str],
     device: torch.device, within_budget: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    launches: Callable[[], set[str]], tmp_path: Path,
 ) -> None:  # fmt: skip
     half = torch.bfloat16 if device.type == "cuda" else torch.float16
     dtype = torch.float32 if exact else half
@@ -440,7 +406,6 @@ def test_the_dispatcher_s_choice_runs_below_the_registered_op(
     seed = torch.tensor([SEED], device=device)
     chosen = routes.route(x, WIDTH_IN, WIDTH_OUT, RANK, p)
     assert isinstance(chosen, Route)
-    launches = Launches(monkeypatch)
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if by == "op":
@@ -448,10 +413,9 @@ def test_the_dispatcher_s_choice_runs_below_the_registered_op(
         return linear.lora_linear(x, weight, bias, a, b, SCALE, p, seed)
 
     y = (torch.compile(run, backend="aot_eager", fullgraph=True) if by == "compiled" else run)(*leaves)
-    assert launches.names == forward
-    launches.names.clear()
+    assert launches() == forward
     grads = torch.autograd.grad(y, leaves, dy)
-    assert launches.names == backward
+    assert launches() == backward
     kept = keep(ROWS, WIDTH_IN, p, device) if p else None
 
     def expected(dtype: torch.dtype, sign: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -131,6 +131,13 @@ def test_runs_of_other_tokens_are_refused() -> None:
         item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors)
 
 
+@pytest.mark.parametrize("p", [1.0, -0.1])
+def test_dropout_that_keeps_nothing_is_refused(p: float) -> None:
+    given, factors = draw(), ItemFactors(Runs.of(ITEM, ITEMS))
+    with pytest.raises(ValueError, match=f"dropout p={p}, expected 0 <= p < 1"):
+        item_linear(*(given[n] for n in ("x", "weight", "bias", "a", "b")), SCALE, factors, p, torch.zeros(1).long())
+
+
 @pytest.mark.parametrize(
     "item",
     [[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1], [3], [], [0] * 9 + [1, 2, 2, 3] + [1] * 5 + [0] * 2],

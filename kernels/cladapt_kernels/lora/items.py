@@ -125,7 +125,7 @@ def item_linear(
         [..., N].
 
     Raises:
-        ValueError: runs of more or fewer tokens than x has.
+        ValueError: runs of more or fewer tokens than x has; p outside 0 <= p < 1.
         RuntimeError: kappa without gradients.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -135,6 +135,8 @@ def item_linear(
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) != factors.runs.rows:
         raise ValueError(f"x has {len(rows)} tokens, the runs have {factors.runs.rows}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout p={p}, expected 0 <= p < 1")
     y = cast(Tensor, _ItemLinear.apply(rows, weight, bias, a, b, scale / (1.0 - p), factors, p, seed, frozen))
     return y.view(*x.shape[:-1], y.shape[1])
 
