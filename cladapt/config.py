@@ -10,6 +10,7 @@ from cladapt.settings import Settings, describe, load_recipe, merge_overrides, r
 __all__ = ["Settings", "describe", "load_recipe", "merge_overrides", "resolve"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
@@ -136,7 +137,7 @@ class PretrainConfig(BaseConfig):
     """Size of the model."""
     tie_embeddings: bool = False
     """One table for embedding and head, which then cannot be adapted."""
-    dropout: Fraction = 0.2
+    dropout: Dropout = 0.2
     """Dropout on embeddings and residual branches while pretraining."""
 
 
@@ -153,7 +154,7 @@ class AdapterConfig(Settings):
     """Rank r."""
     alpha: PositiveFloat = 16.0
     """Scale: alpha / r, or alpha / sqrt(r) with `rslora`."""
-    dropout: Fraction = 0.05
+    dropout: Dropout = 0.05
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "auto"
     """Modules to adapt: `auto` (every linear layer, the head too where it does not share the embedding's weights),
@@ -307,7 +308,7 @@ class TuneConfig(HistoriesConfig, StartConfig, LearningConfig):
     of ID tokens learn either way."""
     alpha: PositiveFloat = 16.0
     """Scale of that LoRA: alpha / rank."""
-    dropout: Fraction = 0.0
+    dropout: Dropout = 0.0
     """Dropout on the input of that LoRA."""
     tasks: TaskWeights = TaskWeights()
     title_tokens: Positive = 24
@@ -458,7 +459,7 @@ class VitConfig(Settings):
     """Most epochs."""
     patience: Positive = 10
     """Stop after this many epochs without a better validation log-likelihood."""
-    dropout: Fraction = 0.0
+    dropout: Dropout = 0.0
     """Dropout on hidden states while training."""
     warp: Fraction = 0.2
     """Each training image is turned, stretched and shifted at random, by up to this many radians and shares."""

@@ -8,10 +8,12 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from cladapt.errors import ConfigError, DataError
 
@@ -144,12 +146,30 @@ def _parse(text: str) -> Any:
 
 
 def describe(settings: Settings, prefix: str = "") -> list[dict[str, Any]]:
-    """Every key with its value, default and meaning, nested keys dotted."""
+    """Every key with its value, default, allowed values and meaning, nested keys dotted."""
     rows: list[dict[str, Any]] = []
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
         if isinstance(value, Settings):
             rows += describe(value, f"{prefix}{name}.")
         else:
-            rows.append({"key": prefix + name, "value": value, "default": info.default, "meaning": info.description})
+            row = {"key": prefix + name, "value": value, "default": info.default, "allowed": allowed(info)}
+            rows.append({**row, "meaning": info.description})
     return rows
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values that a field takes, as `a | b` or `>= 0, < 1`; empty where its type alone says it."""
+    union = get_origin(field.annotation) in (Union, UnionType)
+    named: list[str] = []
+    for kind in get_args(field.annotation) if union else [field.annotation]:
+        kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+        if get_origin(kind) is Literal:
+            named += map(str, get_args(kind))
+        elif kind is bool:
+            named += ["yes", "no"]
+        elif kind in (int, float):
+            named.append("a number")
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{sign} {getattr(b, name)}" for b in field.metadata for name, sign in signs.items() if hasattr(b, name)]
+    return ", ".join([*([] if named in ([], ["a number"]) else [" | ".join(named)]), *bounds])

@@ -53,5 +53,6 @@ def list_methods() -> dict[str, Any]:
     for name, kind in available().items():
         doc = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
         methods.append({"method": name, "trains": kind.trains, "what": doc})
-        options += [{"method": name, **row} for row in describe(kind.Config())]
+        shown = ("key", "default", "allowed", "meaning")
+        options += [{"method": name, **{key: row[key] for key in shown}} for row in describe(kind.Config())]
     return {"methods": methods, "options": options}

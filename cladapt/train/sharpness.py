@@ -48,9 +48,11 @@ def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
     values, of = key.unique(return_inverse=True)
     item, group = targets.of_losses(batch, owner), targets.of_losses(batch, of)
     count = torch.bincount(group, minlength=len(values))
-    weight, radius = (_means(value[item], group, count) for value in (policy.weight, policy.radius))
+    weight = _means(policy.weight[item], group, count)
     if policy.groups == "batch":
-        radius = policy.radius[item].mean().expand_as(radius)
+        radius = policy.radius[item].mean().expand_as(weight)
+    else:
+        radius = _means(policy.radius[item], group, count)
     return Grouped(of, _largest(weight, count, policy.share), radius)
 
 

@@ -48,5 +48,12 @@ def test_every_option_has_its_default_and_meaning() -> None:
     assert [row["key"] for row in options] == list(PesoConfig.model_fields)
     defaults = PesoConfig()
     for row in options:
-        assert row["value"] == getattr(defaults, row["key"])
+        assert row["default"] == getattr(defaults, row["key"])
         assert row["meaning"]
+    allowed = {(row["method"], row["key"]): row["allowed"] for row in about.list_methods()["options"]}
+    assert allowed["peso", "regulariser"] == "literal | code | scaled | l2"
+    assert allowed["peso", "strength"] == ">= 0.0"
+    assert allowed["eisam", "perturb"] == "yes | no"
+    assert allowed["eisam", "warmup"] == ">= 0.0, < 1.0"
+    assert allowed["eblora", "step_multiplier"] == "a number | released"
+    assert allowed["eblora", "start"] == ""
