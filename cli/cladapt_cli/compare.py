@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cladapt_cli._verb import verb
+from cladapt_cli._verb import output, verb
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +19,17 @@ def compare(
         Path | None, typer.Option("--out", help="Also write the tables as csv and a report into this folder.")
     ] = None,
 ) -> dict[str, Any]:
-    """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first."""
+    """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first.
+
+    Of the head and the tail of the items, those by data are shown; `--json` and the files of `--out` have all groups.
+    """
     from cladapt.pipeline.compare import compare_runs
 
-    return compare_runs(runs, out)
+    result = compare_runs(runs, out)
+    return result if output.json else {name: _shown(value) for name, value in result.items()}
+
+
+def _shown(value: Any) -> Any:
+    """A table by groups without those of finer notions; anything else as it is."""
+    by_group = isinstance(value, list) and value and isinstance(value[0], dict) and "group" in value[0]
+    return [row for row in value if row["group"] in ("data head", "data tail")] if by_group else value

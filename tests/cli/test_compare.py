@@ -37,6 +37,11 @@ def test_a_comparison_is_a_table_or_one_json_object(inside: Path) -> None:
     code, out, err = cladapt("compare twin run")
     assert (code, err) == (0, "")
     assert "peso - finetune" in out
+    groups = {row["group"] for row in found["tails"]}
+    assert {"data head", "data tail", "prior head, data tail", "never trained on"} <= groups
+    assert all(name in (inside / "compared" / "tails.csv").read_text() for name in groups)
+    assert "data tail" in out
+    assert "never trained on" not in out
 
 
 @pytest.mark.parametrize(
