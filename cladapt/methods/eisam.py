@@ -36,6 +36,7 @@ from cladapt.config import Settings
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context, Method
 from cladapt.methods._sharpness import Groups, Sharpness
+from cladapt.model.items import blocks_of
 
 
 class EisamConfig(Settings):
@@ -92,6 +93,14 @@ class Eisam(Method):
     @property
     def flattens(self) -> bool:
         return self.config.strength > 0.0
+
+    def check(self, ctx: Context) -> None:
+        blocks = max(blocks_of(ctx.parameters).values(), default=-1) + 1
+        if self.config.layers > blocks:
+            raise ConfigError(
+                f"eisam: layers={self.config.layers}, the base has {blocks} adapted ones",
+                f"use 1 to {blocks}, or 0 for all",
+            )
 
     def sharpness(self, ctx: Context) -> Sharpness | None:
         if not self.flattens:

@@ -1,7 +1,7 @@
 """Two passes over one micro-batch for item-wise SAM: which group each token is of, and what every layer keeps."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,13 +98,13 @@ class ItemPasses:
 
 
 def perturbed_layers(model: nn.Module, last: int) -> dict[str, nn.Module]:
-    """The adapted layers by name: of the `last` blocks, or of all where it is 0, and those outside of blocks.
-
-    Raises ConfigError where the model has fewer blocks.
-    """
+    """The adapted layers by name: of the `last` blocks, or of all where it is 0, and those outside of blocks."""
     found = dict(lora_layers(model))
-    block = {name: int(number[1]) for name in found if (number := re.search(r"\.(\d+)\.", name))}
+    block = blocks_of(found)
     first = max(block.values(), default=0) + 1 - last if last else 0
-    if first < 0:
-        raise ConfigError(f"{last} layers are to be perturbed, the base has {first + last}", "0 perturbs all layers")
     return {name: layer for name, layer in found.items() if block.get(name, first) >= first}
+
+
+def blocks_of(names: Iterable[str]) -> dict[str, int]:
+    """The transformer block, from 0, of each module or parameter that is inside one, by its name."""
+    return {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}

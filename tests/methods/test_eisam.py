@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cladapt.config import AdapterConfig, MethodConfig
 from cladapt.errors import ConfigError
-from cladapt.methods import Sharpness, _check_together, available, build
+from cladapt.methods import Context, Sharpness, _check_together, available, build
 from cladapt.methods._sharpness import Groups
 from cladapt.methods.eisam import Eisam, EisamConfig, item_weights
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
@@ -309,8 +309,10 @@ def test_a_head_that_computes_the_whole_vocabulary_is_refused() -> None:
 
 
 def test_more_layers_than_the_base_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"99 layers are to be perturbed, the base has 2"):
-        Case().run(Sharpness(torch.ones(6), torch.ones(6), layers=99))
+    parameters = Case().parameters
+    Eisam(EisamConfig(layers=2)).check(Context(parameters))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"eisam: layers=3, the base has 2 adapted ones \(use 1 to 2, or 0 for all"):
+        Eisam(EisamConfig(layers=3)).check(Context(parameters))  # type: ignore[arg-type]
 
 
 def test_weights_alone_refuse_what_describes_a_perturbation() -> None:
