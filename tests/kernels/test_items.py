@@ -198,12 +198,12 @@ def test_runs_by_item_are_all_runs_of_each() -> None:
 
 def test_squares_are_those_that_were_told_until_the_gradients_are_others() -> None:
     factors = ItemFactors(Runs.of(ITEM, ITEMS))
-    gradients, told = torch.ones(ITEMS, R, K + N), torch.arange(5.0)
-    factors.add_measured(gradients, told)
-    assert torch.equal(factors.squares(), told.double())
+    gradients, known = torch.ones(ITEMS, R, K + N), torch.arange(5.0)
+    factors.add_measured(gradients, known)
+    assert torch.equal(factors.squares(), known.double())
     factors.gradients = 2 * gradients
     assert factors.squares().tolist() == [4.0 * R * (K + N)] * ITEMS
-    factors.add_measured(gradients, told)
+    factors.add_measured(gradients, known)
     assert factors.squares().tolist() == [9.0 * R * (K + N)] * ITEMS
 
 
