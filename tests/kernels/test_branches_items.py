@@ -248,3 +248,18 @@ def test_a_layer_that_runs_twice_adds_and_one_that_does_not_record_keeps_nothing
     torch.testing.assert_close(whole[:, k:].T, factor * grads[0][1], rtol=2e-3, atol=2e-2)
     torch.testing.assert_close(grads[1][0], 2 * grads[0][0], rtol=2e-3, atol=2e-2)
     torch.testing.assert_close(kept.squares(), kept.whole().double().square().sum((1, 2)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("dispatched")
+def test_both_passes_are_launched_on_the_device_of_their_tensors(
+    device: torch.device, launched_inside: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cladapt_kernels.lora.runs.SHORTEST", 1)
+    x, weight, dy, a, b = drawn(device, (len(ITEM), 32), (16, 32), (len(ITEM), 16), (R, 32), (16, R))
+    leaves = [x.half().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    kept, seed = ItemFactors(Runs.of(ITEM.to(device), ITEMS)), torch.tensor([SEED], device=device)
+    for _ in range(2):
+        y = item_linear(leaves[0], weight.half(), None, *leaves[1:], SCALE, kept, 0.3, seed)
+        torch.autograd.grad(y, leaves, dy.half())
+        kept.kappa = torch.linspace(0.0, 0.01, ITEMS, device=device)
+    assert {*launched_inside} >= PLAIN | KEPT | BY_ITEM | ORDINARY
