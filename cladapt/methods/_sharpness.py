@@ -18,7 +18,9 @@ class Sharpness:
 
     with d_g the sum of the gradients of the group's losses in a micro-batch, and eps held constant in the gradient. An
     item's group has the item's weight and radius, an example's the means over its targets. Where all are one group, a
-    loss keeps its item's weight, and d is sum_b weight_i(b) grad l_b.
+    loss keeps its item's weight, and d is sum_b weight_i(b) grad l_b. Where an example holds targets of several items,
+    an item's group is the tokens that come before its targets, and d_g the gradient of all losses at these tokens.
+    Losses of several weights after one history take one more backward.
     """
 
     weight: Tensor

@@ -316,9 +316,9 @@ class Fit:
         passes = ItemPasses(own, len(groups.weight), policy.layers)
         terms: dict[str, Tensor] = {}
 
-        def run(shares: Tensor, first: bool, final: bool) -> Tensor:
+        def run(shares: Tensor, first: bool, kept: Tensor | None) -> Tensor:
             given = local if passes.rows is None else tuple(t[passes.rows] for t in local)
-            with self._sync(last and final):
+            with self._sync(last and (not first or not policy.perturbed)):
                 with self._autocast():
                     losses: Tensor = self.module(*given, passes)
                 loss = (shares[passes.of_losses] * losses).sum() / targets
@@ -328,7 +328,10 @@ class Fit:
                     added = share * sum(terms.values(), torch.zeros_like(loss))
                     self._keep_plain(plain + added, passes)
                     loss = loss + added
-                self.accelerator.backward(self.accelerator.num_processes * loss)
+                if kept is not None:
+                    self._gradients((kept[passes.of_losses] * losses).sum() / targets)
+                with nullcontext() if kept is None else passes.unrecorded():
+                    self.accelerator.backward(self.accelerator.num_processes * loss)
             return losses.detach()
 
         losses, rise = two_passes(policy, groups, self._unwrapped, passes, run, self._summed)
@@ -340,10 +343,14 @@ class Fit:
     def _keep_plain(self, loss: Tensor, passes: ItemPasses) -> None:
         """The gradient of the plain loss, apart from those that the passes leave, where it is used again."""
         if self._reuse is not None:
-            learned = {name: p for name, p in self.trained.items() if p.requires_grad}
             with passes.unrecorded():
-                grads = torch.autograd.grad(loss, [*learned.values()], retain_graph=True, materialize_grads=True)
-            self._reuse.add_plain(dict(zip(learned, grads, strict=True)))
+                self._reuse.add_plain(self._gradients(loss))
+
+    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Those of all that learns, by name; another backward of the same pass may follow."""
+        learned = {name: p for name, p in self.trained.items() if p.requires_grad}
+        grads = torch.autograd.grad(loss, [*learned.values()], retain_graph=True, materialize_grads=True)
+        return dict(zip(learned, grads, strict=True))
 
     def _summed(self, tensor: Tensor) -> Tensor:
         """The sum over the processes."""

@@ -16,8 +16,9 @@ from cladapt.train.targets import Targets
 LEAST = 1e-9
 """The least share of a loss in the first pass: at 0 neither its gradient nor the gradient's direction could be read."""
 
-Pass = Callable[[Tensor, bool, bool], Tensor]
-"""Forward and backward with a share [G] of each group's losses, the first pass or not, the last or not: losses [n]."""
+Pass = Callable[[Tensor, bool, Tensor | None], Tensor]
+"""Forward and backward with a share [G] of each group's losses, the first pass or not: losses [n]. Layers keep the
+gradient by group of that share, or of another one where it is given."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Grouped:
     """float32 [G]."""
     radius: Tensor
     """float32 [G]."""
+    mixed: bool
+    """Whether losses of different weights share tokens, as those of several targets after one history do."""
 
     def to(self, device: torch.device) -> "Grouped":
         """The same there."""
-        return Grouped(self.of.to(device), self.weight.to(device), self.radius.to(device))
+        return Grouped(self.of.to(device), self.weight.to(device), self.radius.to(device), self.mixed)
 
 
 def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
@@ -53,7 +56,8 @@ def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
         radius = policy.radius[item].mean().expand_as(weight)
     else:
         radius = _means(policy.radius[item], group, count)
-    return Grouped(of, _largest(weight, count, policy.share), radius)
+    weight = _largest(weight, count, policy.share)
+    return Grouped(of, weight, radius, _differ(weight[group], targets.of_losses(batch, targets.sample(batch))))
 
 
 def policy_of(method: Method, block: int, targets: Targets) -> Sharpness | None:
@@ -72,6 +76,13 @@ def buffer_bytes(policy: Sharpness, targets: Targets, batch: Batch, model: nn.Mo
 
 def _means(values: Tensor, group: Tensor, count: Tensor) -> Tensor:
     return torch.zeros(len(count)).index_add_(0, group, values) / count.clamp_min(1)
+
+
+def _differ(values: Tensor, example: Tensor) -> bool:
+    """Whether the values [n] of any example, int64 [n], are not all one."""
+    start = torch.zeros(int(example.max()) + 1, dtype=values.dtype) if len(example) else values
+    low, high = (start.scatter_reduce(0, example, values, how, include_self=False) for how in ("amin", "amax"))
+    return bool((low != high).any())
 
 
 def _largest(weight: Tensor, count: Tensor, share: float) -> Tensor:
@@ -97,42 +108,47 @@ def two_passes(
     `passes` has the groups of the tokens at hand; `reduce` adds a tensor over the processes. Shares are of losses, so
     all that learns has its part of J; directions are those of the factors alone. The first pass has the share
     c = 1 - weight of each loss and keeps c_g d_g: their sum is the first part of the gradient, their directions are
-    d_g's but for the sign. Both passes draw the same masks; where none is drawn, the second leaves out what has no
+    d_g's but for the sign. Where groups are `mixed`, a token carries losses of several shares, and directions take a
+    backward of their own. Both passes draw the same masks; where none is drawn, the second leaves out what has no
     weight.
     """
     weight = groups.weight
     if not policy.perturbed:
-        return run(weight, True, True), weight.new_zeros(())
-    first = torch.where((1.0 - weight).abs() < LEAST, LEAST, 1.0 - weight)
+        return run(weight, True, None), weight.new_zeros(())
+    shared = policy.groups == "batch"
+    share, kept = torch.where((1.0 - weight).abs() < LEAST, LEAST, 1.0 - weight), None
+    if groups.mixed:
+        share, kept = 1.0 - weight, weight if shared else torch.ones_like(weight)
     drawn = _generators(weight.device)
     with passes.inside(model):
-        losses = run(first, True, False)
+        losses = run(share, True, kept)
         before = (weight[passes.of_losses] * losses).sum()
         if name := passes.missing(model):
             raise ConfigError(
                 f"sharpness-aware training perturbs the factors of plain LoRA linears, {name} is none",
                 "adapt plain linears, without 4-bit weights, with a method that learns their factors",
             )
-        _set_kappa(policy.groups == "batch", passes, groups, first, reduce)
+        _set_kappa(shared, passes, groups, share if kept is None else kept, reduce)
         if _same(drawn, _generators(weight.device)):
             passes.leave_out(weight == 0)
         _restore(drawn)
-        moved = run(weight, False, True)
+        moved = run(weight, False, None)
         rise = (weight[passes.of_losses] * moved).sum() - before
     return losses, rise
 
 
 def _set_kappa(
-    shared: bool, passes: ItemPasses, groups: Grouped, first: Tensor, reduce: Callable[[Tensor], Tensor]
+    shared: bool, passes: ItemPasses, groups: Grouped, share: Tensor, reduce: Callable[[Tensor], Tensor]
 ) -> None:
-    """How far each group goes along what the first pass has kept; a shared direction becomes that of every group."""
+    """How far each group goes along what was kept of a `share` [G] of losses, or all along the one direction of all."""
     for kept in passes.kept:
         kept.gradients = reduce(kept.whole())
         if shared:
-            own = torch.einsum("i,irw->rw", (groups.weight / first).to(kept.gradients.dtype), kept.gradients)
+            scale = torch.ones_like(share) if groups.mixed else groups.weight / share
+            own = torch.einsum("i,irw->rw", scale.to(kept.gradients.dtype), kept.gradients)
             kept.gradients = own.expand_as(kept.gradients)
     norm = torch.stack([kept.squares() for kept in passes.kept]).sum(0).sqrt()
-    sign = torch.ones_like(norm) if shared else first.sign().double()
+    sign = torch.ones_like(norm) if shared else share.sign().double() * (groups.weight != 0)
     kappa = torch.where(norm > 0, groups.radius.double() * sign / norm, 0.0)
     for kept in passes.kept:
         kept.kappa = kappa.to(kept.whole().dtype)

@@ -43,6 +43,7 @@ FLATTENED: dict[str, dict[str, Any]] = {
     **{f"{name}+eisam": {} for name in LEARNING if name != "eisam" and METHODS[name].parameters != "weights"},
     "eisam, by item": {"groups": "item"},
     "eisam, by batch": {"groups": "batch", "weights": "uniform", "strength": 1.0},
+    "eisam, the tail": {"groups": "batch", "weights": "tail", "tail": 8, "strength": 1.0},
     "eisam, reused": {"refresh": 3},
     "eisam, the largest half": {"share": 0.5},
     "eisam, the last layer": {"layers": 1},
@@ -82,9 +83,9 @@ def make(name: str, **options: Any) -> Method:
 def flattened(name: str) -> Method:
     """A method of `FLATTENED`, perturbed from the first step on, and far."""
     joined, _, what = name.partition(", ")
-    prefix = "" if what else "eisam."
-    options = {"warmup": 0.0, "radius": 0.5, **FLATTENED[name]}
-    return make(joined, **{prefix + key: value for key, value in options.items()})
+    far = {} if "perturb" in FLATTENED[name] else {"warmup": 0.0, "radius": 0.5}
+    options = {**far, **FLATTENED[name]}
+    return make(joined, **{key if what else f"eisam.{key}": value for key, value in options.items()})
 
 
 def histories(block: int, count: int, seed: int) -> np.ndarray:
@@ -411,7 +412,7 @@ spec.loader.exec_module(conformance)
 conformance.as_one_of_two(Path(sys.argv[2]), Path(sys.argv[3]))
 ranks.leave(0)
 """
-IN_TWO = [*LEARNING, *(name for name in FLATTENED if "+" in name or name.endswith(("reused", "half")))]
+IN_TWO = [*LEARNING, *(name for name in FLATTENED if "+" in name or name.endswith(("tail", "reused", "half")))]
 SPLIT: dict[str, Any] = {"lr": 5e-4, "epochs": 2, "accumulation": 2, "batch_tokens": 64}
 
 

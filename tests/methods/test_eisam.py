@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from cladapt.errors import ConfigError
 from cladapt.methods import Context, Sharpness, _check_together, available, build
 from cladapt.methods._sharpness import Groups
 from cladapt.methods.eisam import Eisam, EisamConfig, item_weights
-from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
+from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter, lora_layers
 from cladapt.model.items import ItemPasses
 from cladapt.model.load import Base, new_model, trie_softmax
 from cladapt.model.packed import PackedLoss
@@ -46,9 +49,9 @@ def test_weights_of_a_family_have_mean_one_over_events_and_fall_with_frequency()
 
 
 class Case:
-    """A tiny adapted LM in float64 and documents of one target each: the form in which items do not meet."""
+    """A tiny adapted LM in float64 and documents of one target each, the form in which items do not meet, or two."""
 
-    def __init__(self, row_tokens: int = 24) -> None:
+    def __init__(self, row_tokens: int = 24, targets: int = 1) -> None:
         sids = SidTable(tuple("abcdef"), np.array([[k // 2, k % 2] for k in range(6)]), (3, 2))
         base = Base(*new_model("tiny", sids, seed=0), sids, {})
         self.tokens, levels = base.item_tokens().numpy(), sids.levels
@@ -63,10 +66,10 @@ class Case:
         rows = np.random.default_rng(0).integers(6, size=(7, 3))
         rows[4:6, 2] = rows[0, 2]  # a target thrice
         documents = [
-            Document(np.r_[base.bos(), self.tokens[row].ravel()], np.arange(1 + 3 * levels) > 2 * levels)
+            Document(np.r_[base.bos(), self.tokens[row].ravel()], np.arange(1 + 3 * levels) > (3 - targets) * levels)
             for row in rows
         ]
-        self.target = torch.from_numpy(rows[:, 2])
+        self.target, self.model = torch.from_numpy(rows[:, 2]), adapted
         self.targets = PackedTargets(self.tokens, np.bincount(rows[:, 2], minlength=6))
         (self.batch,) = PackedFeed(documents, documents, 512, row_tokens).sample(1.0)
 
@@ -76,11 +79,14 @@ class Case:
         passes = ItemPasses(groups.of, len(groups.weight), policy.layers)
         self.rows = []
 
-        def one(shares: Tensor, first: bool, final: bool) -> Tensor:
+        def one(shares: Tensor, first: bool, kept: Tensor | None) -> Tensor:
             given = self.batch if passes.rows is None else tuple(t[passes.rows] for t in self.batch)
             self.rows.append(len(given[0]))
             losses = self.loss(*given, passes)
-            (shares.double()[passes.of_losses] * losses).sum().backward()
+            if kept is not None:
+                self.gradient((kept.double()[passes.of_losses] * losses).sum(), retain_graph=True)
+            with nullcontext() if kept is None else passes.unrecorded():
+                (shares.double()[passes.of_losses] * losses).sum().backward()
             return losses.detach()
 
         for p in self.parameters.values():
@@ -95,8 +101,9 @@ class Case:
         for index, item in enumerate(items.tolist()):
             yield item, lambda index=index: self.loss(*self.batch, passes)[passes.of_losses == index].sum()  # type: ignore[misc]
 
-    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.parameters, torch.autograd.grad(loss, [*self.parameters.values()]), strict=True))
+    def gradient(self, loss: Tensor, **options: bool) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(loss, [*self.parameters.values()], **options)
+        return dict(zip(self.parameters, grads, strict=True))
 
 
 WEIGHTS = [0.2, 1.0, 1.7, 0.0, 0.9, 1.0]
@@ -156,6 +163,71 @@ def test_two_passes_are_a_loop_over_groups_whose_parameters_are_moved(groups: Gr
     plain = case.gradient(sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
     assert max(float((truth[n] - plain[n]).abs().max()) for n in truth) > 1e-3
     torch.testing.assert_close(losses.sum(), sum(loss() for _, loss in case.each()))  # type: ignore[arg-type]
+
+
+class Moved:
+    """The adapted layers by their definition: every group has factors of its own, leaves, for all its tokens."""
+
+    def __init__(self, case: Case, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.steps = groups, dict[str, tuple[Tensor, Tensor]]()
+        for name, layer in lora_layers(case.model).items():
+            monkeypatch.setattr(layer, "_by_item", partial(self.product, name))
+
+    def product(self, name: str, passes: ItemPasses, picked: bool, x: Tensor, *given: Any) -> Tensor:
+        weight, _, down, up, scale, *_ = given
+        if name not in self.steps:
+            zeros = (torch.zeros(self.count, *side.shape, dtype=x.dtype, requires_grad=True) for side in (down, up))
+            self.steps[name] = tuple(zeros)  # type: ignore[assignment]
+        owner = passes.of_losses if picked else passes.owner.flatten()
+        a, b = (side + step[owner] for side, step in zip((down, up), self.steps[name], strict=True))
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ weight.T + scale * torch.einsum("tnr,trk,tk->tn", b, a, rows)
+        return y.view(*x.shape[:-1], -1)
+
+
+def by_definition(
+    case: Case, policy: Sharpness, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+    """The gradient of J, what perturbing adds, and every layer's steps, each layer computed token by token."""
+    groups = grouped(policy, case.targets, case.batch)
+    weight, passes = groups.weight.double(), ItemPasses(groups.of, len(groups.weight))
+    with monkeypatch.context() as patch:
+        moved = Moved(case, len(weight), patch)
+        with passes.inside(case.model):
+            losses = case.loss(*case.batch, passes)
+            share = weight[passes.of_losses]
+            leaves = [leaf for pair in moved.steps.values() for leaf in pair]
+            plain = case.gradient(((1 - share) * losses).sum(), retain_graph=True)
+            directions = torch.autograd.grad(((share if policy.groups == "batch" else 1.0) * losses).sum(), leaves)
+            if policy.groups == "batch":
+                directions = tuple(d.sum(0, keepdim=True).expand_as(d) for d in directions)
+            norm = torch.stack([d.flatten(1).square().sum(1) for d in directions]).sum(0).sqrt()
+            kappa = groups.radius.double() / norm.clamp_min(1e-300) * (1.0 if policy.groups == "batch" else weight != 0)
+            with torch.no_grad():
+                for leaf, d in zip(leaves, directions, strict=True):
+                    leaf += kappa.view(-1, 1, 1) * d
+            above = (share * case.loss(*case.batch, passes)).sum()
+            again = case.gradient(above)
+    return {n: plain[n] + again[n] for n in plain}, (above - (share * losses).sum()).detach(), leaves
+
+
+@pytest.mark.parametrize(
+    "weight", [[0.5] * 6, WEIGHTS, [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]], ids=["half", "by item", "tail"]
+)
+@pytest.mark.parametrize("groups", ["item", "sample", "batch"])
+def test_histories_of_several_targets_move_as_their_groups_say(
+    groups: Groups, weight: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(targets=2)
+    radius = torch.full((6,), 0.2) if groups == "batch" else torch.linspace(0.1, 0.3, 6)
+    policy = Sharpness(torch.tensor(weight), radius, groups=groups)
+    assert grouped(policy, case.targets, case.batch).mixed == (groups != "sample" and len(set(weight)) > 1)
+    truth, rise, steps = by_definition(case, policy, monkeypatch)
+    assert max(float(step.detach().abs().max()) for step in steps) > 0.01
+    found, losses = case.run(policy)
+    assert_close(found, truth)
+    assert float(case.rise) == pytest.approx(float(rise), rel=1e-6, abs=1e-5)
+    assert len(losses) == 2 * 2 * 7  # levels, targets and documents
 
 
 def test_the_last_layers_alone_are_perturbed() -> None:
