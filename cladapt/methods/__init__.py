@@ -56,6 +56,8 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
     if len({*special.values()}) > 1:
         listed = ", ".join(f"{n} {what}" for n, what in special.items())
         raise ConfigError(f"method.name={name!r}: different things would learn: {listed}", "use one of them")
+    if len(methods) > 1 and (idle := [n for n, m in methods.items() if not m.trains]):
+        raise ConfigError(f"method.name={name!r}: {idle[0]} leaves nothing to train", f"use {idle[0]} alone")
     flatten = [n for n, m in methods.items() if m.flattens]
     if len(flatten) > 1:
         raise ConfigError(

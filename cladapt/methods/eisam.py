@@ -20,9 +20,11 @@ groups=sample, Focal-SAM focal weights and groups=batch, ImbSAM weights=tail and
 `refresh` above 1. `perturb=false` is J = mean_b w_i l_b, the weights alone, which tells what perturbing adds.
 
 Weights but those of `tail` are scaled so that their mean over training events is 1, then cut at `largest`. Frequencies
-are of training events of the stream up to the block; w of an example is the mean over its targets. A step costs two
-passes. The default groups follow what was measured (bench/LOG.md): with an example for each target they hardly differ
-from items, of which a batch has each about once, and over packed histories they are nearer to it and cheaper.
+are of training events of the stream up to the block, without those held out there, learned later or not; w of an
+example is the mean over its targets. A step costs two passes, and one more backward where losses of several weights
+share a history (groups of items, or a batch with weights, over packed histories). The default groups follow what was
+measured (bench/LOG.md): with an example for each target they hardly differ from items, of which a batch has each about
+once, and over packed histories they are nearer to it and cheaper.
 State: none; with `refresh` one tensor of every factor.
 """
 
@@ -74,13 +76,14 @@ class EisamConfig(Settings):
     """A second pass at every so many steps; those between have one, and use again what the second changed."""
 
     @model_validator(mode="after")
-    def _weights_alone_perturb_nothing(self) -> "EisamConfig":
-        of_weights = {"weights", "exponent", "largest", "tail", "perturb"}
-        unread = [
-            n for n, f in type(self).model_fields.items() if n not in of_weights and getattr(self, n) != f.default
-        ]
-        if unread and not self.perturb:
-            raise ValueError(f"perturb=false perturbs nothing and does not read {', '.join(unread)}: leave them out")
+    def _all_that_is_set_is_read(self) -> "EisamConfig":
+        of_weights = {"exponent", "largest", "tail"}
+        read = {"tail": {"tail"}, "uniform": set[str]()}.get(self.weights, {"exponent", "largest"})
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        if unread := sorted(changed & of_weights - read):
+            raise ValueError(f"weights={self.weights} does not read {', '.join(unread)}: leave it out")
+        if not self.perturb and (unread := sorted(changed - of_weights - {"weights", "perturb"})):
+            raise ValueError(f"perturb=false perturbs nothing and does not read {', '.join(unread)}: leave it out")
         return self
 
 

@@ -83,7 +83,8 @@ def earlier_of(
 
     file = run.path / METRICS
     if not file.is_file():
-        return Earlier()
+        rows = run.path / run.workload.rows_folder
+        return none(f"{file} is missing") if rows.is_dir() and any(rows.iterdir()) else Earlier()
     try:
         found = Evaluated.read(run)
         measured = read_record(file, _Record, "evaluate it again")["measured"]

@@ -280,6 +280,7 @@ def _adapted(config: RunSettings, stream: Any, base: FittedBase) -> Iterator[tup
         adapter_block(start)
         start_from(model, start, base)
     method.check(Context.of(model, 1, {}, config.kernels))
+    work.check_model(config, method, model)
     yield method, model
     unload(model)
 

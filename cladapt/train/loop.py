@@ -277,7 +277,7 @@ class Fit:
         if ctx.log:
             ctx.log.update(zip(ctx.log, self._over_ranks(list(ctx.log.values())), strict=True))
         self.method.edit_grads(ctx)
-        norm = self._clip(twice)
+        norm = self._clip(total if twice and cast(Sharpness, self._policy).perturbed else None)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rate(progress / self.settings.epochs, self.settings)
         self.optimizer.step()
@@ -371,7 +371,8 @@ class Fit:
         # not through accelerate, whose precision is fixed for the whole process by its first use
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _clip(self, sharp: bool) -> float:
+    def _clip(self, unperturbed: Tensor | None) -> float:
+        """The gradient norm; `unperturbed`: the loss of a step with two passes, which tells why it is not finite."""
         parameters = list(self.trained.values())
         limit = self.settings.clip or math.inf
         optimizer = self.ctx.optimizer
@@ -385,7 +386,11 @@ class Fit:
         if not math.isfinite(norm):
             raise DataError(
                 f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}",
-                "lower the radius or the exponent of eisam" if sharp else "lower train.lr" if self.ctx.step else _START,
+                "lower the radius or the largest weight of eisam"
+                if unperturbed is not None and bool(unperturbed.isfinite())
+                else "lower train.lr"
+                if self.ctx.step
+                else _START,
             )
         return norm
 

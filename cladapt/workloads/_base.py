@@ -16,6 +16,7 @@ from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.promotion import Effects
 from cladapt.eval.report import Section
 from cladapt.eval.significance import Effect, describe
+from cladapt.methods import Method
 from cladapt.model.adapter import AdaptedBase
 from cladapt.model.saved import adapter_provenance
 from cladapt.train.blocks import Examples, Provenance, learn_blocks
@@ -226,6 +227,9 @@ class Workload(ABC, Generic[C, S, B, M]):
     @abstractmethod
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
         """Make the embedded stream and base where they are missing."""
+
+    def check_model(self, config: C, method: Method, model: "PeftModel") -> None:
+        """`ConfigError` where a method cannot learn the adapted model by the run's settings, before a run begins."""
 
     def starts_from(self, config: C) -> Path | None:
         """The adapter that the first block starts from; None for a fresh one."""

@@ -15,7 +15,7 @@ from cladapt.artifacts import atomic_dir
 from cladapt.config import EvalConfig, PretrainConfig, PromoteConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import ceiling, load_truth, simulate
-from cladapt.errors import DataError
+from cladapt.errors import ConfigError, DataError
 from cladapt.eval import tails
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import summaries
@@ -43,8 +43,8 @@ from cladapt.eval.protocol import (
 )
 from cladapt.eval.report import KeyValues, Section, rows_table
 from cladapt.eval.significance import Effect
-from cladapt.methods import build
-from cladapt.model.adapter import adapted_lm, adapted_weights
+from cladapt.methods import Method, build
+from cladapt.model.adapter import adapted_lm, adapted_weights, lora_layers
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import LEARNED, adapter_provenance
@@ -148,6 +148,15 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             return loss, make_feed(stream, blocks, form, config.train, by_item)
 
         return of_blocks
+
+    def check_model(self, config: RunConfig, method: Method, model: "PeftModel") -> None:
+        head = adapted_lm(model).get_output_embeddings()
+        adapted = any(layer is head for layer in lora_layers(model).values())
+        if method.flattens and adapted and config.train.softmax == "vocabulary":
+            raise ConfigError(
+                f"train.softmax=vocabulary: {config.method.name} cannot perturb an adapted head over all tokens",
+                "use train.softmax=trie, or leave the head out of adapter.targets",
+            )
 
     def plan(self, config: RunConfig, stream: Stream, base: Base, blocks: Sequence[int]) -> list[dict[str, Any]]:
         form, train = form_of(config, base, stream), config.train

@@ -87,6 +87,7 @@ def test_a_mask_keeps_its_share_and_depends_on_the_seed_alone() -> None:
     assert first.double().mean() == pytest.approx(0.7, abs=0.01)
     assert first.double().mean(0).std() == pytest.approx((0.3 * 0.7 / 301) ** 0.5, rel=0.2)  # as of single draws
     assert item_mask(x, 0.0, None) is None
+    assert int(item_mask(x, 1 - 1e-9, torch.tensor([4])).sum()) <= 1 + len(x.flatten()) // 2**12  # type: ignore[union-attr]
 
 
 def test_kappa_zero_is_no_perturbation() -> None:

@@ -369,6 +369,11 @@ def test_a_method_that_learns_whole_weights_is_refused(name: str) -> None:
         build(MethodConfig(name=f"{name}+eisam"))
 
 
+def test_a_method_that_trains_nothing_is_not_composed() -> None:
+    with pytest.raises(ConfigError, match=r"frozen leaves nothing to train \(use frozen alone\)"):
+        build(MethodConfig(name="frozen+eisam"))
+
+
 def test_two_methods_that_weigh_the_losses_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"eisam and again would each weigh the losses"):
         _check_together("eisam+again", {"eisam": Eisam(EisamConfig()), "again": Eisam(EisamConfig())})
@@ -388,9 +393,22 @@ def test_more_layers_than_the_base_has_are_refused() -> None:
 
 
 def test_weights_alone_refuse_what_describes_a_perturbation() -> None:
-    with pytest.raises(ConfigError, match=r"does not read strength, groups: leave them out"):
+    with pytest.raises(ConfigError, match=r"does not read groups, strength: leave it out"):
         build(MethodConfig(name="eisam", options={"perturb": False, "groups": "item", "strength": 1.0}))
     build(MethodConfig(name="eisam", options={"perturb": False, "groups": "sample"}))  # the default
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        ({"weights": "uniform", "exponent": 3.0}, "exponent"),
+        ({"weights": "tail", "largest": 2.0}, "largest"),
+        ({"tail": 3}, "tail"),
+    ],
+)
+def test_what_the_weights_do_not_read_is_refused(options: dict[str, Any], unread: str) -> None:
+    with pytest.raises(ConfigError, match=f"does not read {unread}: leave it out"):
+        build(MethodConfig(name="eisam", options=options))
 
 
 def test_a_tail_that_no_item_is_in_is_refused() -> None:

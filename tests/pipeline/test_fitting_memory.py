@@ -136,6 +136,17 @@ def test_perturbed_factors_are_refused_on_packed_weights(growth: Path) -> None:
         runs.plan(config)
 
 
+def test_an_adapted_head_over_all_tokens_is_refused_where_factors_are_perturbed(growth: Path) -> None:
+    config = config_of(growth, softmax="vocabulary")
+    perturbed = config.model_copy(update={"method": MethodConfig(name="peso+eisam")})
+    with pytest.raises(ConfigError, match=r"peso\+eisam cannot perturb an adapted head over all tokens") as caught:
+        runs.train(perturbed, Path("run"), MemorySink())
+    assert caught.value.hint == "use train.softmax=trie, or leave the head out of adapter.targets"
+    assert not Path("run").exists()
+    without_head = perturbed.adapter.model_copy(update={"targets": "all-linear"})
+    assert runs.plan(perturbed.model_copy(update={"adapter": without_head}))["blocks"]
+
+
 def test_one_process_cuts_nothing_and_packed_weights_are_not_cut(growth: Path) -> None:
     config = config_of(growth).model_copy(update={"sharding": "full"})
     with pytest.raises(

@@ -177,6 +177,16 @@ def test_one_block_does_not_take_the_place_of_rows_that_cannot_be_trusted(
     assert written(run) == before
 
 
+def test_one_block_does_not_take_the_place_of_rows_without_their_metrics(run: Path) -> None:
+    (run / "metrics.json").unlink()
+    rows = sorted(path.name for path in (run / "users").iterdir())
+    with pytest.raises(
+        DataError, match=r"--block 3: run/metrics.json is missing, so the other blocks' rows would be lost"
+    ):
+        evaluate(run, 3)
+    assert sorted(path.name for path in (run / "users").iterdir()) == rows
+
+
 def test_other_settings_of_a_row_measure_all_anew(run: Path) -> None:
     report, notes = evaluate(run, beams=30)
     assert notes[0] == f"{WAS_OF}beams=10, now 30"

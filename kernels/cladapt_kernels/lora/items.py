@@ -165,7 +165,7 @@ def item_mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     """Which entries of x [M, K] dropout keeps, bool [M, K]; None where it keeps all.
 
     That of the kernels where they run. Elsewhere drawn by torch's generator from the seed, 16 bits an entry: p is
-    rounded to 2^-16, and a draw takes a fifth of the time of `torch.nn.functional.dropout`.
+    rounded to 2^-16, 1 - 2^-16 at most, and a draw takes a fifth of the time of `torch.nn.functional.dropout`.
     """
     if p == 0:
         return None
@@ -174,7 +174,7 @@ def item_mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     generator = torch.Generator(x.device).manual_seed(int(seed))
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
-    return (bits >= round(p * 2**16) - 2**15).view(x.shape)
+    return (bits >= min(round(p * 2**16), 2**16 - 1) - 2**15).view(x.shape)
 
 
 def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
