@@ -302,7 +302,7 @@ def _grow(
             "k_core": raw.height - kept.height,
         },
         "losses": [*log.losses, *losses],
-        "warnings": [*log.warnings, *warnings_of(losses, blocks, stream.min_events, k_core)],
+        "warnings": [*log.warnings, *warnings_of(losses, blocks, stream.min_events, k_core, "every new block")],
         "notes": {**log.notes, **counts},
     }
     manifest = {

@@ -157,7 +157,11 @@ def losses_of(raw: pl.DataFrame, kept: pl.DataFrame, min_events: int) -> list[di
 
 
 def warnings_of(
-    losses: Sequence[Mapping[str, Any]], blocks: Sequence[Mapping[str, Any]], least: int, k_core: int
+    losses: Sequence[Mapping[str, Any]],
+    blocks: Sequence[Mapping[str, Any]],
+    least: int,
+    k_core: int,
+    where: str = "every block",
 ) -> list[str]:
     """A sentence, with its cure, for each large loss, and for each block in which nobody is tested."""
     dropped, untested = losses
@@ -169,8 +173,8 @@ def warnings_of(
         )
     if untested["users_share"] > LARGE_LOSS:
         found.append(
-            f"{untested['users']} users ({untested['users_share']:.0%}) have fewer than {least} events in every block: "
-            "they are learned from and never tested; lower min_events to test more of them"
+            f"{untested['users']} users ({untested['users_share']:.0%}) have fewer than {least} events in {where}: "
+            "they are learned from and not tested there; lower min_events to test more of them"
         )
     for row in blocks:
         if not row["tested"]:

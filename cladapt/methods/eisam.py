@@ -45,7 +45,7 @@ class EisamConfig(Settings):
     """Options of item-wise sharpness-aware training."""
 
     strength: Annotated[float, Field(ge=0.0)] = 0.5
-    """Share of the perturbed loss; 0 is plain fine-tuning."""
+    """Weight of the perturbed loss, the plain one has the rest of 1; 0 is plain fine-tuning."""
     radius: Annotated[float, Field(gt=0.0)] = 0.05
     """Length of a perturbation, over all factors."""
     radius_exponent: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0

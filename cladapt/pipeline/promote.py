@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from pydantic import BaseModel, PositiveInt
@@ -122,7 +123,8 @@ def refusal(decided: Mapping[str, Any], result: dict[str, Any]) -> CheckFailed:
     current = "none is current" if decided["current"] is None else f"that of block {decided['current']} stays current"
     return CheckFailed(
         f"the adapter of block {decided['block']} is not promoted: {'; '.join(decided['reasons'])}",
-        f"{current}; to take it all the same: cladapt promote --block {decided['block']} --promote always",
+        f"{current}; to take it all the same: cladapt promote {quote(decided['run'])} --block {decided['block']} "
+        "--promote always",
         result,
     )
 

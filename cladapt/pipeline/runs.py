@@ -190,7 +190,11 @@ def _finish(
 def plan(config: RunSettings) -> dict[str, Any]:
     """What a run would do: everything validated, examples and parameters counted, memory estimated, nothing written."""
     if not config.data or not config.base:
-        raise ConfigError("--dry-run needs --data and --base", "name them; the embedded ones are made by a real run")
+        folder = RUNS / workloads.get(config.task).embedded_folder
+        raise ConfigError(
+            "--dry-run needs --data and --base",
+            f"name them; a run without makes embedded ones: --data {folder / 'stream'} --base {folder / 'base'}",
+        )
     config = settled(config)
     work = workloads.get(config.task)
     stream, base = work.open_inputs(config)

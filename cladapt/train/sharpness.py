@@ -66,12 +66,13 @@ def policy_of(method: Method, block: int, targets: Targets) -> Sharpness | None:
 
 
 def buffer_bytes(policy: Sharpness, targets: Targets, batch: Batch, model: nn.Module) -> int:
-    """Bytes of the gradients by group that one micro-batch keeps between its passes: float32, groups times factors."""
+    """Bytes that steps with two passes keep, float32: gradients by group, groups times factors, and what is reused."""
     if not policy.perturbed:
         return 0
+    reused = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) if policy.refresh > 1 else 0
     layers = perturbed_layers(model, policy.layers).values()
     factors = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
-    return 4 * len(grouped(policy, targets, batch).weight) * factors
+    return 4 * (len(grouped(policy, targets, batch).weight) * factors + reused)
 
 
 def _means(values: Tensor, group: Tensor, count: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def test_losses_are_counted_in_events_and_users_and_large_ones_warned_of() -> No
     }  # fmt: skip
     assert stream.manifest["warnings"] == [
         "k_core=2 drops 20% of the events and 50% of the users: lower it to keep them",
-        "1 users (25%) have fewer than 5 events in every block: they are learned from and never tested; lower "
+        "1 users (25%) have fewer than 5 events in every block: they are learned from and not tested there; lower "
         "min_events to test more of them",
         "block 2 tests nobody: none of its 1 users has 5 events there; lower min_events, or cut larger blocks",
     ]

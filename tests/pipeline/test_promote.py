@@ -116,6 +116,7 @@ def test_a_refused_adapter_leaves_the_current_one_and_ends_with_its_own_exit_cod
     assert caught.value.result is not None
     assert caught.value.result["current"] == 2
     assert caught.value.hint.startswith("that of block 2 stays current")
+    assert caught.value.hint.endswith(f"cladapt promote {run.path} --block 4 --promote always")
     assert current_block(run) == 2
     assert [event.action for event in read_current(run).history] == ["promoted", "refused"]
 
