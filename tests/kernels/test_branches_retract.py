@@ -184,7 +184,8 @@ def test_an_inverse_root_takes_as_many_iterations_as_its_bound_asks_for(
     found = torch.empty(rank, rank, device=device)
     _root[(1,)](given.to(device), found, RANK=rank)
     truth = (basis * ((1 + values).rsqrt() - 1)) @ basis.T
-    torch.testing.assert_close(found.double().cpu(), truth, rtol=0, atol=1e-6)
+    # the last step gives E its own digits, where those of I + E end
+    torch.testing.assert_close(found.double().cpu(), truth, rtol=0, atol=4e-6 * float(truth.abs().max()))
     if not ON_GPU:  # three products each, and three of the last step of Newton
         bound = (torch.eye(rank) + given).abs().sum(1).max().item()
         assert products == 3 * iterations((bound - 1) / (bound + 1), 1e-7) + 3
