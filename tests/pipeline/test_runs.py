@@ -406,7 +406,9 @@ def test_half_of_the_inputs_is_a_mistake(given: str, world: Path, tmp_path: Path
     config = RunConfig().model_copy(update={given: str(world / given)})
     with pytest.raises(ConfigError, match=rf"{given}='.*' without {missing} \(give both, or neither"):
         runs.train(config, None, MemorySink())
-    with pytest.raises(ConfigError, match=r"needs --data and --base .*--data runs/embedded/stream --base runs/embedded/base"):
+    with pytest.raises(
+        ConfigError, match=r"needs --data and --base .*--data runs/embedded/stream --base runs/embedded/base"
+    ):
         runs.plan(config)
     assert list(tmp_path.iterdir()) == []
 
