@@ -164,7 +164,7 @@ class Observer:
 
         def launched(grid: Any, *args: Any, **more: Any) -> Any:
             known = not {*self.TABLES} & {*grid.arg_names}
-            tensors = (getattr(arg, "base", arg) for arg in args) if known else ()
+            tensors = (getattr(arg, "base", arg) for arg in (*args, *more.values())) if known else ()
             self._storages = [
                 (s.data_ptr(), s.data_ptr() + s.nbytes())
                 for s in (t.untyped_storage() for t in tensors if isinstance(t, Tensor))

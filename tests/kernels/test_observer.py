@@ -54,5 +54,6 @@ def test_the_observer_tells_of_each_thing_that_it_watches(
         pytest.skip("it observes the interpreter")
     x = torch.zeros(260)
     kernel[(1,)](x, **sound)  # type: ignore[index]
-    with pytest.raises(Exception, match=message):
-        kernel[(1,)](x[start:], **faulty)  # type: ignore[index]
+    for given, named in (((x[start:],), {}), ((), {"x": x[start:]})):
+        with pytest.raises(Exception, match=message):
+            kernel[(1,)](*given, **named, **faulty)  # type: ignore[index]
