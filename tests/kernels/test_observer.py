@@ -1,5 +1,7 @@
 """What `observer` tells of kernels that only a GPU would run wrongly."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,12 +50,12 @@ def _reads(x, COUNT: tl.constexpr, MOST: tl.constexpr):
     ],
 )
 def test_the_observer_tells_of_each_thing_that_it_watches(
-    kernel: object, sound: dict[str, object], faulty: dict[str, object], start: int, message: str, device: torch.device
+    kernel: Any, sound: dict[str, object], faulty: dict[str, object], start: int, message: str, device: torch.device
 ) -> None:
     if device.type == "cuda":
         pytest.skip("it observes the interpreter")
     x = torch.zeros(260)
-    kernel[(1,)](x, **sound)  # type: ignore[index]
-    for given, named in (((x[start:],), {}), ((), {"x": x[start:]})):
+    kernel[(1,)](x, **sound)
+    for given, named in (((x[start:],), {}), ((), {kernel.arg_names[0]: x[start:]})):
         with pytest.raises(Exception, match=message):
-            kernel[(1,)](*given, **named, **faulty)  # type: ignore[index]
+            kernel[(1,)](*given, **named, **faulty)
