@@ -111,6 +111,17 @@ def test_steps_and_figures_are_those_of_float64(
     check(World(kind, sizes, device, guarded), copies, 1e-5)
 
 
+def test_statistics_are_taken_anew_before_any_step(device: torch.device, guarded: Make) -> None:
+    world = World("scaled", ODD, device, guarded)
+    fused = FusedStep(world.values, world.term, None)
+    for _ in range(5):
+        fused.refresh(world.count)
+        close(fused.value(world.count), world.penalty()[0])
+        for value in world.values:  # changed by another hand than the step's
+            value *= 1.1
+        world.count += 1
+
+
 def test_where_entries_leap(device: torch.device, guarded: Make) -> None:
     world = World("scaled", ODD, device, guarded)
     world.values[0][2] += 60.0  # two of one group, in different folds, of which neither has all the weight
