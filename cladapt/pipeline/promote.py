@@ -123,7 +123,7 @@ def refusal(decided: Mapping[str, Any], result: dict[str, Any]) -> CheckFailed:
     current = "none is current" if decided["current"] is None else f"that of block {decided['current']} stays current"
     return CheckFailed(
         f"the adapter of block {decided['block']} is not promoted: {'; '.join(decided['reasons'])}",
-        f"{current}; to take it all the same: cladapt promote {quote(decided['run'])} --block {decided['block']} "
+        f"{current}; to take it all the same: cladapt promote {quote(str(result['run']))} --block {decided['block']} "
         "--promote always",
         result,
     )

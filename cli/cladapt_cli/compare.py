@@ -19,10 +19,7 @@ def compare(
         Path | None, typer.Option("--out", help="Also write the tables as csv and a report into this folder.")
     ] = None,
 ) -> dict[str, Any]:
-    """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first.
-
-    Of the head and the tail of the items, those by data are shown; `--json` and the files of `--out` have all groups.
-    """
+    """Compare evaluated runs: reads their rows, pools seeds, prints paired differences against the first."""
     from cladapt.pipeline.compare import compare_runs
 
     result = compare_runs(runs, out)
@@ -30,6 +27,6 @@ def compare(
 
 
 def _shown(value: Any) -> Any:
-    """A table by groups without those of finer notions; anything else as it is."""
+    """Of a table by head and tail the groups by data, all are under `--json` and in files; anything else as it is."""
     by_group = isinstance(value, list) and value and isinstance(value[0], dict) and "group" in value[0]
     return [row for row in value if row["group"] in ("data head", "data tail")] if by_group else value
