@@ -163,7 +163,7 @@ def _root(excess, found, RANK: tl.constexpr):
     tl.store(found + place, kernels._inverse_root(tl.load(excess + place), eye, found, RANK, RANK, 40))
 
 
-@pytest.mark.parametrize("excess", [0.0, 1e-4, 0.1, 2.0, 30.0])
+@pytest.mark.parametrize("excess", [0.0, 1e-4, 0.1, 2.0, 30.0, 1e6])
 def test_an_inverse_root_takes_as_many_iterations_as_its_bound_asks_for(
     excess: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +185,9 @@ def test_an_inverse_root_takes_as_many_iterations_as_its_bound_asks_for(
     _root[(1,)](given.to(device), found, RANK=rank)
     truth = (basis * ((1 + values).rsqrt() - 1)) @ basis.T
     # the last step gives E its own digits, where those of I + E end
-    torch.testing.assert_close(found.double().cpu(), truth, rtol=0, atol=4e-6 * float(truth.abs().max()))
+    torch.testing.assert_close(
+        found.double().cpu(), truth, rtol=0, atol=(1e-3 if excess > 1e3 else 4e-6) * float(truth.abs().max())
+    )
     if not ON_GPU:  # three products each, and three of the last step of Newton
         bound = (torch.eye(rank) + given).abs().sum(1).max().item()
         assert products == 3 * iterations((bound - 1) / (bound + 1), 1e-7) + 3
