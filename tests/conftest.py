@@ -25,11 +25,16 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data beside the checkout."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"the real data is not on this machine: no folder {SHARED_DATA}")
-    return SHARED_DATA
+def real_data() -> Callable[[str], Path]:
+    """Gives a folder or file of the real data beside the checkout by its name; skips the test where it is absent."""
+
+    def path_of(name: str) -> Path:
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"the real data is not on this machine: no {path}")
+        return path
+
+    return path_of
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,9 @@ def grouped(policy: Sharpness, targets: Targets, batch: Batch) -> Grouped:
     else:
         radius = _means(policy.radius[item], group, count)
     weight = _largest(weight, count, policy.share)
-    return Grouped(of, weight, radius, _differ(weight[group], targets.of_losses(batch, targets.sample(batch))))
+    one = policy.groups == "sample"  # then an example has one weight
+    mixed = not one and _differ(weight[group], targets.of_losses(batch, targets.sample(batch)))
+    return Grouped(of, weight, radius, mixed)
 
 
 def policy_of(method: Method, block: int, targets: Targets) -> Sharpness | None:

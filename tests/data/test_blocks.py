@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -423,20 +423,16 @@ def test_rows_that_had_to_be_sorted_are_noted() -> None:
     )
 
 
-def test_peso_blocks_are_those_of_the_authors(shared_data: Path) -> None:
-    source = shared_data / "peso-cds"
-    if not source.is_dir():
-        pytest.skip(f"no folder {source}")
+def test_peso_blocks_are_those_of_the_authors(real_data: Callable[[str], Path]) -> None:
+    source = real_data("peso-cds")
     blocks = build_stream(read(source), BlocksConfig()).manifest["blocks"]
     assert [row["interactions"] for row in blocks] == [81_355, 8_686, 7_488, 9_468, 9_421]
     assert [row["users"] for row in blocks] == [8_494, 1_013, 866, 1_078, 1_074]
     assert blocks[-1]["catalogue"] == 39_191
 
 
-def test_movietweetings_fits_the_protocol(shared_data: Path) -> None:
-    source = shared_data / "movietweetings-2013"
-    if not source.is_dir():
-        pytest.skip(f"no folder {source}")
+def test_movietweetings_fits_the_protocol(real_data: Callable[[str], Path]) -> None:
+    source = real_data("movietweetings-2013")
     stream = build_stream(read(source), BlocksConfig())
     blocks = stream.manifest["blocks"]
     assert [row["tested"] for row in blocks[1:]] == [723, 717, 732, 817]

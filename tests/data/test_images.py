@@ -16,8 +16,6 @@ from cladapt.artifacts import write_tensors
 from cladapt.data.images import ImageSet, ImageStream, digits_stream, make_stream, read_image_folder
 from cladapt.errors import ConfigError, DataError
 
-OMNIGLOT = Path(__file__).resolve().parents[3] / "shared" / "data" / "omniglot"
-
 
 def png(value: int, side: int = 4, mode: str = "L") -> bytes:
     buffer = io.BytesIO()
@@ -126,9 +124,9 @@ def test_the_digits_are_all_there() -> None:
     assert stream.images.max() == 255
 
 
-@pytest.mark.skipif(not OMNIGLOT.is_dir(), reason=f"no omniglot at {OMNIGLOT}")
-def test_omniglot_has_106_characters_that_the_smaller_set_lacks() -> None:
-    one, two = (read_image_folder(OMNIGLOT / f"images_background_small{n}.zip", 28, invert=True) for n in (1, 2))
+def test_omniglot_has_106_characters_that_the_smaller_set_lacks(real_data: Callable[[str], Path]) -> None:
+    omniglot = real_data("omniglot")
+    one, two = (read_image_folder(omniglot / f"images_background_small{n}.zip", 28, invert=True) for n in (1, 2))
     assert (len(one.classes), len(one.images)) == (136, 2720)
     stream = make_stream(two, 10, 0, exclude=one.classes)
     assert len(stream.classes) == 106

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,8 +26,6 @@ from cladapt.eval.baselines import (
 )
 from cladapt.eval.cases import held_out_cases
 from cladapt.eval.metrics import ROWS, summarise
-
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
 def log_of(*sequences: list[tuple[int, int]]) -> TrainingLog:
@@ -237,10 +236,10 @@ def test_an_unknown_model_is_refused(stream: Stream):
         ("movietweetings-2013", "markov", {"HR@10": 0.1278}),
     ],
 )
-def test_figures_on_real_data_stay_what_they_were(source: str, model: str, expected: dict[str, float]):
-    if not (DATA / source).is_dir():
-        pytest.skip(f"{source} is not on this machine")
-    stream = build_stream(read(DATA / source), BlocksConfig())
+def test_figures_on_real_data_stay_what_they_were(
+    source: str, model: str, expected: dict[str, float], real_data: Callable[[str], Path]
+) -> None:
+    stream = build_stream(read(real_data(source)), BlocksConfig())
     rows = pl.concat([counted(stream, model, t, t, exclude_seen=False) for t in range(2, 6)])
     measured = summarise(rows, (5, 10)).select(expected.keys()).mean().row(0, named=True)
     assert measured == pytest.approx(expected, abs=0.0005)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -364,10 +365,10 @@ def test_new_items_of_a_stream_with_ids_say_how_to_get_theirs(grown: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_online_retail_appended_month_by_month_is_the_whole_import(shared_data: Path, tmp_path: Path) -> None:
-    source = shared_data / "online-retail" / "online_retail.parquet"
-    if not source.is_file():
-        pytest.skip(f"no file {source}")
+def test_online_retail_appended_month_by_month_is_the_whole_import(
+    real_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = real_data("online-retail/online_retail.parquet")
     valid = "Quantity > 0 AND UnitPrice > 0 AND CustomerID IS NOT NULL"
     options = ReadOptions("CustomerID", "StockCode", "InvoiceDate", text=("Description",), where=(valid,))
     dates = tuple(f"2011-{month:02d}-01" for month in range(5, 13))

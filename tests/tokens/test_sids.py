@@ -1,6 +1,7 @@
 """The ID table: naming, validation, collisions, round trips and index files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,6 @@ def test_a_bad_index_names_the_file_the_item_and_the_token(tmp_path: Path, index
         read_index(path)
 
 
-def test_the_released_cds_index_has_its_known_counts(shared_data: Path) -> None:
-    report = read_index(next((shared_data / "peso-cds").glob("*.index.*.json"))).collisions()
+def test_the_released_cds_index_has_its_known_counts(real_data: Callable[[str], Path]) -> None:
+    report = read_index(next(real_data("peso-cds").glob("*.index.*.json"))).collisions()
     assert (report["items"], report["distinct"], report["largest_group"]) == (39191, 38508, 38)

@@ -1,5 +1,6 @@
 """The MovieLens family: every release reads alike."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ def test_two_movielens_logs_in_a_folder_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_movietweetings_is_read_whole(shared_data: Path) -> None:
-    source = shared_data / "movietweetings-2013"
-    if not source.is_dir():
-        pytest.skip(f"no folder {source}")
+def test_movietweetings_is_read_whole(real_data: Callable[[str], Path]) -> None:
+    source = real_data("movietweetings-2013")
     log = read(source)
     assert log.source == "movielens"
     assert log.events.height == 141_695

@@ -1,6 +1,7 @@
 """PESO block files and their index."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,8 @@ def test_two_peso_indexes_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_the_released_peso_blocks_agree_with_themselves(shared_data: Path) -> None:
-    source = shared_data / "peso-cds"
-    if not source.is_dir():
-        pytest.skip(f"no folder {source}")
+def test_the_released_peso_blocks_agree_with_themselves(real_data: Callable[[str], Path]) -> None:
+    source = real_data("peso-cds")
     log = read(source)
     assert log.index is not None
     assert len(log.index) == log.items.height == 39_191
