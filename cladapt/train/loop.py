@@ -328,10 +328,10 @@ class Fit:
                     added = share * sum(terms.values(), torch.zeros_like(loss))
                     self._keep_plain(plain + added, passes)
                     loss = loss + added
-                if kept is not None:
-                    self._gradients((kept[passes.of_losses] * losses).sum() / targets)
                 with nullcontext() if kept is None else passes.unrecorded():
-                    self.accelerator.backward(self.accelerator.num_processes * loss)
+                    self.accelerator.backward(self.accelerator.num_processes * loss, retain_graph=kept is not None)
+                if kept is not None:  # last, so that what it keeps takes the place of the pass's activations
+                    self._gradients((kept[passes.of_losses] * losses).sum() / targets, again=False)
             return losses.detach()
 
         losses, rise = two_passes(policy, groups, self._unwrapped, passes, run, self._summed)
@@ -346,10 +346,10 @@ class Fit:
             with passes.unrecorded():
                 self._reuse.add_plain(self._gradients(loss))
 
-    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Those of all that learns, by name; another backward of the same pass may follow."""
+    def _gradients(self, loss: Tensor, again: bool = True) -> dict[str, Tensor]:
+        """Those of all that learns, by name; `again`: another backward of the same pass may follow."""
         learned = {name: p for name, p in self.trained.items() if p.requires_grad}
-        grads = torch.autograd.grad(loss, [*learned.values()], retain_graph=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, [*learned.values()], retain_graph=again, materialize_grads=True)
         return dict(zip(learned, grads, strict=True))
 
     def _summed(self, tensor: Tensor) -> Tensor:
