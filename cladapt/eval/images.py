@@ -1,8 +1,6 @@
 """Class-incremental evaluation: what a model makes of every image, without being told the image's block."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 
 from cladapt.data.images import ImageStream
 from cladapt.model.adapter import CLASSIFIER
-from cladapt.model.vit import pixels_of
+from cladapt.model.vit import inputs_of, pixels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,24 +59,9 @@ def _outputs(
     model.eval()
     device = next(model.parameters()).device
     logits, features = [], []
-    with _inputs_of(model.get_submodule(CLASSIFIER)) as seen:
+    with inputs_of(model.get_submodule(CLASSIFIER)) as seen:
         for first in range(0, len(rows), batch_images):
             pixels = pixels_of(stream.images[rows[first : first + batch_images]]).to(device)
             logits.append(model(pixel_values=pixels).logits.float().cpu())
             features.append(nn.functional.normalize(seen.pop().float().cpu(), dim=1))
     return torch.cat(logits), torch.cat(features)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What goes into a module inside, in order."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
-
-    handle = module.register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()

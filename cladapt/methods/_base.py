@@ -1,6 +1,6 @@
 """What a continual method is: six hooks around a loop that it never owns, and state made of named tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from cladapt import ops
 from cladapt.config import Settings
 from cladapt.methods._sharpness import Sharpness
 from cladapt.model import adapter, history
+from cladapt.model.observe import Outputs, See
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,6 +46,17 @@ class Context:
     """Inside, the model is without adapter and history."""
     mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
     """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.loop.Fit.mean_gradient`."""
+    total: Callable[[Tensor], Tensor] = _no_model
+    """The sum of a tensor over the processes."""
+    inputs: Callable[[], Mapping[str, str]] = _no_model
+    """The name of every adapted module's input, by the module's: modules that see one tensor have one."""
+    look: Callable[[float, See | None], Iterator[Outputs]] = _no_model
+    """Outputs for a share of the block's examples as the model stands, and what goes into its layers on the way; see
+    `cladapt.train.looking.Look.over`."""
+    outputs: Callable[[], Outputs] = _no_model
+    """Those of the micro-batch at hand, where the method `needs_outputs`."""
+    outputs_with: Callable[[Mapping[str, Tensor], Any], Outputs] = _no_model
+    """Those of a micro-batch with other values of parameters, by name; without gradients and dropout."""
     frequency: Tensor | None = None
     """Training events of each item, or images of each class, in the stream so far: int64 [items]."""
     kernels: ops.Choice = "auto"
@@ -87,7 +99,7 @@ class Method:
     `Config` holds its options. `trains`: whether blocks are learned at all; `past_data`: whether a block is learned on
     the data of all blocks up to it; `parameters`: what of a module learns, see `cladapt.model.adapter.create_adapter`;
     `history`: whether it puts frozen factors beside the adapter; `weight_gradients`: whether it takes gradients of the
-    base's own weights. State is named tensors only.
+    base's own weights; `needs_outputs`: whether its terms read `Context.outputs`. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
@@ -96,6 +108,7 @@ class Method:
     parameters: ClassVar[adapter.Parameters] = "factors"
     history: ClassVar[bool] = False
     weight_gradients: ClassVar[bool] = False
+    needs_outputs: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
@@ -123,6 +136,10 @@ class Method:
 
     def begin_block(self, ctx: Context) -> None:
         """Before the first step of a block: anchors, adapter initialisation."""
+
+    def watch(self, ctx: Context) -> See | None:
+        """What sees the inputs of the adapted modules in the forward passes of the step to come; None for nobody."""
+        return None
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         """Terms beside the mean cross-entropy `out` of one micro-batch, as if it were the whole step.

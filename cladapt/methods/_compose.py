@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cladapt.methods._base import Context, Method
 from cladapt.methods._sharpness import Sharpness
 from cladapt.model.adapter import Parameters
+from cladapt.model.observe import See
 
 
 class Compose(Method):
@@ -38,6 +39,10 @@ class Compose(Method):
         return any(method.weight_gradients for _, method in self.methods)
 
     @property
+    def needs_outputs(self) -> bool:  # type: ignore[override]
+        return any(method.needs_outputs for _, method in self.methods)
+
+    @property
     def flattens(self) -> bool:
         return any(method.flattens for _, method in self.methods)
 
@@ -59,6 +64,15 @@ class Compose(Method):
         for i, (_, method) in enumerate(self.methods):
             ctx.edited_before, ctx.edited_after = any(edit[:i]), any(edit[i + 1 :])
             yield method
+
+    def watch(self, ctx: Context) -> See | None:
+        asked = [see for _, method in self.methods if (see := method.watch(ctx)) is not None]
+
+        def each(name: str, rows: Tensor) -> None:
+            for see in asked:
+                see(name, rows)
+
+        return each if asked else None
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         return {

@@ -15,6 +15,7 @@ from cladapt.errors import DataError
 from cladapt.model.attention import packed_mask
 from cladapt.model.head import cross_entropy, embedded, head_logits
 from cladapt.model.items import ItemPasses
+from cladapt.model.observe import Observable, Outputs
 from cladapt.tokens.trie import Trie
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ class TrieSoftmax:
         Columns are those of `rows`, or of the one level that all tokens are of. The children of all nodes, e of them,
         are one list: it takes O(e + n m) memory, whatever the vocabulary. A node with one child gives exactly 0.
         """
+        return self.choices(logits, node, token)[0]
+
+    def choices(self, logits: Tensor, node: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`log_prob`, the logits of all children float32 [e], and the row of each, int64 [e]."""
         if bool((node < 0).any()):
             raise DataError("a target's semantic ID is not in the catalogue", "use a catalogue that holds every target")
         columns = logits.shape[1]
@@ -70,10 +75,10 @@ class TrieSoftmax:
         highest = children.new_full((len(node),), -torch.inf).scatter_reduce(0, row, children.detach(), "amax")
         total = torch.zeros_like(highest).index_add(0, row, (children - highest[row]).exp())
         own = logits.gather(1, (first + self.code[token])[:, None])[:, 0].float()
-        return own - highest - total.log()
+        return own - highest - total.log(), children, row
 
 
-class PackedLoss(nn.Module):
+class PackedLoss(Observable):
     """Negative log-likelihood of the marked tokens of packed rows.
 
     `lm` is a causal LM with a `base_model_prefix` backbone and an output head; adapters inside it take part. Without
@@ -90,6 +95,10 @@ class PackedLoss(nn.Module):
         self.lm = lm
         self.softmax = softmax
 
+    @property
+    def head(self) -> nn.Module | None:
+        return cast(nn.Module, self.lm.get_output_embeddings())
+
     def forward(
         self, tokens: Tensor, document: Tensor, position: Tensor, loss: Tensor, items: ItemPasses | None = None
     ) -> Tensor:
@@ -99,9 +108,12 @@ class PackedLoss(nn.Module):
         """
         marked = loss.clone()
         marked[:, 0] = False
+        if self.observed:
+            self.outputs, self.counted = None, (document > 0) & loss.any(1, keepdim=True)
         if self.softmax is None:
             _pick(items, marked)
             before = self._hidden(tokens, document, position)[:, :-1][marked[:, 1:]]
+            self._keep(before)
             return cross_entropy(self.lm.get_output_embeddings(), before, tokens[marked])
         node = self.softmax.nodes(tokens)
         # an only child costs nothing: leave it out before the head is computed
@@ -115,12 +127,29 @@ class PackedLoss(nn.Module):
         head = self.lm.get_output_embeddings()
         text = softmax.level[token] < 0
         if not bool(text.any()):
-            return -softmax.log_prob(head_logits(head, before, softmax.rows), node, token)
+            found = softmax.choices(head_logits(head, before, softmax.rows), node, token)
+            self._keep(before, token, *found[1:])
+            return -found[0]
         of_ids, of_text = (~text).nonzero()[:, 0], text.nonzero()[:, 0]
         logits = head_logits(head, before[of_ids], softmax.rows)
         losses = before.new_zeros(len(token), dtype=torch.float32)
-        losses = losses.index_copy(0, of_ids, -softmax.log_prob(logits, node[of_ids], token[of_ids]))
+        found = softmax.choices(logits, node[of_ids], token[of_ids])
+        self._keep(before, token, *found[1:])
+        losses = losses.index_copy(0, of_ids, -found[0])
         return losses.index_copy(0, of_text, cross_entropy(head, before[of_text], token[of_text]))
+
+    def _keep(
+        self, before: Tensor, token: Tensor | None = None, scores: Tensor | None = None, choice: Tensor | None = None
+    ) -> None:
+        """Outputs of the tokens [n] that follow `before` [n, d]; without a trie there are no classes and choices."""
+        if not self.observed:
+            return
+        nothing = before.new_zeros(0, dtype=torch.int64)
+        if self.softmax is None or token is None or scores is None or choice is None:
+            self.outputs = Outputs(before, before[:0], nothing, before[:0, 0].float(), nothing)
+            return
+        first = self.softmax.level[token] == 0
+        self.outputs = Outputs(before, before[first], self.softmax.code[token[first]], scores, choice)
 
     def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
         """The backbone's last hidden states [R, S, d]."""

@@ -4,7 +4,8 @@ The directory is an ordinary checkpoint beside `cladapt.json`. Blocks learn an a
 classes; the rows of others keep what they have.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from cladapt.errors import ConfigError, DataError
 from cladapt.model.adapter import CLASSIFIER
 from cladapt.model.items import ItemPasses
 from cladapt.model.load import PROVENANCE, RESTORE, Made, verify_weights
+from cladapt.model.observe import Observable, Outputs
 from cladapt.model.weights import check_finite, weights_hash
 
 if TYPE_CHECKING:
@@ -124,12 +126,16 @@ def pixels_of(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1.0)
 
 
-class ClassLoss(nn.Module):
-    """Negative log-likelihood of labels among the `classes` of one block: other rows of the head take no part."""
+class ClassLoss(Observable):
+    """Negative log-likelihood of labels among the `classes` of one block: other rows of the head take no part.
 
-    def __init__(self, model: "PreTrainedModel", classes: np.ndarray) -> None:
+    `earlier`: the classes that were learned before, whose logits are the alternatives of its outputs.
+    """
+
+    def __init__(self, model: "PreTrainedModel", classes: np.ndarray, earlier: np.ndarray | None = None) -> None:
         super().__init__()
         self.model = model
+        self.earlier = torch.from_numpy(np.zeros(0, np.int64) if earlier is None else earlier.astype(np.int64))
         head = cast(nn.Linear, model.get_submodule(CLASSIFIER))
         outside = torch.full((head.out_features,), -torch.inf)
         outside[torch.from_numpy(classes)] = 0.0
@@ -139,8 +145,30 @@ class ClassLoss(nn.Module):
         """float32, one per image that counts; [B, C, H, W], int64 [B], bool [B]. `items` learns whose they are."""
         if items is not None:
             items.pick(items.owner[counted])
-        logits = self.model(pixel_values=pixels).logits.float() + self.outside
-        return F.cross_entropy(logits, label, reduction="none")[counted]
+        with inputs_of(self.model.get_submodule(CLASSIFIER)) as seen:
+            if self.observed:
+                self.outputs, self.counted = None, counted
+            logits = self.model(pixel_values=pixels).logits.float()
+        if self.observed:
+            features, old = seen[0][counted], logits[counted][:, self.earlier.to(logits.device)]
+            choice = torch.arange(len(old), device=old.device).repeat_interleave(old.shape[1])
+            self.outputs = Outputs(features, features, label[counted], old.flatten(), choice)
+        return F.cross_entropy(logits + self.outside, label, reduction="none")[counted]
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What goes into a module inside, in order."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = module.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def save_vision_base(folder: Path, model: "PreTrainedModel", classes: str, provenance: Mapping[str, Any]) -> None:

@@ -20,9 +20,11 @@ from cladapt.errors import DataError
 from cladapt.methods import Context, Method, Sharpness
 from cladapt.model.checkpointing import set_checkpointing
 from cladapt.model.items import ItemPasses
+from cladapt.model.observe import See
 from cladapt.model.sharding import is_cut
 from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import STOPS, deferred_interrupt
+from cladapt.train.looking import Look
 from cladapt.train.sharpness import Reuse, grouped, two_passes
 from cladapt.train.sinks import Sink
 from cladapt.train.targets import Targets
@@ -105,6 +107,11 @@ class Fit:
         set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
+        self._look = look = Look(module, ctx.parameters, feed, self._own, self._autocast)
+        ctx.total, ctx.inputs, ctx.look = self._summed, look.inputs, look.over
+        ctx.outputs, ctx.outputs_with = look.outputs, look.outputs_with
+        if method.needs_outputs:
+            look.loss.observed = True
         if feed.items is not None:
             ctx.frequency = feed.items.frequency
         if method.flattens:  # its linears write no proximal gradient
@@ -249,16 +256,17 @@ class Fit:
         total = torch.zeros((), device=self.accelerator.device)
         sharp = self._policy is not None and progress >= self._policy.warmup * self.settings.epochs
         twice = sharp and (self._reuse is None or self._reuse.due(self.ctx.step))
+        see = self.method.watch(ctx)
         for index, batch in enumerate(micro_batches):
             piece = shard(batch, self.accelerator.process_index, processes)
             share = self.feed.targets(piece) / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
             if twice:
-                loss, terms = self._two_passes(batch, local, targets, share, last)
+                loss, terms = self._two_passes(batch, local, targets, share, last, see)
             else:
                 with self._sync(last):
-                    with self._autocast():
+                    with self._autocast(), self._look.during(see):
                         loss = self.module(*local).sum() / targets
                     terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
                     if last and ctx.epilogue is not None:
@@ -307,7 +315,7 @@ class Fit:
         return nullcontext() if last or self._is_cut else self.accelerator.no_sync(self.module)
 
     def _two_passes(
-        self, batch: Batch, local: Batch, targets: int, share: float, last: bool
+        self, batch: Batch, local: Batch, targets: int, share: float, last: bool, see: See | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch under the method's `Sharpness`: the plain loss, and the method's terms."""
         policy = cast(Sharpness, self._policy)
@@ -319,7 +327,7 @@ class Fit:
         def run(shares: Tensor, first: bool, kept: Tensor | None) -> Tensor:
             given = local if passes.rows is None else tuple(t[passes.rows] for t in local)
             with self._sync(last and (not first or not policy.perturbed)):
-                with self._autocast():
+                with self._autocast(), self._look.during(see if first else None):
                     losses: Tensor = self.module(*given, passes)
                 loss = (shares[passes.of_losses] * losses).sum() / targets
                 if first:
