@@ -45,7 +45,7 @@ class Context:
     base_alone: Callable[[], AbstractContextManager[None]] = _no_model
     """Inside, the model is without adapter and history."""
     mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
-    """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.loop.Fit.mean_gradient`."""
+    """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.looking.Look`."""
     total: Callable[[Tensor], Tensor] = _no_model
     """The sum of a tensor over the processes."""
     inputs: Callable[[], Mapping[str, str]] = _no_model

@@ -1,4 +1,4 @@
-"""Forward passes that methods look at: those of a step, of a share of the examples, of other values of the adapter."""
+"""What methods see of a loss: forward passes of a step, of other values, and of a share of the examples, and gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,8 @@ from cladapt.train.feeds import Batch, Feed
 class Look:
     """What a method may see of a loss and its examples.
 
-    `own`: this process's share of a batch, on its device; `autocast`: the precision of its passes.
+    `own`: this process's share of a batch, on its device; `total`: the sum of a tensor over the processes; `autocast`:
+    the precision of its passes.
     """
 
     def __init__(
@@ -24,10 +25,11 @@ class Look:
         parameters: Mapping[str, nn.Parameter],
         feed: Feed,
         own: Callable[[Batch], Batch],
+        total: Callable[[Tensor], Tensor],
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._loss, self._parameters, self._feed = loss, parameters, feed
-        self._own, self._autocast = own, autocast
+        self._own, self._total, self._autocast = own, total, autocast
         self._watch: InputWatch | None = None
 
     @property
@@ -77,3 +79,25 @@ class Look:
             found = outputs_of(self.loss, *batch)
         self.loss.outputs, self.loss.counted = kept, counted
         return found
+
+    def mean_gradient(self, weights: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Gradient of the mean loss over an evenly spaced share of the examples, float32, dropout off, by name.
+
+        `weights`: frozen tensors of the model as it stands, which learn nothing by this.
+        """
+        self._loss.eval()
+        batches = self._feed.sample(share)
+        targets = sum(map(self._feed.targets, batches))
+        found = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            for batch in batches:
+                with self._autocast():
+                    loss = self._loss(*self._own(batch)).sum() / targets
+                for total, grad in zip(found.values(), torch.autograd.grad(loss, [*weights.values()]), strict=True):
+                    total += grad
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)
+        return {name: self._total(total) for name, total in found.items()}

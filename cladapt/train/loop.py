@@ -106,9 +106,9 @@ class Fit:
         self.trained = {**ctx.parameters, **ctx.extra_parameters}
         set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
-        self._unwrapped, ctx.mean_gradient = module, self.mean_gradient
-        self._look = look = Look(module, ctx.parameters, feed, self._own, self._autocast)
-        ctx.total, ctx.inputs, ctx.look = self._summed, look.inputs, look.over
+        self._unwrapped = module
+        self._look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
+        ctx.total, ctx.inputs, ctx.look, ctx.mean_gradient = self._summed, look.inputs, look.over, look.mean_gradient
         ctx.outputs, ctx.outputs_with = look.outputs, look.outputs_with
         if method.needs_outputs:
             look.loss.observed = True
@@ -414,28 +414,6 @@ class Fit:
                 losses = self.module(*self._own(batch))
             total -= losses.double().sum()
         return self.accelerator.reduce(total, "sum").item() / self.feed.validation_targets
-
-    def mean_gradient(self, weights: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Gradient of the mean loss over an evenly spaced share of the examples, float32, dropout off, by name.
-
-        `weights`: frozen tensors of the model as it stands, which learn nothing by this.
-        """
-        self._unwrapped.eval()
-        batches = self.feed.sample(share)
-        targets = sum(map(self.feed.targets, batches))
-        found = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        try:
-            for batch in batches:
-                with self._autocast():
-                    loss = self._unwrapped(*self._own(batch)).sum() / targets
-                for total, grad in zip(found.values(), torch.autograd.grad(loss, [*weights.values()]), strict=True):
-                    total += grad
-        finally:
-            for weight in weights.values():
-                weight.requires_grad_(False)
-        return {name: self.accelerator.reduce(total, "sum") for name, total in found.items()}
 
     def _own(self, batch: Batch) -> Batch:
         """This process's share of a batch, on its device."""

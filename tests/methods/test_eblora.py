@@ -128,7 +128,7 @@ def test_a_block_starts_from_the_gradient_and_changes_nothing_yet(folder: Path) 
     learner.method.begin_block(fit.ctx)
     with torch.no_grad():
         assert torch.equal(learner.model.eval()(probe).logits, before)
-    gradients = fit.mean_gradient(fit.ctx.weights, 1.0)
+    gradients = fit.ctx.mean_gradient(fit.ctx.weights, 1.0)
     for name, a in fit.ctx.parameters.items():
         if ".lora_A." in name:
             gradient = gradients[name.split(".lora_A")[0]].double()
@@ -144,7 +144,7 @@ def test_the_mean_gradient_is_that_of_the_loss_and_of_the_bare_model_where_asked
     fit = learner.fit(3)
     weight = next(iter(fit.ctx.weights.values()))
     batches = fit.feed.sample(1.0)
-    found = fit.mean_gradient(fit.ctx.weights, 1.0)
+    found = fit.ctx.mean_gradient(fit.ctx.weights, 1.0)
     assert not weight.requires_grad
     weight.requires_grad_(True)
     loss = sum(fit.module(*batch).sum() for batch in batches) / sum(map(fit.feed.targets, batches))
@@ -152,9 +152,9 @@ def test_the_mean_gradient_is_that_of_the_loss_and_of_the_bare_model_where_asked
     weight.requires_grad_(False)
     torch.testing.assert_close(next(iter(found.values())), expected, rtol=1e-4, atol=1e-7)
     with fit.ctx.base_alone():
-        bare = fit.mean_gradient(fit.ctx.weights, 1.0)
+        bare = fit.ctx.mean_gradient(fit.ctx.weights, 1.0)
     plain = Learner(folder).fit(3)
-    for name, gradient in plain.mean_gradient(plain.ctx.weights, 1.0).items():
+    for name, gradient in plain.ctx.mean_gradient(plain.ctx.weights, 1.0).items():
         torch.testing.assert_close(bare[name], gradient, rtol=1e-4, atol=1e-7)
     assert all(p.requires_grad for p in fit.ctx.parameters.values())
 

@@ -98,7 +98,7 @@ def test_the_peak_of_a_pass_for_the_gradients_of_weights_is_known_beforehand(mea
     expected = activation_bytes(adapted_lm(adapted), size, "fp32", False, [*weights.values()])
     assert not any(w.requires_grad for w in weights.values())
     with measured() as peak:
-        found = fit.mean_gradient(weights, 1.0)
+        found = fit.ctx.mean_gradient(weights, 1.0)
     added = sum(4 * g.numel() for g in found.values())
     assert expected + added == pytest.approx(peak.bytes, rel=0.1)
 
