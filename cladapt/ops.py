@@ -17,6 +17,7 @@ from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt_kernels import reference
 from cladapt_kernels.lora import ItemFactors, Runs, item_linear, lora_linear, lora_linear_dequantised
 from cladapt_kernels.optim import Epilogue, Figures, ProxAdamW, Pulls, Term
+from cladapt_kernels.rectify import Rectifier
 from cladapt_kernels.retract import Stiefel
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ItemFactors",
     "ProxAdamW",
     "Pulls",
+    "Rectifier",
     "Runs",
     "Stiefel",
     "Term",
@@ -39,7 +41,7 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 """What a base is loaded in for each precision."""
 KERNELS = ("item_sam", "lora_linear", "prox_adamw", "retract")
 """Ops with a Triton kernel."""
-REFERENCES = ("proximal_kl", "proximal_l2")
+REFERENCES = ("proximal_kl", "proximal_l2", "rectify")
 """Ops without."""
 
 group_sum = reference.group_sum

@@ -9,6 +9,7 @@ from torch import Tensor
 LONG_GROUP = 4096  # entries per group from which, on a CPU, group by group in the cache beats one pass over all
 LARGEST = 60.0  # of d whose exponential is taken as it is; float32's overflows at 88
 PHILOX_ROUNDS = 10
+AV_ROUNDING = 1e-6  # share of ||A||_F below which a singular value of A V is taken for rounding
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
@@ -248,3 +249,68 @@ def retract(x: Tensor, d: Tensor, f: Tensor | None = None, kind: str = "symmetri
         return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     u, _, w = torch.linalg.svd(y, full_matrices=False)
     return u @ w
+
+
+def rectify(
+    a: Tensor,
+    b: Tensor,
+    da: Tensor,
+    db: Tensor,
+    v: Tensor | None = None,
+    form: str = "invariant",
+    gauge: str = "zero",
+    damping: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Steps X [r, n] and Y [m, r] in the place of dA and dB, so that B X + Y A leaves inputs along V [n, k] alone.
+
+    With D = dA (I - V V^T), H = A (I - V V^T) A^T and K = B^+ dB
+
+        X = D + K A (I - V V^T) + Z A,   Y = (I - B B^+) dB R - B Z,   T = (B dA + dB A) (I - V V^T)
+        least_squares  R = H (A A^T)^{-1}: B X + Y A is T projected onto the tangent space of rank r at B A
+        exact          N = I - A V (A V)^+, R = A A^T N (N A A^T N)^+, Z = Z N: the nearest to T with (B X + Y A) V = 0;
+                       X V = 0 and Y A V = 0 each, so that ((B + Y) (A + X) - B A) V = 0
+        invariant      A V = 0 is assumed, so that R = I and B X + Y A = T; (A + X) V = 0: rounding is taken off too
+
+    Z [r, r] is free, B X + Y A is the same for any: `zero`;  `balanced`  -1/2 (B^+ B D A^T (A A^T)^{-1} + K R), each
+    factor makes half of what both can;  `sylvester`  (B^T B) Z + Z (A A^T) = B^T Y - X A^T of Z = 0, for the least
+    ||X||^2 + ||Y||^2 but for what of D B does not see. With `exact` both have N A for A.
+
+    B^+ = (B^T B + damping tr(B^T B) / r I)^{-1} B^T, 0 where B = 0, and A A^T likewise; singular values of A V below
+    AV_ROUNDING ||A||_F are 0. Re-derived: Janus-LoRA (arXiv 2605.28495) says in words what it rectifies; the last gauge
+    is LoRA-Pro's (arXiv 2407.18242).
+    """
+    v = a.new_zeros(a.shape[1], 0) if v is None else v
+    eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    av, outside, gram_a, gram_b = a @ v, a - (a @ v) @ v.mT, a @ a.mT, b.mT @ b
+    d, n, ridge = da - (da @ v) @ v.mT, eye, _ridge(gram_a, damping) * eye
+    if form == "exact":
+        n = eye - av @ torch.linalg.pinv(av, atol=AV_ROUNDING * a.norm().item(), rtol=0.0)
+        inverse_a = n @ torch.linalg.inv(n @ gram_a @ n + ridge + gram_a.trace() * (eye - n)) @ n
+        r = n + (eye - n) @ gram_a @ inverse_a
+    else:
+        inverse_a = torch.linalg.inv(gram_a + ridge)
+        r = eye - av @ av.mT @ inverse_a if form == "least_squares" else eye
+    inverse_b = torch.linalg.inv(gram_b + _ridge(gram_b, damping) * eye)
+    k, seen = inverse_b @ (b.mT @ db), inverse_b @ gram_b @ d
+    y = (db - b @ k) @ r
+    if gauge == "balanced":
+        z = -0.5 * (seen @ a.mT @ inverse_a + k @ r)
+    elif gauge == "sylvester":
+        right = (b.mT @ y - (seen + k @ outside) @ a.mT) @ n
+        z = _sylvester(gram_b + _ridge(gram_b, damping) * eye, n @ gram_a @ n + ridge, right) @ n
+    else:
+        z = torch.zeros_like(eye)
+    x = d + k @ outside + z @ a
+    return x - ((a + x) @ v) @ v.mT if form == "invariant" else x, y - b @ z
+
+
+def _ridge(gram: Tensor, damping: float) -> Tensor:
+    """damping tr(G) / r; 1 where G = 0, so that it has an inverse."""
+    trace = gram.trace()
+    return torch.where(trace > 0, damping * trace / len(gram), 1.0)
+
+
+def _sylvester(left: Tensor, right: Tensor, c: Tensor) -> Tensor:
+    """Z of left Z + Z right = C, both symmetric."""
+    (first, p), (second, q) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    return p @ ((p.mT @ c @ q) / (first[:, None] + second)) @ q.mT
