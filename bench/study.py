@@ -29,6 +29,7 @@ from cladapt.pipeline.compare import Pooled, comparison_of
 from cladapt.pipeline.evaluation import Evaluated
 from cladapt.pipeline.report import METRICS, regulariser_log
 from cladapt.run import open_run
+from cladapt.train.interference import FIGURES as CHANGES
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads._base import effect_lines
 from inputs import Recipe, merge, recipe_of
@@ -182,6 +183,9 @@ def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:
     spectrum = read_json(run.path / METRICS)["spectrum"]
     last = spectrum[-1] if spectrum else {}
     line |= {figure: last.get(f"own_{figure}", last.get(figure)) for figure in FIGURES}
+    for figure in CHANGES:
+        values = [block[figure] for block in read_json(run.path / METRICS)["interference"]]
+        line[figure] = sum(values) / len(values) if values else None
     return {**line, "seconds": read_json(run.path / "seconds.json")["train"]}
 
 

@@ -9,7 +9,8 @@ Earlier blocks stay in the model as frozen factors in float32; saved as one adap
 unchanged base. F has at most in - r columns, so that V has room. Weight decay acts on s alone: the projection undoes
 it on U and V. The released code is tangent=canonical, step_multiplier=released, gradients=base.
 Log: `eblora/scale` = mean |s|, `eblora/protected` = mean share of the input side that F holds.
-State: F, 4 bytes per entry [in, k] of each module, and the frozen factors, 4 bytes per adapter parameter and block.
+State: min(k, in - k) columns of 4 in bytes for each module, the smaller of F and its complement, and the frozen
+factors, 4 bytes per adapter parameter and block.
 """
 
 from collections.abc import Mapping
@@ -18,16 +19,16 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cladapt import ops
 from cladapt.config import Settings
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
 from cladapt.methods._history import WithHistory
-from cladapt.model.anchors import is_learned, is_up, joined, module_of, scales
+from cladapt.methods._subspace import Subspaces, outside
+from cladapt.model.anchors import factor_pairs, is_learned, is_up, joined, module_of, scales
 
-PROTECTED = "protected/"
 RELEASED_WIDTH = 4096.0
 NOISE = 1e-6  # relative size from which a singular value of a float32 gradient is rounding
 
@@ -61,7 +62,7 @@ class Eblora(WithHistory):
 
     def __init__(self, config: EbloraConfig | None = None) -> None:
         super().__init__(config)
-        self.protected: dict[str, Tensor] = {}
+        self.subspaces = Subspaces()
         self._stiefel: ops.Stiefel | None = None
 
     @torch.no_grad()
@@ -77,7 +78,7 @@ class Eblora(WithHistory):
 
     def _start(self, ctx: Context) -> None:
         """U, V and s of every module, from the gradient's leading directions that are not protected."""
-        factors, own_scales = _factors(ctx), scales(ctx.parameters)
+        factors, own_scales = factor_pairs(ctx.parameters), scales(ctx.parameters)
         last = max(len(factors) - 1, 1)
         for number, (module, gradient) in enumerate(self._gradients(ctx).items()):
             a, u = factors[module]
@@ -87,7 +88,7 @@ class Eblora(WithHistory):
                     f"adapter.rank={len(a)} exceeds {module} of {inputs} inputs and {outputs} outputs",
                     f"eblora needs orthonormal factors: use a rank of at most {min(gradient.shape)}, or other targets",
                 )
-            right, left = leading_directions(gradient, self.protected.get(module), len(a))
+            right, left = leading_directions(gradient, self.subspaces.directions.get(module), len(a))
             a.copy_(right.T)
             u.copy_(left)
             own_scales[module].fill_(-(self.config.start + self.config.start_slope * number / last))
@@ -98,7 +99,7 @@ class Eblora(WithHistory):
 
     def _make_stiefel(self, ctx: Context) -> None:
         points = _points(ctx)
-        subspaces = [None if is_up(name) else self.protected.get(module_of(name)) for name in points]
+        subspaces = [None if is_up(name) else self.subspaces.directions.get(module_of(name)) for name in points]
         kernel = ops.uses_kernel("retract", ctx.kernels)
         self._stiefel = ops.Stiefel(list(points.values()), subspaces, self.config.tangent, kernel=kernel)
 
@@ -124,33 +125,23 @@ class Eblora(WithHistory):
         ctx.log["eblora/protected"] = self._protected_share(ctx)
 
     def _protected_share(self, ctx: Context) -> float:
-        return sum(f.shape[1] / f.shape[0] for f in self.protected.values()) / len(ctx.weights)
+        return sum(f.shape[1] / f.shape[0] for f in self.subspaces.directions.values()) / len(ctx.weights)
 
     @torch.no_grad()
     def end_block(self, ctx: Context) -> None:
-        rank = {module: len(a) for module, (a, _) in _factors(ctx).items()}
+        rank = {module: len(a) for module, (a, _) in factor_pairs(ctx.parameters).items()}
         for module, gradient in self._gradients(ctx).items():
-            grown = grow_subspace(self.protected.get(module), gradient, self.config.energy, rank[module])
-            if grown is not None:
-                self.protected[module] = grown
+            self.subspaces.grow(module, gradient.mT, self.config.energy, rank[module])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), **{PROTECTED + module: f for module, f in self.protected.items()}}
+        return {**super().state_dict(), **self.subspaces.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict({name: t for name, t in state.items() if not name.startswith(PROTECTED)})
-        self.protected = {n.removeprefix(PROTECTED): t for n, t in state.items() if n.startswith(PROTECTED)}
+        self.subspaces.load_state_dict(state)
+        own = self.subspaces.state_dict()
+        super().load_state_dict({name: t for name, t in state.items() if name not in own})
         if self._ctx is not None:
             self._make_stiefel(self._ctx)
-
-
-def _factors(ctx: Context) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """A = V^T [r, in] and U [out, r] of every module."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in ctx.parameters.items():
-        if parameter.dim() == 2:
-            found.setdefault(module_of(name), []).append(parameter)
-    return {module: (pair[0], pair[1]) for module, pair in found.items()}
 
 
 def _points(ctx: Context) -> dict[str, Tensor]:
@@ -167,7 +158,7 @@ def leading_directions(gradient: Tensor, protected: Tensor | None, rank: int) ->
 
     Where G has fewer directions, random ones that are orthogonal to these and to F take their place.
     """
-    projected = _outside(protected, gradient.double().mT)
+    projected = outside(protected, gradient.double().mT)
     left, values, right = (
         t[..., :rank] for t in torch.svd_lowrank(projected, min(rank + 8, *projected.shape), niter=4)
     )
@@ -176,7 +167,7 @@ def leading_directions(gradient: Tensor, protected: Tensor | None, rank: int) ->
         noise = torch.randn(vectors.shape, dtype=vectors.dtype).to(vectors.device)
         vectors[:, poor] = noise[:, poor] / len(vectors) ** 0.5
     for _ in range(2):  # what the first pass leaves of F is rounding of a small remainder
-        left = _orthonormal(_outside(protected, left))
+        left = _orthonormal(outside(protected, left))
     # a pair of vectors has one sign, which must not hang on an entry that is rounding, as those of unused tokens are
     sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
     return left * sign, _orthonormal(right) * sign
@@ -186,36 +177,3 @@ def _orthonormal(vectors: Tensor) -> Tensor:
     """Q of vectors = Q R with a positive diagonal of R: orthonormal vectors stay as they are, sign included."""
     q, r = torch.linalg.qr(vectors)
     return torch.where(r.diagonal() < 0, -q, q)
-
-
-def grow_subspace(protected: Tensor | None, gradient: Tensor, energy: float, rank: int) -> Tensor | None:
-    """F [in, k] with the fewest further directions after which it holds `energy` of ||G||_F^2 (the rule of GPM).
-
-    At most in - rank columns; None while there is nothing to protect.
-    """
-    wide = gradient.double().mT
-    rest = _outside(protected, wide)
-    total, left_over = wide.square().sum(), rest.square().sum()
-    missing = energy * total - (total - left_over)
-    if missing <= 0 or total == 0:
-        return protected
-    vectors, values, _ = torch.linalg.svd(rest, full_matrices=False)
-    held = values.square().cumsum(0)
-    count = int((held < missing).sum()) + 1
-    room = len(wide) - rank - (0 if protected is None else protected.shape[1])
-    count = min(count, room, len(values))
-    if count <= 0:
-        return protected
-    new = vectors[:, :count]
-    if protected is None:
-        return new.float().contiguous()
-    new = torch.linalg.qr(_outside(protected, new))[0]
-    return torch.cat([protected, new.float()], dim=1)
-
-
-def _outside(protected: Tensor | None, directions: Tensor) -> Tensor:
-    """(I - F F^T) X"""
-    if protected is None:
-        return directions
-    f = protected.to(directions)
-    return directions - f @ (f.mT @ directions)

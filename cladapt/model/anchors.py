@@ -74,6 +74,15 @@ def module_of(name: str) -> str:
     return name.split(".lora_")[0]
 
 
+def factor_pairs(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A [r, in] and B [out, r] of every module, or U where B = s U; modules that learn one factor are left out."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2:
+            found.setdefault(module_of(name), []).append(parameter)
+    return {module: (pair[0], pair[1]) for module, pair in found.items() if len(pair) == 2}
+
+
 def scales(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The learned number s [1] of every module where B = s U, by module."""
     return {module_of(name): p for name, p in parameters.items() if name.endswith(".scale")}

@@ -29,6 +29,8 @@ class Outputs:
     """Logits [e] of alternatives that may have been learned before, the choices one after the other."""
     choice: Tensor
     """The choice that each of them belongs to, int64 [e]."""
+    classes: int
+    """How many classes there can be."""
 
 
 class Observable(nn.Module):

@@ -146,10 +146,11 @@ class PackedLoss(Observable):
             return
         nothing = before.new_zeros(0, dtype=torch.int64)
         if self.softmax is None or token is None or scores is None or choice is None:
-            self.outputs = Outputs(before, before[:0], nothing, before[:0, 0].float(), nothing)
+            self.outputs = Outputs(before, before[:0], nothing, before[:0, 0].float(), nothing, 0)
             return
         first = self.softmax.level[token] == 0
-        self.outputs = Outputs(before, before[first], self.softmax.code[token[first]], scores, choice)
+        codes = self.softmax.code[token[first]]
+        self.outputs = Outputs(before, before[first], codes, scores, choice, self.softmax.sizes[0])
 
     def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
         """The backbone's last hidden states [R, S, d]."""

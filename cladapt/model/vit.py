@@ -152,7 +152,7 @@ class ClassLoss(Observable):
         if self.observed:
             features, old = seen[0][counted], logits[counted][:, self.earlier.to(logits.device)]
             choice = torch.arange(len(old), device=old.device).repeat_interleave(old.shape[1])
-            self.outputs = Outputs(features, features, label[counted], old.flatten(), choice)
+            self.outputs = Outputs(features, features, label[counted], old.flatten(), choice, logits.shape[1])
         return F.cross_entropy(logits + self.outside, label, reduction="none")[counted]
 
 

@@ -13,6 +13,7 @@ from cladapt.eval.report import KeyValues, Section, Trace, Traces, render_report
 from cladapt.model.saved import adapter_provenance
 from cladapt.model.spectrum import Spectrum, saved_spectra, summary
 from cladapt.run import Run
+from cladapt.train.interference import FIGURES, INTERFERENCE
 from cladapt.workloads._base import FittedBase
 
 METRICS = "metrics.json"
@@ -23,6 +24,11 @@ SPECTRUM = (
     "Means over the modules of the singular values of delta W = scale * B A: Frobenius norm, effective rank "
     "(exponential of the entropy of their shares in the sum), largest over mean of those above 0 (1: all are equal), "
     "largest, smallest. own: of what the block itself has learned, without the history in its adapter."
+)
+INTERFERENCE_NOTE = (
+    "Of what a block adds to a layer, delta W, on inputs x of earlier blocks' examples. change: root mean square of "
+    "||delta W x||, by which the layer's output moves. alignment: ||delta W X||_F / (||delta W||_F ||X||_F), 0 where "
+    "no earlier input meets the update. Means over the modules."
 )
 TEXT_NOTE = (
     "perplexity: exp of the mean negative log-likelihood of a token, over the whole vocabulary. bits_per_byte: the "
@@ -44,6 +50,7 @@ def run_report(
         "config": measures.config.model_dump(mode="json"),
         **figures,
         "spectrum": spectra.log(),
+        "interference": interference_log(run),
         **({} if text is None else {"text": dict(text)}),
     }
     provenance = {
@@ -59,9 +66,37 @@ def run_report(
         rows_table("What the method did", regulariser_log(run)),
         step_curves(run),
         *spectra.sections(),
+        *interference_sections(run),
         KeyValues("Provenance", provenance),
     ]
     return render_report(f"cladapt: {measures.name}, seed {run.config.seed}", sections), result
+
+
+def interference_log(run: Run) -> list[dict[str, Any]]:
+    """Per block after the first: means over the adapted modules; see `cladapt.train.interference`."""
+    return [
+        {"block": block, **{figure: float(np.mean([each[figure] for each in found.values()])) for figure in FIGURES}}
+        for block, found in _interference(run).items()
+    ]
+
+
+def interference_sections(run: Run) -> list[Section]:
+    """The log as a table, and the change of every layer over the blocks."""
+    found = _interference(run)
+    if not found:
+        return []
+    modules = list(next(iter(found.values())))
+    lines = [[(block, each[m]["change"]) for block, each in found.items() if m in each] for m in modules]
+    trace = Trace("change", lines, labels=[m.removeprefix("base_model.model.") for m in modules], log=True)
+    return [
+        rows_table("What blocks change for earlier inputs", interference_log(run), INTERFERENCE_NOTE),
+        Traces("Change for earlier inputs by layer", [trace], "block", "One line per module."),
+    ]
+
+
+def _interference(run: Run) -> dict[int, dict[str, dict[str, float]]]:
+    records = {block: adapter_provenance(path).get(INTERFERENCE) for block, path in run.adapters.items()}
+    return {block: record for block, record in records.items() if record}
 
 
 @dataclass(frozen=True)

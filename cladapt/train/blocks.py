@@ -27,10 +27,11 @@ from cladapt.model.saved import (
     save_adapter,
     start_from,
 )
-from cladapt.model.sharding import shard_base
+from cladapt.model.sharding import is_cut, shard_base
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
 from cladapt.train.feeds import Feed
+from cladapt.train.interference import INTERFERENCE, factors_of, interference, past_blocks
 from cladapt.train.loop import Fit, FitResult, FitSettings
 from cladapt.train.sinks import Sink
 
@@ -109,12 +110,16 @@ def learn_blocks(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block), sink)
+        before = factors_of(model)
         result = results[block] = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
             checkpoint_steps=config.train.checkpoint_steps,
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
         state, record = method.state_dict(), {**provenance(block), **feed.record}
+        if (past := past_blocks(block)) and not any(map(is_cut, model.parameters())):
+            look = fit.look.at(*examples(model, past))
+            record[INTERFERENCE] = interference(model, before, look)
         ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))
         if ranks.is_main():
             spectra = saved_spectra(folder)

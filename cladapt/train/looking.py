@@ -1,4 +1,4 @@
-"""What methods see of a loss: forward passes of a step, of other values, and of a share of the examples, and gradients."""
+"""What methods see of a loss: forward passes of a step and of a share of the examples, and gradients over these."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +31,20 @@ class Look:
         self._loss, self._parameters, self._feed = loss, parameters, feed
         self._own, self._total, self._autocast = own, total, autocast
         self._watch: InputWatch | None = None
+
+    def at(self, loss: nn.Module, feed: Feed) -> "Look":
+        """The same at another loss of the model, and its examples."""
+        return Look(loss, self._parameters, feed, self._own, self._total, self._autocast)
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self._feed)
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor]:
+        """The sum of a tensor over the processes."""
+        return self._total
 
     @property
     def loss(self) -> Observable:

@@ -107,7 +107,7 @@ class Fit:
         set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped = module
-        self._look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
+        self.look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
         ctx.total, ctx.inputs, ctx.look, ctx.mean_gradient = self._summed, look.inputs, look.over, look.mean_gradient
         ctx.outputs, ctx.outputs_with = look.outputs, look.outputs_with
         if method.needs_outputs:
@@ -266,7 +266,7 @@ class Fit:
                 loss, terms = self._two_passes(batch, local, targets, share, last, see)
             else:
                 with self._sync(last):
-                    with self._autocast(), self._look.during(see):
+                    with self._autocast(), self.look.during(see):
                         loss = self.module(*local).sum() / targets
                     terms = self.method.loss_terms(ctx, local, loss / share if share else loss)
                     if last and ctx.epilogue is not None:
@@ -327,7 +327,7 @@ class Fit:
         def run(shares: Tensor, first: bool, kept: Tensor | None) -> Tensor:
             given = local if passes.rows is None else tuple(t[passes.rows] for t in local)
             with self._sync(last and (not first or not policy.perturbed)):
-                with self._autocast(), self._look.during(see if first else None):
+                with self._autocast(), self.look.during(see if first else None):
                     losses: Tensor = self.module(*given, passes)
                 loss = (shares[passes.of_losses] * losses).sum() / targets
                 if first:

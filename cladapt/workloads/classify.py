@@ -92,7 +92,7 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
             train = np.concatenate([stream.rows(block, "train") for block in blocks])
             own = np.concatenate([stream.classes_of(block) for block in blocks])
             feed = ImageFeed(stream, train, stream.rows(blocks[-1], "valid"), config.train.batch_images)
-            return ClassLoss(adapted_lm(model), own), feed
+            return ClassLoss(adapted_lm(model), own, stream.seen(blocks[-1] - 1)), feed
 
         return of_blocks
 

@@ -108,7 +108,7 @@ def image_stream() -> ImageStream:
 
 
 def base_of(folder: Path) -> Any:
-    return load_base(folder) if folder.name == "recommend" else load_vision_base(folder)
+    return (load_base if folder.name == "recommend" else load_vision_base)(folder)
 
 
 class Learner:
@@ -159,7 +159,8 @@ class Learner:
     def _images(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
         stream = image_stream()
         feed = ImageFeed(stream, stream.rows(block, "train")[:-1], stream.rows(block, "valid"), batch_tokens // 13)
-        return ClassLoss(adapted_lm(self.model), stream.classes_of(block)), feed
+        earlier = stream.seen(block - 1)
+        return ClassLoss(adapted_lm(self.model), stream.classes_of(block), earlier), feed
 
 
 def learned(folder: Path, method: Method, blocks: tuple[int, ...] = (2, 3), **changes: Any) -> dict[str, Tensor]:
@@ -351,7 +352,7 @@ class Cubic(Method):
         return {"cubic": out * sum(Cube.apply(p, self.factor).sum() for p in ctx.parameters.values())}
 
 
-def check_terms(method: Method, folder: Path) -> bool:
+def check_terms(method: Method, folder: Path, outputs_at: Any) -> bool:
     """Whether the gradients of the terms, in float64, are the numerical ones; true where there is no term."""
     learner = Learner(folder, method)
     fit = learner.fit(2)
@@ -371,7 +372,8 @@ def check_terms(method: Method, folder: Path) -> bool:
     method.begin_block(anchor)
 
     def term(out: Tensor, *values: Tensor) -> Tensor:
-        ctx = Context(dict(zip(few, values, strict=True)), block=2, step=1)  # type: ignore[arg-type]
+        named: Any = dict(zip(few, values, strict=True))
+        ctx = Context(named, block=2, step=1, **outputs_at(named))
         terms = method.loss_terms(ctx, batch, out)
         # a constant where there is no term, so that there is something to differentiate
         return sum(terms.values(), 0.0 * (out + sum(v.sum() for v in values)))
@@ -382,13 +384,13 @@ def check_terms(method: Method, folder: Path) -> bool:
 
 
 @every_learner
-def test_the_gradients_of_loss_terms_are_right(name: str, folder: Path) -> None:
-    assert check_terms(make(name), folder)
+def test_the_gradients_of_loss_terms_are_right(name: str, folder: Path, outputs_at: Any) -> None:
+    assert check_terms(make(name), folder, outputs_at)
 
 
-def test_the_check_of_terms_sees_a_wrong_gradient(folder: Path) -> None:
-    assert check_terms(Cubic(3.0), folder)
-    assert not check_terms(Cubic(3.1), folder)
+def test_the_check_of_terms_sees_a_wrong_gradient(folder: Path, outputs_at: Any) -> None:
+    assert check_terms(Cubic(3.0), folder, outputs_at)
+    assert not check_terms(Cubic(3.1), folder, outputs_at)
 
 
 def subprocess_of(code: str, *arguments: Path | str, launcher: tuple[str, ...] = (), roots: bool) -> str:

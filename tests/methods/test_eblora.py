@@ -12,7 +12,8 @@ from torch import Tensor
 from cladapt.config import AdapterConfig, MethodConfig
 from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
-from cladapt.methods.eblora import Eblora, grow_subspace, leading_directions
+from cladapt.methods._subspace import grow_subspace
+from cladapt.methods.eblora import Eblora, leading_directions
 from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter
 from cladapt.model.anchors import is_up, scales
 from cladapt.model.load import load_base, new_model, save_base, trie_softmax
@@ -89,7 +90,7 @@ def test_all_singular_values_of_a_blocks_update_are_equal_and_protected_directio
 ) -> None:
     learner = Learner(folder, **options)
     learner.learn(2)
-    protected = dict(learner.method.protected)  # type: ignore[attr-defined]
+    protected = dict(learner.method.subspaces.directions)  # type: ignore[attr-defined]
     assert protected.keys() == updates(adapter_tensors(learner.model)).keys()
     learner.learn(3)
     sizes = {module: p.item() for module, p in scales(adapter_parameters(learner.model)).items()}
@@ -204,7 +205,7 @@ def test_missing_directions_are_orthonormal_and_unprotected(rank_of_gradient: in
 def test_the_subspace_grows_by_the_fewest_directions_that_hold_the_energy(energy: float, k: int) -> None:
     gradient = random(24, 16) * torch.logspace(0, -2, 16, dtype=torch.float64)
     protected = basis(16, k) if k else None
-    grown = grow_subspace(protected, gradient, energy, rank=2)
+    grown = grow_subspace(protected, gradient.mT, energy, rank=2)
 
     def held(f: Tensor | None) -> float:
         if f is None:
@@ -227,7 +228,7 @@ def test_the_subspace_grows_by_the_fewest_directions_that_hold_the_energy(energy
 def test_the_subspace_leaves_room_for_the_next_block() -> None:
     grown: Tensor | None = None
     for seed in range(8):
-        grown = grow_subspace(grown, random(32, 12, seed=seed), 1.0, rank=4)
+        grown = grow_subspace(grown, random(32, 12, seed=seed).mT, 1.0, rank=4)
         assert grown is not None
         assert grown.shape[1] <= 8
     left, _ = leading_directions(random(32, 12, seed=9), grown, 4)
@@ -235,8 +236,8 @@ def test_the_subspace_leaves_room_for_the_next_block() -> None:
 
 
 def test_no_energy_protects_nothing_and_no_gradient_either() -> None:
-    assert grow_subspace(None, random(8, 6), 0.0, 2) is None
-    assert grow_subspace(None, torch.zeros(8, 6), 0.99, 2) is None
+    assert grow_subspace(None, random(8, 6).mT, 0.0, 2) is None
+    assert grow_subspace(None, torch.zeros(6, 8), 0.99, 2) is None
 
 
 def test_the_start_of_the_scale_runs_over_the_modules(folder: Path) -> None:

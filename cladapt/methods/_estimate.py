@@ -1,0 +1,177 @@
+"""What goes into layers while they learn, in bounded memory: a matrix W [n, q] with W W^T ~ sum of x x^T, by input.
+
+    gram      C += X^T X; W = U sqrt(S) of C = U S U^T                         exact; n^2 entries for each input
+    sketch    frequent directions (Liberty 2013): at most 2 l rows, shrunk by s_l^2 to l of them;
+              ||C - W W^T||_2 <= ||X - X_k||_F^2 / (l - k)                      2 l n entries
+    residual  directions that a step's inputs need beside those that are protected or collected, collected once they
+              were needed in `survive` observed steps one after the other        at most n^2 entries
+
+The rows of a step are put together first, those of several processes too: a Gram is their sum, and of a sketch or a
+residual each process gives its share's directions, weighted. n the width of an input.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from cladapt import ranks
+from cladapt.methods._base import Context
+from cladapt.methods._subspace import Subspaces, grow_subspace, outside
+from cladapt.model.anchors import factor_pairs
+
+RUNNING = "running/"
+Total = Callable[[Tensor], Tensor]
+
+
+class Estimate(ABC):
+    """Collects the inputs of a block: rows are added during a step, and taken in after it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forget all of it: a block begins."""
+        self.kept = {}
+
+    @abstractmethod
+    def add(self, name: str, rows: Tensor) -> None:
+        """Rows [N, n] that go into an input."""
+
+    @abstractmethod
+    def take_in(self, total: Total) -> None:
+        """Put what was added since the last call into what is kept; `total` adds a tensor over the processes."""
+
+    @abstractmethod
+    def weighted(self, name: str) -> Tensor:
+        """W [n, q] of an input, float64."""
+
+    @property
+    def names(self) -> list[str]:
+        """The inputs that anything was seen of."""
+        return [*self.kept]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is kept, float32."""
+        return {RUNNING + name: tensor for name, tensor in self.kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave; other tensors are none of it."""
+        self.kept = {k.removeprefix(RUNNING): t for k, t in state.items() if k.startswith(RUNNING)}
+
+
+class Gram(Estimate):
+    """The sum itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._added: dict[str, Tensor] = {}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        x = rows.float()
+        if name in self._added:
+            self._added[name].addmm_(x.mT, x)
+        else:
+            self._added[name] = x.mT @ x
+
+    def take_in(self, total: Total) -> None:
+        for name, added in self._added.items():
+            whole = total(added)
+            self.kept[name] = self.kept[name].to(whole.device) + whole if name in self.kept else whole
+        self._added = {}
+
+    def weighted(self, name: str) -> Tensor:
+        values, vectors = torch.linalg.eigh(self.kept[name].double())
+        return vectors * values.clamp_min(0.0).sqrt()
+
+
+class _ByStep(Estimate):
+    """Estimates whose step is a few weighted directions, put together over the processes."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self._added: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        self._added.setdefault(name, []).append(_shrunk(rows.float(), self.most))
+
+    def take_in(self, total: Total) -> None:
+        for name, added in self._added.items():
+            own = _shrunk(torch.cat(added), self.most)
+            places = own.new_zeros(ranks.ranks(), self.most, own.shape[1])
+            places[ranks.rank(), : len(own)] = own
+            self._include(name, total(places).flatten(0, 1))
+        self._added = {}
+
+    @abstractmethod
+    def _include(self, name: str, rows: Tensor) -> None:
+        """Take in a step's rows [q, n]."""
+
+
+class Sketch(_ByStep):
+    """Frequent directions, `most` of them."""
+
+    def _include(self, name: str, rows: Tensor) -> None:
+        both = torch.cat([self.kept[name].to(rows.device), rows]) if name in self.kept else rows
+        self.kept[name] = _shrunk(both, self.most)
+
+    def weighted(self, name: str) -> Tensor:
+        return self.kept[name].double().mT
+
+
+class Residual(_ByStep):
+    """Directions that steps need one after the other.
+
+    `kept` [n + 1, c]: directions, and in the last row how many steps each was needed in; c counts those collected and
+    those on trial. `energy`: the share of a step's inputs that directions have to hold.
+    """
+
+    def __init__(self, most: int, energy: float, survive: int, protected: Mapping[str, Tensor]) -> None:
+        super().__init__(most)
+        self.energy, self.survive, self._protected = energy, survive, protected
+
+    def _include(self, name: str, rows: Tensor) -> None:
+        width = rows.shape[1]
+        known = self.kept.get(name, rows.new_zeros(width + 1, 0)).to(rows.device)
+        done = known[-1] >= self.survive
+        held, trial, age = known[:-1, done], known[:-1, ~done], known[-1, ~done]
+        protected = self._protected.get(name)
+        base = held if protected is None else torch.cat([protected.to(held), held], 1)
+        grown = grow_subspace(base if base.shape[1] else None, rows.mT, self.energy, 0)
+        needed = rows.new_zeros(width, 0) if grown is None else grown[:, base.shape[1] :].to(rows)
+        again = (needed.mT @ trial).square().sum(0) >= 0.5
+        trial, age = trial[:, again], age[again] + 1
+        fresh = outside(trial if trial.shape[1] else None, needed)
+        sizes = torch.linalg.vector_norm(fresh, dim=0)
+        fresh = fresh[:, sizes >= 0.5**0.5]
+        both = torch.linalg.qr(torch.cat([trial, fresh], 1).double())[0].to(rows)
+        ages = torch.cat([age, age.new_ones(fresh.shape[1])])
+        found = torch.cat([both, ages[None]])
+        self.kept[name] = torch.cat([known[:, done], found[:, : max(0, width - held.shape[1])]], 1)
+
+    def weighted(self, name: str) -> Tensor:
+        known = self.kept[name]
+        return known[:-1, known[-1] >= self.survive].double()
+
+
+def protect(subspaces: Subspaces, estimate: Estimate, ctx: Context, energy: float) -> None:
+    """Protect what a block's inputs hold; as many directions as the largest rank of their layers stay free."""
+    ranks: dict[str, int] = {}
+    pairs = factor_pairs(ctx.parameters)
+    for module, name in ctx.inputs().items():
+        ranks[name] = max(ranks.get(name, 0), len(pairs[module][0]))
+    for name in estimate.names:
+        subspaces.grow(name, estimate.weighted(name), energy, ranks[name])
+
+
+def _shrunk(rows: Tensor, most: int) -> Tensor:
+    """Frequent directions of rows [N, n]: at most `most` of them, whose Gram is below theirs, as they come."""
+    while len(rows) > most:
+        some, rest = rows[: 2 * most].double(), rows[2 * most :]
+        _, values, vectors = torch.linalg.svd(some, full_matrices=False)
+        cut = values[most] ** 2 if len(values) > most else values.new_zeros(())
+        sizes = (values[:most] ** 2 - cut).clamp_min(0.0).sqrt()
+        rows = torch.cat([(sizes[:, None] * vectors[:most]).to(rows), rest])
+    return rows

@@ -1,0 +1,111 @@
+"""Protected directions of inputs: the fewest that hold a share of the energy, as orthonormal columns V [n, k].
+
+    V <- [V, leading left singular vectors of (I - V V^T) W] until V holds `energy` of ||W||_F^2        (GPM, DualGPM)
+
+W [n, q] are directions weighted by their size: inputs as columns, a sketch of them, or the gradient G^T of a weight.
+Of V and its complement the smaller one is kept, min(k, n - k) columns (DualGPM, arXiv 2404.00228): where it is the
+complement, V is computed from it, here and wherever the state is read, and so is the same to the last bit.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor
+
+from cladapt.config import Settings
+
+PROTECTED, COMPLEMENT = "protected/", "complement/"
+
+
+class EnergySettings(Settings):
+    """How much of what goes into a layer is protected."""
+
+    energy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    """Share of the energy of a block's inputs that is protected after it; 0 protects nothing."""
+    energy_blocks: NonNegativeInt = 0
+    """Blocks over which the share rises in a line from `energy` towards 1; 0: it stays."""
+
+    def energy_after(self, blocks: int) -> float:
+        """The share after a block that `blocks` others came before: e + (1 - e) blocks / energy_blocks."""
+        if not self.energy_blocks:
+            return self.energy
+        return self.energy + (1.0 - self.energy) * min(1.0, blocks / self.energy_blocks)
+
+
+class Subspaces:
+    """Protected directions by name, float32 [n, k]."""
+
+    def __init__(self) -> None:
+        self.directions: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+
+    def grow(self, name: str, weighted: Tensor, energy: float, rank: int) -> None:
+        """Protect what is missing of the energy of `weighted` [n, q]; `rank`: directions that must stay free."""
+        grown = grow_subspace(self.directions.get(name), weighted, energy, rank)
+        if grown is None:
+            return
+        n, k = grown.shape
+        self._take_in((COMPLEMENT if 2 * k > n else PROTECTED) + name, _complement(grown) if 2 * k > n else grown)
+
+    def _take_in(self, key: str, kept: Tensor) -> None:
+        kind, name = (PROTECTED, key.removeprefix(PROTECTED)) if key.startswith(PROTECTED) else (
+            COMPLEMENT, key.removeprefix(COMPLEMENT))  # fmt: skip
+        self._kept = {k: t for k, t in self._kept.items() if k not in (PROTECTED + name, COMPLEMENT + name)}
+        self._kept[key] = kept.contiguous()
+        self.directions[name] = self._kept[key] if kind == PROTECTED else _complement(kept).contiguous()
+
+    def share(self, names: Mapping[str, str], sizes: Mapping[str, int]) -> float:
+        """The mean share of the input side that is protected, over modules with the names of their inputs."""
+        held = [self.directions[i].shape[1] / sizes[m] if i in self.directions else 0.0 for m, i in names.items()]
+        return sum(held) / max(1, len(held))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """min(k, n - k) columns of each, 4 bytes an entry."""
+        return dict(self._kept)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave; other tensors are none of it."""
+        self.directions, self._kept = {}, {}
+        for key, kept in state.items():
+            if key.startswith((PROTECTED, COMPLEMENT)):
+                self._take_in(key, kept)
+
+
+def grow_subspace(protected: Tensor | None, weighted: Tensor, energy: float, rank: int) -> Tensor | None:
+    """V with the fewest further directions after which it holds `energy` of ||W||_F^2.
+
+    At most n - rank columns; None while there is nothing to protect.
+    """
+    wide = weighted.double()
+    rest = outside(protected, wide)
+    total, left_over = wide.square().sum(), rest.square().sum()
+    missing = energy * total - (total - left_over)
+    if missing <= 0 or total == 0:
+        return protected
+    vectors, values, _ = torch.linalg.svd(rest, full_matrices=False)
+    held = values.square().cumsum(0)
+    count = int((held < missing).sum()) + 1
+    room = len(wide) - rank - (0 if protected is None else protected.shape[1])
+    count = min(count, room, len(values))
+    if count <= 0:
+        return protected
+    new = vectors[:, :count]
+    if protected is None:
+        return new.float().contiguous()
+    new = torch.linalg.qr(outside(protected, new))[0]
+    return torch.cat([protected, new.float()], dim=1)
+
+
+def outside(protected: Tensor | None, directions: Tensor) -> Tensor:
+    """(I - V V^T) X"""
+    if protected is None:
+        return directions
+    v = protected.to(directions)
+    return directions - v @ (v.mT @ directions)
+
+
+def _complement(directions: Tensor) -> Tensor:
+    """Orthonormal columns [n, n - k] of the complement of [n, k], in float32."""
+    return torch.linalg.qr(directions.double(), mode="complete")[0][:, directions.shape[1] :].float()

@@ -1,0 +1,109 @@
+"""InfLoRA: each block learns B alone, on an A that spans its own inputs outside those of earlier blocks.
+
+    A_t      leading r eigenvectors of (I - V V^T) C_t (I - V V^T), times 1 / sqrt(3), fixed;   C_t = sum of x x^T
+    W_t      W_0 + scale sum_{i<=t} B_i A_i,  i < t frozen;   so delta W V = 0                    (arXiv 2404.00228)
+    V        grown after the block until it holds `energy` of C_t, of V and its complement the smaller one kept
+
+C_t is taken by a pass over a share of the block's examples before it is learned, and V from one after it. Layers that
+are given the same tensor share C_t and V; the released code adapts the keys and values of ViT, which do. Adapter t is
+saved as one of rank r t.
+Log: `inflora/protected` = mean share of the input side that V holds.
+State: min(k, n - k) columns of 4 n bytes for each input, and the frozen factors, 4 bytes per adapter parameter and
+earlier block.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cladapt.errors import ConfigError
+from cladapt.methods._base import Context
+from cladapt.methods._estimate import Gram, protect
+from cladapt.methods._history import WithHistory
+from cladapt.methods._subspace import EnergySettings, Subspaces, outside
+from cladapt.model.anchors import factor_pairs, is_learned, joined
+
+
+class InfloraConfig(EnergySettings):
+    """Options of InfLoRA."""
+
+    sample: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the block's examples in the passes that see its inputs."""
+
+
+class Inflora(WithHistory):
+    """Fixed input directions for each block, outside those of the blocks before."""
+
+    Config = InfloraConfig
+    config: InfloraConfig
+
+    def __init__(self, config: InfloraConfig | None = None) -> None:
+        super().__init__(config)
+        self.subspaces = Subspaces()
+
+    @torch.no_grad()
+    def begin_block(self, ctx: Context) -> None:
+        last = ctx.factors()
+        if is_learned(last):
+            self.frozen = joined(self.frozen, last)
+            for name, parameter in ctx.parameters.items():
+                parameter.copy_(ctx.initial[name])
+        self.install(ctx)
+        inputs, seen = ctx.inputs(), self._inputs(ctx)
+        for module, (down, _) in factor_pairs(ctx.parameters).items():
+            rank, width = down.shape
+            if rank > width:
+                raise ConfigError(
+                    f"adapter.rank={rank} exceeds {module} of {width} inputs",
+                    f"inflora needs orthonormal directions: use a rank of at most {width}, or other targets",
+                )
+            down.copy_(leading_inputs(seen.kept[inputs[module]], self.subspaces.directions.get(inputs[module]), rank))
+
+    def _inputs(self, ctx: Context) -> Gram:
+        seen = Gram()
+        for _ in ctx.look(self.config.sample, seen.add):
+            pass
+        seen.take_in(ctx.total)
+        return seen
+
+    @torch.no_grad()
+    def edit_grads(self, ctx: Context) -> None:
+        for down, _ in factor_pairs(ctx.parameters).values():
+            down.grad = None  # neither a step nor decay
+
+    def after_step(self, ctx: Context) -> None:
+        sizes = {module: down.shape[1] for module, (down, _) in factor_pairs(ctx.parameters).items()}
+        ctx.log["inflora/protected"] = self.subspaces.share(ctx.inputs(), sizes)
+
+    @torch.no_grad()
+    def end_block(self, ctx: Context) -> None:
+        protect(self.subspaces, self._inputs(ctx), ctx, self.config.energy_after(max(0, ctx.block - 1)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), **self.subspaces.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.subspaces.load_state_dict(state)
+        own = self.subspaces.state_dict()
+        super().load_state_dict({key: t for key, t in state.items() if key not in own})
+
+
+def leading_inputs(gram: Tensor, protected: Tensor | None, rank: int) -> Tensor:
+    """The leading eigenvectors [r, n] of (I - V V^T) C (I - V V^T), outside of V [n, k], times 1 / sqrt(3).
+
+    Their largest entries are positive. `ValueError` where fewer than r directions are outside of V.
+    """
+    width = len(gram)
+    if rank + (0 if protected is None else protected.shape[1]) > width:
+        raise ValueError(f"{rank} directions outside of {0 if protected is None else protected.shape[1]} of {width}")
+    rest = outside(protected, outside(protected, gram.double()).mT)
+    if protected is not None:  # its directions come last, even where the inputs have fewer than r outside of it
+        v = protected.to(rest)
+        rest = rest - rest.diagonal().sum().clamp_min(1.0) * v @ v.mT
+    found = torch.linalg.eigh(0.5 * (rest + rest.mT))[1].flip(1)[:, :rank]
+    found = torch.linalg.qr(outside(protected, found))[0]
+    found = found * found.gather(0, found.abs().argmax(dim=0, keepdim=True)).sign()
+    return (found.mT / 3.0**0.5).float()
