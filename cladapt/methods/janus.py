@@ -226,7 +226,7 @@ def margin_loss(
 
     Means carry no gradient; 0 where there is no feature.
     """
-    cosine = F.normalize(features.float(), dim=1) @ means.mT
+    cosine = F.normalize(features.to(means.dtype), dim=1) @ means.mT
     excess = ((cosine - margin) / temperature).masked_fill(label[:, None] == classes[None], -torch.inf)
     each = temperature * F.pad(excess, (0, 1)).logsumexp(dim=1)
     return each.sum() / max(1, len(features))
