@@ -167,11 +167,24 @@ def protect(subspaces: Subspaces, estimate: Estimate, ctx: Context, energy: floa
 
 
 def _shrunk(rows: Tensor, most: int) -> Tensor:
-    """Frequent directions of rows [N, n]: at most `most` of them, whose Gram is below theirs, as they come."""
+    """Frequent directions of rows [N, n]: at most `most` of them, whose Gram is below theirs, as they come.
+
+    All at once by a Gram of n^2 entries where that is no more than the rows themselves, else 2 `most` rows at a time.
+    """
     while len(rows) > most:
-        some, rest = rows[: 2 * most].double(), rows[2 * most :]
-        _, values, vectors = torch.linalg.svd(some, full_matrices=False)
-        cut = values[most] ** 2 if len(values) > most else values.new_zeros(())
-        sizes = (values[:most] ** 2 - cut).clamp_min(0.0).sqrt()
+        some, rest = (rows, rows[:0]) if len(rows) >= rows.shape[1] else (rows[: 2 * most], rows[2 * most :])
+        squares, vectors = _leading(some.double(), most + 1)
+        cut = squares[most] if len(squares) > most else squares.new_zeros(())
+        sizes = (squares[:most] - cut).clamp_min(0.0).sqrt()
         rows = torch.cat([(sizes[:, None] * vectors[:most]).to(rows), rest])
     return rows
+
+
+def _leading(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest squared singular values and right singular vectors [count, n] of rows [N, n], by the smaller Gram."""
+    wide = len(rows) < rows.shape[1]
+    squares, vectors = torch.linalg.eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    squares, vectors = squares.flip(0)[:count].clamp_min(0.0), vectors.flip(1)[:, :count].mT
+    if wide:
+        vectors = vectors @ rows / squares.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
+    return squares, vectors
