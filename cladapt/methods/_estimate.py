@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cladapt import ranks
+from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
-from cladapt.methods._subspace import Subspaces, grow_subspace, outside
+from cladapt.methods._subspace import Subspaces, grow_subspace, leading_inputs, outside
 from cladapt.model.anchors import factor_pairs
 
 RUNNING = "running/"
@@ -67,6 +68,15 @@ class Gram(Estimate):
     def __init__(self) -> None:
         super().__init__()
         self._added: dict[str, Tensor] = {}
+
+    @classmethod
+    def over(cls, ctx: Context, share: float) -> "Gram":
+        """Of a pass over a share of the block's examples, as the model stands."""
+        found = cls()
+        for _ in ctx.look(share, found.add):
+            pass
+        found.take_in(ctx.total)
+        return found
 
     def add(self, name: str, rows: Tensor) -> None:
         x = rows.float()
@@ -164,6 +174,23 @@ def protect(subspaces: Subspaces, estimate: Estimate, ctx: Context, energy: floa
         ranks[name] = max(ranks.get(name, 0), len(pairs[module][0]))
     for name in estimate.names:
         subspaces.grow(name, estimate.weighted(name), energy, ranks[name])
+
+
+def start_outside(ctx: Context, seen: Gram, subspaces: Subspaces) -> None:
+    """Let A of every module span the leading directions of its inputs outside of what is protected.
+
+    `ConfigError` where a rank is larger than the inputs are wide.
+    """
+    inputs = ctx.inputs()
+    for module, (down, _) in factor_pairs(ctx.parameters).items():
+        rank, width = down.shape
+        if rank > width:
+            raise ConfigError(
+                f"adapter.rank={rank} exceeds {module} of {width} inputs",
+                f"its directions are to be orthonormal: use a rank of at most {width}, or other targets",
+            )
+        protected = subspaces.directions.get(inputs[module])
+        down.copy_(leading_inputs(seen.kept[inputs[module]], protected, rank))
 
 
 def _shrunk(rows: Tensor, most: int) -> Tensor:

@@ -106,6 +106,24 @@ def outside(protected: Tensor | None, directions: Tensor) -> Tensor:
     return directions - v @ (v.mT @ directions)
 
 
+def leading_inputs(gram: Tensor, protected: Tensor | None, rank: int) -> Tensor:
+    """The leading eigenvectors [r, n] of (I - V V^T) C (I - V V^T), outside of V [n, k], times 1 / sqrt(3).
+
+    Their largest entries are positive. `ValueError` where fewer than r directions are outside of V.
+    """
+    width = len(gram)
+    if rank + (0 if protected is None else protected.shape[1]) > width:
+        raise ValueError(f"{rank} directions outside of {0 if protected is None else protected.shape[1]} of {width}")
+    rest = outside(protected, outside(protected, gram.double()).mT)
+    if protected is not None:  # its directions come last, even where the inputs have fewer than r outside of it
+        v = protected.to(rest)
+        rest = rest - rest.diagonal().sum().clamp_min(1.0) * v @ v.mT
+    found = torch.linalg.eigh(0.5 * (rest + rest.mT))[1].flip(1)[:, :rank]
+    found = torch.linalg.qr(outside(protected, found))[0]
+    found = found * found.gather(0, found.abs().argmax(dim=0, keepdim=True)).sign()
+    return (found.mT / 3.0**0.5).float()
+
+
 def _complement(directions: Tensor) -> Tensor:
     """Orthonormal columns [n, n - k] of the complement of [n, k], in float32."""
     return torch.linalg.qr(directions.double(), mode="complete")[0][:, directions.shape[1] :].float()

@@ -19,11 +19,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
-from cladapt.methods._estimate import Gram, protect
+from cladapt.methods._estimate import Gram, protect, start_outside
 from cladapt.methods._history import WithHistory
-from cladapt.methods._subspace import EnergySettings, Subspaces, outside
+from cladapt.methods._subspace import EnergySettings, Subspaces
 from cladapt.model.anchors import factor_pairs, is_learned, joined
 
 
@@ -52,22 +51,7 @@ class Inflora(WithHistory):
             for name, parameter in ctx.parameters.items():
                 parameter.copy_(ctx.initial[name])
         self.install(ctx)
-        inputs, seen = ctx.inputs(), self._inputs(ctx)
-        for module, (down, _) in factor_pairs(ctx.parameters).items():
-            rank, width = down.shape
-            if rank > width:
-                raise ConfigError(
-                    f"adapter.rank={rank} exceeds {module} of {width} inputs",
-                    f"inflora needs orthonormal directions: use a rank of at most {width}, or other targets",
-                )
-            down.copy_(leading_inputs(seen.kept[inputs[module]], self.subspaces.directions.get(inputs[module]), rank))
-
-    def _inputs(self, ctx: Context) -> Gram:
-        seen = Gram()
-        for _ in ctx.look(self.config.sample, seen.add):
-            pass
-        seen.take_in(ctx.total)
-        return seen
+        start_outside(ctx, Gram.over(ctx, self.config.sample), self.subspaces)
 
     @torch.no_grad()
     def edit_grads(self, ctx: Context) -> None:
@@ -80,7 +64,9 @@ class Inflora(WithHistory):
 
     @torch.no_grad()
     def end_block(self, ctx: Context) -> None:
-        protect(self.subspaces, self._inputs(ctx), ctx, self.config.energy_after(max(0, ctx.block - 1)))
+        protect(
+            self.subspaces, Gram.over(ctx, self.config.sample), ctx, self.config.energy_after(max(0, ctx.block - 1))
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), **self.subspaces.state_dict()}
@@ -89,21 +75,3 @@ class Inflora(WithHistory):
         self.subspaces.load_state_dict(state)
         own = self.subspaces.state_dict()
         super().load_state_dict({key: t for key, t in state.items() if key not in own})
-
-
-def leading_inputs(gram: Tensor, protected: Tensor | None, rank: int) -> Tensor:
-    """The leading eigenvectors [r, n] of (I - V V^T) C (I - V V^T), outside of V [n, k], times 1 / sqrt(3).
-
-    Their largest entries are positive. `ValueError` where fewer than r directions are outside of V.
-    """
-    width = len(gram)
-    if rank + (0 if protected is None else protected.shape[1]) > width:
-        raise ValueError(f"{rank} directions outside of {0 if protected is None else protected.shape[1]} of {width}")
-    rest = outside(protected, outside(protected, gram.double()).mT)
-    if protected is not None:  # its directions come last, even where the inputs have fewer than r outside of it
-        v = protected.to(rest)
-        rest = rest - rest.diagonal().sum().clamp_min(1.0) * v @ v.mT
-    found = torch.linalg.eigh(0.5 * (rest + rest.mT))[1].flip(1)[:, :rank]
-    found = torch.linalg.qr(outside(protected, found))[0]
-    found = found * found.gather(0, found.abs().argmax(dim=0, keepdim=True)).sign()
-    return (found.mT / 3.0**0.5).float()

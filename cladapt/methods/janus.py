@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from cladapt import ops
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
-from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect
+from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._prototypes import Prototypes
 from cladapt.methods._subspace import EnergySettings, Subspaces, outside
@@ -54,11 +54,14 @@ class JanusConfig(EnergySettings):
     every: PositiveInt = 8
     """Every which step is observed, from the first one on."""
     sample: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """Share of the block's examples in passes of their own: those of estimate=after and of class means."""
+    """Share of the block's examples in passes of their own: those of estimate=after, start=inputs and class means."""
     rectify: Literal["composite", "factor", "none"] = "composite"
     """What is made safe: the update of both factors together, the step of A alone, or nothing."""
     factors: Literal["fresh", "evolving"] = "fresh"
     """Whether a block has factors of its own, with earlier ones frozen, or goes on with those of the block before."""
+    start: Literal["inputs", "random"] = "inputs"
+    """Where fresh factors start: A at the leading directions of the block's inputs outside of V, found by a pass over
+    `sample` of its examples, or at random directions outside of V, which may meet little of the inputs."""
     form: Form = "invariant"
     """How near to the safe update a step comes; see above."""
     gauge: Gauge = "balanced"
@@ -131,7 +134,9 @@ class Janus(WithHistory):
         self.install(ctx)
         self.estimate = self._make_estimate(max(0, ctx.block - 1))
         self._protect(ctx)
-        if self.config.factors == "fresh":
+        if self.config.factors == "fresh" and self.config.start == "inputs":
+            start_outside(ctx, Gram.over(ctx, self.config.sample), self.subspaces)
+        elif self.config.factors == "fresh":
             for module, (down, _) in factor_pairs(ctx.parameters).items():
                 down.copy_(outside(self._free.get(module), down.mT).mT)
 
@@ -196,9 +201,7 @@ class Janus(WithHistory):
     @torch.no_grad()
     def end_block(self, ctx: Context) -> None:
         if self.config.estimate == "after":
-            for _ in ctx.look(self.config.sample, self.estimate.add):
-                pass
-            self.estimate.take_in(ctx.total)
+            self.estimate = Gram.over(ctx, self.config.sample)
         if self.config.estimate != "none":
             protect(self.subspaces, self.estimate, ctx, self.config.energy_after(max(0, ctx.block - 1)))
         self.estimate.clear()
