@@ -7,6 +7,7 @@
     forgetting   mean_{j<T} (max_{j<=i<T} R[i][j] - R[T][j])
     FWT          mean_{i>first, j>i} (P[i][j] - P[first][j]): a head knows no class to come, features may
 
+R is the head's, or that of another classifier of the same models whose rows take the place of the head's (`judged_by`).
 i and j run over the blocks that were learned as blocks; the first row is the base's. An interval resamples the images
 of each block, the same ones for every model and for every seed that was tested on them, and the seeds.
 """
@@ -18,9 +19,24 @@ import numpy as np
 import polars as pl
 
 from cladapt.errors import DataError
+from cladapt.eval.images import FURTHER, HEAD
 from cladapt.eval.significance import LEVEL, Effect
 
-MEASURES = ("ACC", "MAA", "learning", "BWT", "forgetting", "FWT")
+FORWARD = "FWT"
+OF_CLASSIFIERS = ("ACC", "MAA", "learning", "BWT", "forgetting")
+MEASURES = (*OF_CLASSIFIERS, FORWARD)
+OVER_HEAD = "ACC - head"
+
+
+def judged_by(rows: pl.DataFrame, classifier: str) -> pl.DataFrame:
+    """Rows of `cladapt.eval.images.ROWS` with one of `FURTHER` in the place of the head; P and FWT stay the probe's."""
+    return rows.with_columns(pl.col(classifier).alias(HEAD))
+
+
+def known_further(rows: pl.DataFrame) -> list[str]:
+    """Those of `FURTHER` that told the class wherever the head did."""
+    told = rows.filter(pl.col(HEAD).is_not_null())
+    return [name for name in FURTHER if not told[name].null_count()]
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Outcomes:
             if twice or counts != [len(names)] or own["model"].n_unique() != len(models):
                 raise DataError(f"block {block}: not every model was tested on every image once", "evaluate again")
             shape = (len(models), len(names))
-            correct.append(own["correct"].cast(pl.Float64).fill_null(np.nan).to_numpy().reshape(shape))
+            correct.append(own[HEAD].cast(pl.Float64).fill_null(np.nan).to_numpy().reshape(shape))
             probe.append(own["probe"].cast(pl.Float64).to_numpy().reshape(shape))
             images.append(names)
         return cls(models, blocks, tuple(correct), tuple(probe), tuple(images))
@@ -86,13 +102,26 @@ def measures(r: np.ndarray, p: np.ndarray, models: Sequence[int], blocks: Sequen
         "learning": mean([cell(j, j) for j in known]),
         "BWT": mean([cell(last, j) - cell(j, j) for j in earlier]),
         "forgetting": mean([high - cell(last, j) for high, j in zip(best, earlier, strict=True)]),
-        "FWT": mean(ahead),
+        FORWARD: mean(ahead),
     }
 
 
 def effects(by_seed: Mapping[int, pl.DataFrame], resamples: int = 2000, seed: int = 0) -> dict[str, Effect]:
     """Each measure, as the mean over seeds, with its 95 % interval over images and seeds; n is the images'."""
     return _effects([[Outcomes.of(rows)] for _, rows in sorted(by_seed.items())], resamples, seed)
+
+
+def effects_of(
+    by_seed: Mapping[int, pl.DataFrame], classifier: str, resamples: int = 2000, seed: int = 0
+) -> dict[str, Effect]:
+    """`effects` by the head, or by one of `FURTHER` without FWT, which is the probe's, and with its ACC less the
+    head's, paired."""
+    if classifier == HEAD:
+        return effects(by_seed, resamples, seed)
+    judged = {s: judged_by(rows, classifier) for s, rows in by_seed.items()}
+    found = effects(judged, resamples, seed)
+    gain = differences(judged, by_seed, resamples, seed)["ACC"]
+    return {**{name: found[name] for name in OF_CLASSIFIERS}, OVER_HEAD: gain}
 
 
 def differences(

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import polars as pl
+import torch
 from torch import nn
 
 from cladapt import ops, ranks
@@ -17,10 +17,9 @@ from cladapt.data.images import ImageStream, digits_stream
 from cladapt.errors import DataError
 from cladapt.eval import classes
 from cladapt.eval.cells import Candidate, Earlier
-from cladapt.eval.classes import MEASURES, Outcomes
-from cladapt.eval.images import ROWS, image_rows
-from cladapt.eval.report import Curves, HeatMap, Section, Series, rows_table
-from cladapt.eval.significance import Effect
+from cladapt.eval.classes import MEASURES, OF_CLASSIFIERS, known_further
+from cladapt.eval.images import BIASES, FURTHER, PROTOTYPES, ROWS, Answers, image_rows, prototype_frame, prototypes_of
+from cladapt.eval.report import Section, rows_table
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE
 from cladapt.model.vit import ClassLoss, VisionBase, VisionRecord, load_vision_base
@@ -28,7 +27,16 @@ from cladapt.train.blocks import Examples
 from cladapt.train.classes import ImageFeed, describe_blocks, make_vision_base
 from cladapt.train.feeds import Feed
 from cladapt.train.sinks import Sink
-from cladapt.workloads._base import Comparison, Group, Workload, whole
+from cladapt.workloads._base import Group, Workload, whole
+from cladapt.workloads._classify_compare import (
+    Accuracies,
+    ClassMeasures,
+    classifier_lines,
+    finite,
+    matrix_lines,
+    matrix_of,
+    measure_line,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,16 +46,11 @@ FORMULAS = (
     "come, minus that of the base. Intervals are 95 %, bootstrap over the images of each block. No head and tail: an "
     "item is a class here, which has all of its training images in one block."
 )
-
-
-@dataclass(frozen=True)
-class ClassMeasures:
-    """Rows of every model of a run on every test image; see `cladapt.eval.images.ROWS`."""
-
-    name: str
-    rows: pl.DataFrame
-    base_block: int
-    config: ClassEvalConfig
+CLASSIFIERS = (
+    "Among all classes of the blocks up to the model's. biased: the head's logits and a bias for each block, fitted on "
+    "the validation images of these blocks. prototype: the nearest mean of a class's training images in feature space, "
+    "as the model after the class's own block had it. ACC - head: paired over images."
+)
 
 
 class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures]):
@@ -116,45 +119,50 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         earlier: Earlier[ClassMeasures],
         sink: Sink,
     ) -> ClassMeasures:
-        rows = []
+        found: list[Answers] = []
+        prototypes = torch.empty(0)
         for candidate in models:
             after = candidate.block
-            if known := earlier.of(after, stream.n_blocks):
-                rows.append(known.rows.filter(pl.col("model") == after))
+            # what a model is judged by comes from the models before it too
+            known = None if earlier.measured else earlier.of(after, stream.n_blocks)
+            if known is not None:
+                found.append(_kept(known, after, len(stream.seen(after))))
                 earlier.kept += stream.n_blocks
-                continue
-            with candidate.open() as model:
-                rows.append(image_rows(model, stream, after, settings.targets, settings.batch_images))
-            earlier.measured += stream.n_blocks
-            sink.emit({"kind": "note", "text": f"tested the model of block {after}"})
-        return ClassMeasures(config.method.name, pl.concat(rows), models[0].block, settings)
+            else:
+                with candidate.open() as model:
+                    batch = settings.batch_images
+                    found.append(image_rows(model, stream, after, settings.targets, batch, prototypes))
+                earlier.measured += stream.n_blocks
+                sink.emit({"kind": "note", "text": f"tested the model of block {after}"})
+            prototypes = found[-1].prototypes
+        rows, biases = (pl.concat([getattr(each, name) for each in found]) for name in ("rows", "biases"))
+        if lacking := [name for name in FURTHER if name not in known_further(rows)]:
+            why = "eval.targets=valid tests these" if settings.targets == "valid" else "a block has none"
+            text = f"{', '.join(lacking)}: left out, for biases are fitted on validation images, and {why}"
+            sink.emit({"kind": "note", "text": text})
+        return ClassMeasures(config.method.name, rows, prototype_frame(prototypes), biases, models[0].block, settings)
 
     def frames(self, measures: ClassMeasures) -> dict[str, pl.DataFrame]:
-        return {"rows": measures.rows}
+        return {"rows": measures.rows, "prototypes": measures.prototypes, "biases": measures.biases}
 
     def read(
         self, folder: Path, metrics: Mapping[str, Any], name: str, settings: ClassEvalConfig, again: str
     ) -> ClassMeasures:
-        return ClassMeasures(name, read_parquet(folder / "rows.parquet", ROWS), metrics["base_block"], settings)
+        forms = (("rows", ROWS), ("prototypes", PROTOTYPES), ("biases", BIASES))
+        try:
+            rows, prototypes, biases = (read_parquet(folder / f"{file}.parquet", form) for file, form in forms)
+            prototypes_of(prototypes)
+        except DataError as error:
+            raise DataError(error.message, again) from error
+        return ClassMeasures(name, rows, prototypes, biases, metrics["base_block"], settings)
 
     def figures(self, measures: ClassMeasures, stream: ImageStream) -> dict[str, Any]:
-        outcomes = Outcomes.of(measures.rows)
-        accuracy, probe = outcomes.matrices()
-        cells = [(i, j) for i in range(len(outcomes.models)) for j in range(len(outcomes.blocks))]
         found = classes.effects({0: measures.rows}, measures.config.bootstrap)
         return {
             "table": [measure_line(measures.name, found)],
             "differences": [],
-            "matrix": [
-                {
-                    "model_block": outcomes.models[i],
-                    "block": outcomes.blocks[j],
-                    "images": len(outcomes.images[j]),
-                    "accuracy": _known(float(accuracy[i, j])),
-                    "probe": _known(float(probe[i, j])),
-                }
-                for i, j in cells
-            ],
+            "classifiers": classifier_lines(measures),
+            "matrix": matrix_lines(measures.rows),
         }
 
     def printed(self, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +171,7 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
             {"model": model, **dict(zip(map(str, grid.column_labels), values, strict=True))}
             for model, values in zip(grid.row_labels, grid.values, strict=True)
         ]
-        return {"table": figures["table"], "matrix": lines}
+        return {"table": figures["table"], "classifiers": figures["classifiers"], "matrix": lines}
 
     def table_names(self, method: str, settings: ClassEvalConfig) -> tuple[Sequence[str], Sequence[str]]:
         return (method,), MEASURES
@@ -173,7 +181,9 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
     ) -> list[Section]:
         return [
             rows_table("Measures", figures["table"], self.note),
+            rows_table("Classifiers of the same models", figures["classifiers"], CLASSIFIERS),
             matrix_of(figures, "accuracy", "R[t][s]: accuracy after block t on block s"),
+            *(matrix_of(figures, name, f"R[t][s]: {name}") for name in known_further(measures.rows)),
             matrix_of(figures, "probe", "P[t][s]: accuracy of the probe"),
         ]
 
@@ -181,65 +191,19 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         named = {"blocks": "block", "models after the blocks": "model"}
         return {name: measures.rows[column].unique().sort().to_list() for name, column in named.items()}
 
-    def compare(self, groups: Sequence[Group[ClassMeasures]]) -> "Accuracies":
+    def compare(self, groups: Sequence[Group[ClassMeasures]]) -> Accuracies:
         return Accuracies(groups)
 
     def cell(self, measures: ClassMeasures) -> dict[str, Any]:
-        found = classes.effects({0: measures.rows}, measures.config.bootstrap)
-        return {name: _known(effect.mean) for name, effect in found.items()}
+        by_seed, resamples = {0: measures.rows}, measures.config.bootstrap
+        found = classes.effects(by_seed, resamples)
+        for name in known_further(measures.rows):
+            judged = classes.effects_of(by_seed, name, resamples)
+            found |= {f"{name} {measure}": judged[measure] for measure in OF_CLASSIFIERS}
+        return {name: finite(effect.mean) for name, effect in found.items()}
 
 
-@dataclass(frozen=True)
-class Accuracies(Comparison[ClassMeasures]):
-    """One line per group; images and seeds are drawn together for every line."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [group.name for group in self.groups]
-
-    def rows(self, name: str) -> dict[int, pl.DataFrame]:
-        """Rows of a group by seed."""
-        (group,) = (group for group in self.groups if group.name == name)
-        return {seed: each.rows for seed, each in group.by_seed.items()}
-
-    def summary(self) -> list[dict[str, Any]]:
-        lines = [(name, self.rows(name)) for name in self.names]
-        return [
-            measure_line(name, classes.effects(rows, self.config.bootstrap), seeds=len(rows)) for name, rows in lines
-        ]
-
-    def effects(self, name: str, reference: str) -> dict[str, Effect]:
-        found = classes.differences(self.rows(name), self.rows(reference), self.config.bootstrap)
-        return {measure: effect for measure, effect in found.items() if math.isfinite(effect.mean)}
-
-    def charts(self) -> list[Section]:
-        """The accuracy among all classes known so far, after every block; seeds averaged."""
-        series = []
-        for name in self.names:
-            found = [Outcomes.of(rows) for rows in self.rows(name).values()]
-            after = [i for i, model in enumerate(found[0].models) if model in found[0].blocks]
-            means = np.mean([[np.nanmean(each.matrices()[0][i]) for i in after] for each in found], axis=0)
-            series.append(Series(name, [float(mean) for mean in means]))
-        blocks = [found[0].models[i] for i in after]
-        return [Curves("Accuracy on the classes of all blocks so far", blocks, series, y_name="accuracy")]
-
-
-def measure_line(name: str, found: Mapping[str, Effect], **more: Any) -> dict[str, Any]:
-    """A line of the table: each measure with its interval, null where it has no term."""
-    line: dict[str, Any] = {"model": name, **more}
-    for measure, effect in found.items():
-        known = math.isfinite(effect.mean)
-        line[measure] = effect.mean if known else None
-        line[f"{measure} 95 %"] = f"[{effect.low:.4f}, {effect.high:.4f}]" if known else None
-    return line
-
-
-def matrix_of(figures: Mapping[str, Any], name: str, title: str = "") -> HeatMap:
-    """One figure of `matrix` with a row per model and a column per block."""
-    models, blocks = (list(dict.fromkeys(cell[key] for cell in figures["matrix"])) for key in ("model_block", "block"))
-    found = {(cell["model_block"], cell["block"]): cell[name] for cell in figures["matrix"]}
-    return HeatMap(title, models, blocks, [[found[m, b] for b in blocks] for m in models], "model / block")
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _kept(known: ClassMeasures, after: int, seen: int) -> Answers:
+    """What an earlier evaluation has of the model after a block, which had learned `seen` classes."""
+    rows, biases = (frame.filter(pl.col("model") == after) for frame in (known.rows, known.biases))
+    return Answers(rows, prototypes_of(known.prototypes)[:seen], biases)

@@ -122,6 +122,11 @@ def test_a_study_of_classes(study: Any, drawings: Path) -> None:
     for name in IMAGES["cells"]:
         mean = cells.filter(pl.col("cell") == name)["ACC"].mean()
         assert summary.row(by_predicate=pl.col("model") == name, named=True)["ACC"] == pytest.approx(mean)
+        for classifier in ("biased", "prototype"):
+            mean = cells.filter(pl.col("cell") == name)[f"{classifier} ACC"].mean()
+            line = tables[f"{classifier}_summary"].row(by_predicate=pl.col("model") == name, named=True)
+            assert line["ACC"] == pytest.approx(mean)
+    assert tables["prototype_differences"]["difference"].to_list() == tables["differences"]["difference"].to_list()
     names = tables["differences"]["difference"].to_list()
     assert names == ["peso - finetune", "olora - finetune", "finetune - peso", "olora - peso", "olora - peso"]
     one, two = (summary.row(by_predicate=pl.col("model") == name, named=True)["ACC"] for name in ("olora", "peso"))

@@ -7,7 +7,18 @@ import polars as pl
 import pytest
 
 from cladapt.errors import DataError
-from cladapt.eval.classes import MEASURES, Outcomes, differences, effects, measures
+from cladapt.eval.classes import (
+    MEASURES,
+    OF_CLASSIFIERS,
+    OVER_HEAD,
+    Outcomes,
+    differences,
+    effects,
+    effects_of,
+    judged_by,
+    known_further,
+    measures,
+)
 from cladapt.eval.images import ROWS
 
 
@@ -18,8 +29,11 @@ def make_rows(seed: int, first: int = 0, blocks: int = 4, images: int = 12, skil
     for model in range(first, blocks + 1):
         for block in range(1, blocks + 1):
             for image in range(images - block):
-                correct = int(rng.random() < skill) if block <= model else None
-                rows.append((model, block, 100 * block + image, correct, int(rng.random() < 0.5)))
+                correct, biased, prototype = (
+                    int(rng.random() < chance) if block <= model else None for chance in (skill, 0.5, 0.7)
+                )
+                judged = (correct, biased, prototype, int(rng.random() < 0.5))
+                rows.append((model, block, 100 * block + image, *judged))
     return pl.DataFrame(rows, schema=ROWS, orient="row")
 
 
@@ -65,6 +79,28 @@ def test_effects_are_means_over_seeds_and_differences_are_paired() -> None:
         expected = fmean(brute(one[s])[name] - brute(two[s])[name] for s in range(3))
         assert paired[name].mean == pytest.approx(expected)
     assert paired["ACC"].low > 0
+
+
+@pytest.mark.parametrize("classifier", ["biased", "prototype"])
+def test_a_further_classifier_has_the_measures_of_its_own_column_and_what_it_gains(classifier: str) -> None:
+    rows = {0: make_rows(4), 1: make_rows(5)}
+    other = {s: frame.with_columns(correct=pl.col(classifier)) for s, frame in rows.items()}
+    found = effects_of(rows, classifier, 200)
+    assert [*found] == [*OF_CLASSIFIERS, OVER_HEAD]
+    for name in OF_CLASSIFIERS:
+        assert found[name].mean == pytest.approx(fmean(brute(frame)[name] for frame in other.values()))
+    gain = fmean(brute(other[s])["ACC"] - brute(rows[s])["ACC"] for s in rows)
+    assert found[OVER_HEAD].mean == pytest.approx(gain)
+    assert found[OVER_HEAD].low < gain < found[OVER_HEAD].high
+    assert effects_of(rows, "correct", 200) == effects(rows, 200)
+    assert judged_by(rows[0], "correct").equals(rows[0])
+
+
+def test_a_classifier_is_known_where_it_told_whatever_the_head_did() -> None:
+    rows = make_rows(0)
+    assert known_further(rows) == ["biased", "prototype"]
+    assert known_further(rows.with_columns(biased=pl.lit(None, pl.Int8))) == ["prototype"]
+    assert known_further(rows.filter(pl.col("model") == 0)) == ["biased", "prototype"]  # nothing is told by anyone
 
 
 def test_a_run_against_itself_shows_nothing_at_all() -> None:

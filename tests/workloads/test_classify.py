@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cladapt.config import AdapterConfig, ClassifyConfig, ImagesConfig, ImageTra
 from cladapt.data.images import ImageStream
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.classes import Outcomes
-from cladapt.eval.images import ROWS
+from cladapt.eval.images import BIASES, FURTHER, PROTOTYPES, ROWS, prototypes_of
+from cladapt.model.features import class_means, outputs_on
+from cladapt.model.saved import adapted
 from cladapt.pipeline import evaluation, images, runs, ship
 from cladapt.pipeline.compare import compare_runs
 from cladapt.run import open_run
@@ -92,6 +95,9 @@ def test_a_run_leaves_adapters_rows_measures_and_a_report(name: str, world: Path
         assert cell["probe"] == pytest.approx(probe[at])
         seen = cell["block"] <= cell["model_block"]
         assert cell["accuracy"] == (pytest.approx(accuracy[at]) if seen else None)
+        for classifier in FURTHER:
+            own = rows.filter((pl.col("model") == cell["model_block"]) & (pl.col("block") == cell["block"]))
+            assert cell[classifier] == (pytest.approx(own[classifier].mean()) if seen else None)
     assert (metrics["schema_version"], metrics["task"], metrics["method"]) == (2, "classify", name)
     assert (metrics["base_block"], metrics["stream"]) == (1, stream.fingerprint)
     assert metrics["config"]["bootstrap"] == 100
@@ -101,12 +107,82 @@ def test_a_run_leaves_adapters_rows_measures_and_a_report(name: str, world: Path
     assert line["ACC"] == pytest.approx(own[3])
     assert line["MAA"] == pytest.approx(np.mean(list(own.values())))
     assert line["BWT"] == pytest.approx(np.mean([accuracy[2, j] - accuracy[j, j] for j in (0, 1)]))
+    assert [line["classifier"] for line in metrics["classifiers"]] == ["head", *FURTHER]
+    for of_classifier, column in zip(metrics["classifiers"], ("correct", *FURTHER), strict=True):
+        last = rows.filter(pl.col("model") == 3).group_by("block").agg(pl.col(column).mean())[column].mean()
+        assert of_classifier["ACC"] == pytest.approx(last)
+        assert of_classifier.get("ACC - head", 0.0) == pytest.approx(last - line["ACC"])
+        assert "FWT" not in of_classifier
     assert [line["block"] for line in metrics["spectrum"]] == [2, 3]
     assert "Spectrum of the adapters" in (run / "report.html").read_text()
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     spectra = [e for e in events if e["kind"] == "spectrum"]
     assert [e["block"] for e in spectra] == [2, 3]
     assert all(len(values) >= 2 for values in spectra[0]["modules"].values())
+
+
+def test_prototypes_are_of_the_model_after_each_classs_block_and_biases_of_every_model(world: Path) -> None:
+    run, stream = open_run(world / "finetune"), ImageStream.load(world / "stream")
+    found = prototypes_of(read_parquet(run.path / "images" / "prototypes.parquet", PROTOTYPES))
+    biases = read_parquet(run.path / "images" / "biases.parquet", BIASES)
+    assert biases.select("model", "block").rows() == [(m, b) for m in (1, 2, 3) for b in range(1, m + 1)]
+    _, base = run.workload.open_inputs(run.config)
+    for block in (1, 2, 3):
+        rows = stream.rows(block, "train")
+        label, classes = (torch.from_numpy(of) for of in (stream.label[rows], stream.classes_of(block)))
+        with nullcontext(base.model) if block == 1 else adapted(base, run.adapters[block]) as model:
+            means = class_means(outputs_on(model, stream.images[rows], 5)[1], label, classes)
+        torch.testing.assert_close(found[classes], means, rtol=0, atol=1e-5)
+
+
+def test_what_was_measured_is_kept_until_a_model_before_it_changes(world: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(world / "finetune", tmp_path / "run"))
+    before = {file.name: read_parquet(file, {}) for file in (path / "images").iterdir()}
+    assert evaluate(path)["cells"] == {"measured": 0, "kept": 9}
+    metrics = json.loads((path / "metrics.json").read_text())
+    metrics["measured"]["adapters"]["2"] = "another"
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    # the prototypes of block 2 are no longer known to be those that model 3 was judged by
+    assert evaluate(path)["cells"] == {"measured": 6, "kept": 3}
+    assert all(read_parquet(path / "images" / name, {}).equals(frame) for name, frame in before.items())
+
+
+def test_an_evaluation_without_a_classifier_is_measured_anew_with_a_note(world: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(world / "finetune", tmp_path / "run"))
+    rows = read_parquet(path / "images" / "rows.parquet", ROWS)
+    rows.drop(*FURTHER).write_parquet(path / "images" / "rows.parquet")
+    with pytest.raises(
+        DataError, match=rf"wrong columns \(biased: missing; prototype: missing\) \(cladapt eval {path}"
+    ):
+        compare_runs([path])
+    sink = MemorySink()
+    result = evaluation.evaluate(path, {"bootstrap": 100}, None, sink)
+    (note,) = [event["text"] for event in sink.events if "anew" in event.get("text", "")]
+    assert "all is measured anew: the earlier evaluation cannot be used" in note
+    assert "biased: missing; prototype: missing" in note
+    assert result["cells"] == {"measured": 9, "kept": 0}
+    assert read_parquet(path / "images" / "rows.parquet", ROWS).equals(rows)
+    read_parquet(path / "images" / "prototypes.parquet", PROTOTYPES)[1:].write_parquet(
+        path / "images" / "prototypes.parquet"
+    )
+    with pytest.raises(DataError, match=r"prototypes of the classes \[1, 2, 3, 4, 5\]"):
+        compare_runs([path])
+
+
+def test_validation_images_judge_no_biases(world: Path, tmp_path: Path) -> None:
+    sink, paths = (
+        MemorySink(),
+        [Path(shutil.copytree(world / name, tmp_path / name)) for name in ("finetune", "eblora")],
+    )
+    for path in paths:
+        result = evaluation.evaluate(path, {"bootstrap": 100, "targets": "valid"}, None, sink)
+        assert [line["classifier"] for line in result["classifiers"]] == ["head", "prototype"]
+    notes = [event["text"] for event in sink.events if event.get("text", "").startswith("biased")]
+    expected = "biased: left out, for biases are fitted on validation images, and eval.targets=valid tests these"
+    assert notes == [expected] * 2
+    found = compare_runs(paths, tmp_path / "out")
+    assert "prototype_summary" in found
+    assert "biased_summary" not in found
 
 
 def test_rows_of_classes_that_are_not_learned_stay_as_they_are(world: Path) -> None:
@@ -154,10 +230,16 @@ def test_runs_are_compared_by_image(world: Path, tmp_path: Path) -> None:
     means = {line["model"]: line["ACC"] for line in found["summary"]}
     assert line["effect"] == pytest.approx(means["eblora"] - means["finetune"])
     assert line["low"] <= line["effect"] <= line["high"]
+    for classifier in FURTHER:
+        lines = {line["model"]: line for line in found[f"{classifier}_summary"]}
+        (line,) = [line for line in found[f"{classifier}_differences"] if line["metric"] == "ACC"]
+        assert line["effect"] == pytest.approx(lines["eblora"]["ACC"] - lines["finetune"]["ACC"])
+        assert lines["eblora"]["ACC - head"] == pytest.approx(lines["eblora"]["ACC"] - means["eblora"])
+        assert pl.read_csv(tmp_path / "out" / f"{classifier}_differences.csv").height == 5
     assert pl.read_csv(tmp_path / "out" / "differences.csv").height == 6
     assert pl.read_csv(tmp_path / "out" / "summary.csv")["ACC"].to_list() == pytest.approx([*means.values()], abs=1e-6)
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 3
     assert str(world / "eblora") in html
     assert f"{means['eblora']:.4f}" in html
 
