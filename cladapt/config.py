@@ -1,4 +1,7 @@
-"""Every setting of cladapt, with its meaning, default and check; `cladapt.settings` resolves them."""
+"""Settings of cladapt, each with its meaning, default and check; `cladapt.settings` resolves them.
+
+Those of a method stand in its file, and those of a run that classifies in the workload's.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -485,16 +488,3 @@ class ClassEvalConfig(Settings):
     """Resamples behind an interval."""
     targets: Literal["test", "valid"] = "test"
     """`test`: what is reported; `valid`: what hyper-parameters are chosen by."""
-
-
-class ClassifyConfig(RunSettings):
-    """A whole run of `cladapt train --task classify`."""
-
-    task: ClassVar[str] = "classify"
-    shown_by = "config show --task classify"
-    data: str = ""
-    """Image stream directory; empty = scikit-learn's digits in 5 blocks."""
-    base: str = ""
-    """Vision base directory; empty = a small one trained on block 1."""
-    train: ImageTrainConfig = ImageTrainConfig()
-    eval: ClassEvalConfig = ClassEvalConfig()

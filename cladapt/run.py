@@ -32,6 +32,8 @@ ENVIRONMENT = "environment.json"
 SCHEMA_VERSION = 1
 FOLDERS = ("data", "base", "from_adapter")
 """Settings that say where a run's inputs are; what they are, their fingerprints say."""
+NEWER = ("quantisation", "head", "head_scale")
+"""Settings that older runs do not have: at their defaults they identify nothing, so that those runs go on."""
 
 
 def _known(task: str) -> str:
@@ -83,8 +85,9 @@ class Run(Generic[C]):
         """Identity of the settings that shape the adapters; inputs have fingerprints, wherever they lie."""
         left_out: dict[str, Any] = dict.fromkeys(("eval", "track", "sharding", *FOLDERS), True)
         left_out["train"] = {"checkpointing"}  # which changes no value
-        if getattr(self.config, "quantisation", "none") == "none":  # runs from before there was this setting go on
-            left_out["quantisation"] = True
+        for key, field_info in type(self.config).model_fields.items():
+            if key in NEWER and getattr(self.config, key) == field_info.default:
+                left_out[key] = True
         return hash_value(self.config.model_dump(mode="json", exclude=left_out))
 
     def config_at(self, block: int) -> C:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cladapt.data.images import ImageStream
 from cladapt.errors import DataError
 from cladapt.eval.biases import fit_biases
-from cladapt.model.features import class_means, outputs_on
+from cladapt.model.features import block_means, outputs_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,11 +75,7 @@ def image_rows(
     def outputs(rows: np.ndarray) -> tuple[Tensor, Tensor]:
         return outputs_on(model, stream.images[rows], batch_images)
 
-    means = []
-    for block in blocks:
-        train = stream.rows(block, "train")
-        label, classes = (torch.from_numpy(of) for of in (stream.label[train], stream.classes_of(block)))
-        means.append(class_means(outputs(train)[1], label, classes))
+    means = [block_means(model, stream, block, batch_images) for block in blocks]
     own_prototypes = torch.cat(means)[: len(seen)]  # classes are numbered in the order of their blocks
     if len(prototypes):
         own_prototypes[: len(prototypes)] = prototypes

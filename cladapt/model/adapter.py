@@ -46,6 +46,13 @@ class AdaptedBase(Protocol):
     def extra_parameters(self) -> Mapping[str, nn.Parameter]:
         """What learns with an adapter and is no part of it, such as a classifier, by its names in a saved adapter."""
 
+    @property
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        """What is saved with an adapter for that, by the same names: what learns, and what goes with it."""
+
+    def settle(self) -> None:
+        """Bring what learned beside the adapter into the form in which it is saved; its outputs stay what they are."""
+
 
 class Scaled(nn.Module):
     """U [out, r] -> s U, with the number s learned."""

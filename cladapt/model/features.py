@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cladapt.data.images import ImageStream
 from cladapt.errors import DataError
 from cladapt.model.adapter import CLASSIFIER
 from cladapt.model.vit import inputs_of, pixels_of
@@ -27,6 +28,13 @@ def outputs_on(model: "PreTrainedModel", images: np.ndarray, batch_images: int) 
             logits.append(model(pixel_values=pixels).logits.float().cpu())
             features.append(F.normalize(seen.pop().float().cpu(), dim=1))
     return torch.cat(logits), torch.cat(features)
+
+
+def block_means(model: "PreTrainedModel", stream: ImageStream, block: int, batch_images: int) -> Tensor:
+    """`class_means` of a block's classes over its training images, as the model has them: float32 [classes, d]."""
+    rows = stream.rows(block, "train")
+    _, features = outputs_on(model, stream.images[rows], batch_images)
+    return class_means(features, torch.from_numpy(stream.label[rows]), torch.from_numpy(stream.classes_of(block)))
 
 
 def class_means(features: Tensor, label: Tensor, classes: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, NonNegativeInt
-from torch import nn
+from torch import Tensor, nn
 
 from cladapt import __version__
 from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
@@ -88,6 +88,14 @@ class Base(Made):
     def extra_parameters(self) -> Mapping[str, nn.Parameter]:
         """What learns with an adapter and is no part of it: nothing."""
         return {}
+
+    @property
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        """What is saved with an adapter for that: nothing."""
+        return {}
+
+    def settle(self) -> None:
+        """Nothing learned beside the adapter."""
 
     @property
     def task_type(self) -> str:

@@ -46,6 +46,9 @@ class Observable(nn.Module):
         """The layer that takes `Outputs.hidden`, where adapters may be on it."""
         return None
 
+    def begin(self) -> None:
+        """Before the first step of a block, when the method has begun it: the model is what the block starts from."""
+
 
 class InputWatch:
     """Sees the inputs of a loss's adapted layers; layers that are given the same tensor have one input.

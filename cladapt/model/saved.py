@@ -77,6 +77,7 @@ class AdapterRecord(BaseModel):
     beams: PositiveInt = 1
     weights: str = ""
     held_out_blocks: list[PositiveInt] = []
+    head: Literal["linear", "cosine"] = "linear"
 
 
 class LoraRecord(BaseModel):
@@ -106,9 +107,9 @@ def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance
             record["history_rank"] = next(len(t) for n, t in history.items() if ".lora_A." in n)
             config.r += record["history_rank"]
             config.lora_alpha, config.use_rslora = scale_of(model) * config.r, False
-        if base.extra_parameters:
+        if base.extra_tensors:
             config.modules_to_save = [CLASSIFIER]
-            tensors |= {name: parameter.detach() for name, parameter in base.extra_parameters.items()}
+            tensors |= {name: tensor.detach() for name, tensor in base.extra_tensors.items()}
         config.inference_mode = True
         config.save_pretrained(str(temporary))
         write_factors(temporary, tensors, record)
@@ -252,9 +253,9 @@ def adapted(base: AdaptedBase, folder: Path) -> "Iterator[PreTrainedModel]":
 
 def place(model: "PeftModel", base: AdaptedBase, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a saved adapter into the adapter, and a classifier's into the base's own."""
-    set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.extra_parameters})
+    set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.extra_tensors})
     with torch.no_grad():
-        for name, parameter in base.extra_parameters.items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                raise DataError(f"the adapter has no {name} of shape {tuple(parameter.shape)}", RESTORE)
-            parameter.copy_(tensors[name])
+        for name, own in base.extra_tensors.items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                raise DataError(f"the adapter has no {name} of shape {tuple(own.shape)}", RESTORE)
+            own.copy_(tensors[name])

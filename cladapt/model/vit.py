@@ -4,7 +4,7 @@ The directory is an ordinary checkpoint beside `cladapt.json`. Blocks learn an a
 classes; the rows of others keep what they have.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from cladapt.artifacts import atomic_dir, hash_value, read_record, write_json
 from cladapt.config import VitConfig
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.adapter import CLASSIFIER
+from cladapt.model.cosine import CosineHead
 from cladapt.model.items import ItemPasses
 from cladapt.model.load import PROVENANCE, RESTORE, Made, verify_weights
 from cladapt.model.observe import Observable, Outputs
@@ -59,13 +60,30 @@ class VisionBase(Made):
 
     @property
     def extra_parameters(self) -> Mapping[str, nn.Parameter]:
-        """The classifier's tensors by the names that a saved adapter has for them."""
+        """What of the classifier learns, by the names that a saved adapter has for it."""
         return {f"base_model.model.{CLASSIFIER}.{name}": p for name, p in self.classifier.named_parameters()}
+
+    @property
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        """The classifier's tensors by those names."""
+        return {f"base_model.model.{CLASSIFIER}.{name}": t for name, t in self.classifier.state_dict().items()}
 
     @property
     def classifier(self) -> nn.Linear:
         """The head, a row for each class."""
         return cast(nn.Linear, self.model.get_submodule(CLASSIFIER))
+
+    def settle(self) -> None:
+        """Rows of a cosine head get length 1: a stock linear layer of what is then saved has the same highest class."""
+        if isinstance(self.classifier, CosineHead):
+            self.classifier.settle()
+
+    def take_cosine_head(self, scale: float) -> CosineHead:
+        """Put a cosine head without a learned row in the place of the classifier."""
+        old = self.classifier
+        head = CosineHead(old.in_features, old.out_features, scale).to(old.weight.device).requires_grad_(False)
+        setattr(self.model, CLASSIFIER, head)
+        return head
 
 
 def new_vit(config: VitConfig, side: int, channels: int, classes: int) -> "PreTrainedModel":
@@ -129,17 +147,28 @@ def pixels_of(images: np.ndarray) -> Tensor:
 class ClassLoss(Observable):
     """Negative log-likelihood of labels among the `classes` of one block: other rows of the head take no part.
 
-    `earlier`: the classes that were learned before, whose logits are the alternatives of its outputs.
+    `earlier`: the classes that were learned before, whose logits are the alternatives of its outputs. `start`: gives
+    the rows of new classes what they start from, where that is not what they have.
     """
 
-    def __init__(self, model: "PreTrainedModel", classes: np.ndarray, earlier: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        classes: np.ndarray,
+        earlier: np.ndarray | None = None,
+        start: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._start = model, start
         self.earlier = torch.from_numpy(np.zeros(0, np.int64) if earlier is None else earlier.astype(np.int64))
         head = cast(nn.Linear, model.get_submodule(CLASSIFIER))
         outside = torch.full((head.out_features,), -torch.inf)
         outside[torch.from_numpy(classes)] = 0.0
         self.register_buffer("outside", outside.to(head.weight.device), persistent=False)
+
+    def begin(self) -> None:
+        if self._start is not None:
+            self._start()
 
     def forward(self, pixels: Tensor, label: Tensor, counted: Tensor, items: ItemPasses | None = None) -> Tensor:
         """float32, one per image that counts; [B, C, H, W], int64 [B], bool [B]. `items` learns whose they are."""

@@ -45,7 +45,9 @@ def fingerprints(config: RunSettings, stream: Any, base: FittedBase) -> dict[str
 
 def _of_models(config: RunSettings, base: FittedBase) -> dict[str, str]:
     found = {"base": base.fingerprint}
-    if getattr(config, "quantisation", "none") == "none":  # packed weights differ between machines, the saved ones not
+    plain = {"quantisation": "none", "head": "linear"}
+    # packed weights, and means that a head starts from, differ between machines, the saved ones not
+    if all(getattr(config, key, as_saved) == as_saved for key, as_saved in plain.items()):
         found["base weights"] = weights_hash(base.model)
     if (start := workloads.get(config.task).starts_from(config)) is not None:
         file = start / ADAPTER_FILE

@@ -116,6 +116,7 @@ def learn_blocks(
             checkpoint_steps=config.train.checkpoint_steps,
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
+        base.settle()
         state, record = method.state_dict(), {**provenance(block), **feed.record}
         if (past := past_blocks(block)) and not any(map(is_cut, model.parameters())):
             look = fit.look.at(*examples(model, past))

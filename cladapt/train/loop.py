@@ -20,7 +20,7 @@ from cladapt.errors import DataError
 from cladapt.methods import Context, Method, Sharpness
 from cladapt.model.checkpointing import set_checkpointing
 from cladapt.model.items import ItemPasses
-from cladapt.model.observe import See
+from cladapt.model.observe import Observable, See
 from cladapt.model.sharding import is_cut
 from cladapt.train.feeds import Batch, Feed, shard
 from cladapt.train.interrupt import STOPS, deferred_interrupt
@@ -138,8 +138,10 @@ class Fit:
         return ctx.optimizer
 
     def begin(self) -> None:
-        """Let the method begin the block, and take what it asks of the backward passes."""
+        """Let the method and the loss begin the block, and take what the method asks of the backward passes."""
         self.method.begin_block(self.ctx)
+        if isinstance(self._unwrapped, Observable):
+            self._unwrapped.begin()
         self._policy = self.method.sharpness(self.ctx)
         if self._policy is not None:
             self._reuse = Reuse(self._policy.refresh) if self._policy.refresh > 1 else None

@@ -2,26 +2,31 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import polars as pl
 import torch
+from pydantic import model_validator
 from torch import nn
 
 from cladapt import ops, ranks
 from cladapt.artifacts import read_parquet, read_record
-from cladapt.config import ClassEvalConfig, ClassifyConfig, VitConfig
+from cladapt.config import ClassEvalConfig, ImageTrainConfig, PositiveFloat, RunSettings, VitConfig
 from cladapt.data.images import ImageStream, digits_stream
-from cladapt.errors import DataError
+from cladapt.errors import ConfigError, DataError
 from cladapt.eval import classes
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.classes import MEASURES, OF_CLASSIFIERS, known_further
 from cladapt.eval.images import BIASES, FURTHER, PROTOTYPES, ROWS, Answers, image_rows, prototype_frame, prototypes_of
 from cladapt.eval.report import Section, rows_table
-from cladapt.model.adapter import adapted_lm
+from cladapt.model.adapter import CLASSIFIER, adapted_lm
+from cladapt.model.cosine import CosineHead
+from cladapt.model.features import block_means
 from cladapt.model.load import PROVENANCE
+from cladapt.model.saved import adapter_provenance
 from cladapt.model.vit import ClassLoss, VisionBase, VisionRecord, load_vision_base
 from cladapt.train.blocks import Examples
 from cladapt.train.classes import ImageFeed, describe_blocks, make_vision_base
@@ -40,17 +45,43 @@ from cladapt.workloads._classify_compare import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 FORMULAS = (
     "R: accuracy among all classes of the blocks up to the model's. FWT: of a nearest-class-mean probe on blocks to "
     "come, minus that of the base. Intervals are 95 %, bootstrap over the images of each block. No head and tail: an "
     "item is a class here, which has all of its training images in one block."
 )
+HEAD_SCALE = 16.0
 CLASSIFIERS = (
     "Among all classes of the blocks up to the model's. biased: the head's logits and a bias for each block, fitted on "
     "the validation images of these blocks. prototype: the nearest mean of a class's training images in feature space, "
     "as the model after the class's own block had it. ACC - head: paired over images."
 )
+
+
+class ClassifyConfig(RunSettings):
+    """A whole run of `cladapt train --task classify`."""
+
+    task: ClassVar[str] = "classify"
+    shown_by = "config show --task classify"
+    data: str = ""
+    """Image stream directory; empty = scikit-learn's digits in 5 blocks."""
+    base: str = ""
+    """Vision base directory; empty = a small one trained on block 1."""
+    head: Literal["linear", "cosine"] = "linear"
+    """`cosine`: a logit is `head_scale` times the cosine between features and the class's row, which starts at the mean
+    of the class's features, also for classes that the base has learned; there is no bias."""
+    head_scale: PositiveFloat = HEAD_SCALE
+    """Scale of the logits of a cosine head."""
+    train: ImageTrainConfig = ImageTrainConfig()
+    eval: ClassEvalConfig = ClassEvalConfig()
+
+    @model_validator(mode="after")
+    def _only_cosines_are_scaled(self) -> "ClassifyConfig":
+        if self.head == "linear" and self.head_scale != HEAD_SCALE:
+            raise ValueError(f"head_scale={self.head_scale:g} needs head=cosine, head is linear")
+        return self
 
 
 class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures]):
@@ -76,6 +107,10 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
                 "make a base for this stream with `cladapt base vision`: its head has a row for each of the classes",
             )
         cast(nn.Module, base.model).to(ops.compute_device())
+        if config.head == "cosine":
+            base.take_cosine_head(config.head_scale)
+            for block in range(1, base.fitted_block + 1):
+                imprint(base.model, stream, block, config.train.batch_images)
         return stream, base
 
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
@@ -95,9 +130,23 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
             train = np.concatenate([stream.rows(block, "train") for block in blocks])
             own = np.concatenate([stream.classes_of(block) for block in blocks])
             feed = ImageFeed(stream, train, stream.rows(blocks[-1], "valid"), config.train.batch_images)
-            return ClassLoss(adapted_lm(model), own, stream.seen(blocks[-1] - 1)), feed
+            start = None
+            if config.head == "cosine":
+                start = partial(imprint, adapted_lm(model), stream, blocks[-1], config.train.batch_images)
+            return ClassLoss(adapted_lm(model), own, stream.seen(blocks[-1] - 1), start), feed
 
         return of_blocks
+
+    def provenance(self, config: ClassifyConfig, block: int) -> dict[str, Any]:
+        return {"head": config.head, **({"head_scale": config.head_scale} if config.head == "cosine" else {})}
+
+    def check_adapter(self, config: ClassifyConfig, adapter: Path) -> None:
+        taught = adapter_provenance(adapter).get("head", "linear")
+        if taught != config.head:
+            raise ConfigError(
+                f"{adapter} was taught with head={taught}, the run has head={config.head}: it would be misread",
+                f"use head={taught}",
+            )
 
     def plan(
         self, config: ClassifyConfig, stream: ImageStream, base: VisionBase, blocks: Sequence[int]
@@ -201,6 +250,12 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
             judged = classes.effects_of(by_seed, name, resamples)
             found |= {f"{name} {measure}": judged[measure] for measure in OF_CLASSIFIERS}
         return {name: finite(effect.mean) for name, effect in found.items()}
+
+
+def imprint(model: "PreTrainedModel", stream: ImageStream, block: int, batch_images: int) -> None:
+    """The rows of a block's classes in a cosine head become the means of their features, as the model has them."""
+    head = cast(CosineHead, model.get_submodule(CLASSIFIER))
+    head.imprint(torch.from_numpy(stream.classes_of(block)), block_means(model, stream, block, batch_images))
 
 
 def _kept(known: ClassMeasures, after: int, seen: int) -> Answers:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from cladapt.config import ClassifyConfig, RunConfig
+from cladapt.config import RunConfig
+from cladapt.workloads.classify import ClassifyConfig
 from cladapt_cli._help import documented
 from cladapt_cli.app import EXIT_CODES, app, run
 

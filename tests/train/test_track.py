@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from cladapt.config import ClassifyConfig, RunConfig, resolve
+from cladapt.config import RunConfig, resolve
 from cladapt.errors import ConfigError, EnvironmentProblem
 from cladapt.train.track import QUIET, points, require, tracking
+from cladapt.workloads.classify import ClassifyConfig
 
 EVENTS: list[dict[str, Any]] = [
     {"kind": "kernels", "ops": {}},

@@ -14,17 +14,19 @@ import torch
 from PIL import Image
 
 from cladapt.artifacts import read_parquet, read_tensors
-from cladapt.config import AdapterConfig, ClassifyConfig, ImagesConfig, ImageTrainConfig, MethodConfig, VitConfig
+from cladapt.config import AdapterConfig, ImagesConfig, ImageTrainConfig, MethodConfig, VitConfig, resolve
 from cladapt.data.images import ImageStream
 from cladapt.errors import CheckFailed, ConfigError, DataError
 from cladapt.eval.classes import Outcomes
 from cladapt.eval.images import BIASES, FURTHER, PROTOTYPES, ROWS, prototypes_of
-from cladapt.model.features import class_means, outputs_on
+from cladapt.model.cosine import CosineHead
+from cladapt.model.features import block_means
 from cladapt.model.saved import adapted
 from cladapt.pipeline import evaluation, images, runs, ship
 from cladapt.pipeline.compare import compare_runs
-from cladapt.run import open_run
+from cladapt.run import Run, open_run
 from cladapt.train.sinks import MemorySink
+from cladapt.workloads.classify import ClassifyConfig
 
 TINY = VitConfig(hidden=16, layers=1, patch=4, epochs=8, lr=3e-3, batch_images=16, warp=0.05)
 IMAGES = ImagesConfig(blocks=3, size=12)
@@ -128,11 +130,9 @@ def test_prototypes_are_of_the_model_after_each_classs_block_and_biases_of_every
     assert biases.select("model", "block").rows() == [(m, b) for m in (1, 2, 3) for b in range(1, m + 1)]
     _, base = run.workload.open_inputs(run.config)
     for block in (1, 2, 3):
-        rows = stream.rows(block, "train")
-        label, classes = (torch.from_numpy(of) for of in (stream.label[rows], stream.classes_of(block)))
         with nullcontext(base.model) if block == 1 else adapted(base, run.adapters[block]) as model:
-            means = class_means(outputs_on(model, stream.images[rows], 5)[1], label, classes)
-        torch.testing.assert_close(found[classes], means, rtol=0, atol=1e-5)
+            means = block_means(model, stream, block, 5)
+        torch.testing.assert_close(found[stream.classes_of(block)], means, rtol=0, atol=1e-5)
 
 
 def test_what_was_measured_is_kept_until_a_model_before_it_changes(world: Path, tmp_path: Path) -> None:
@@ -219,6 +219,91 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(world: Path, tmp_path: Pa
         file = Path("adapters") / f"block_{block:03d}" / "adapter_model.safetensors"
         one, other = read_tensors(world / "eblora" / file), read_tensors(tmp_path / "run" / file)
         assert all(torch.equal(t, other[name]) for name, t in one.items()), block
+
+
+def heads_of(run: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """The classifier of every adapter."""
+    found = {}
+    for block, folder in open_run(run).adapters.items():
+        tensors = read_tensors(folder / "adapter_model.safetensors")
+        found[block] = {name.rpartition(".")[2]: t for name, t in tensors.items() if ".classifier." in name}
+    return found
+
+
+@pytest.mark.parametrize("name", ["finetune", "olora"])
+def test_a_cosine_head_starts_at_class_means_and_is_saved_with_rows_of_length_one(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    still = {"head": "cosine", "train": CONFIG.train.model_copy(update={"lr": 1e-12})}
+    train(world, tmp_path / "run", name, **still)
+    run, stream = open_run(tmp_path / "run"), ImageStream.load(world / "stream")
+    _, base = run.workload.open_inputs(run.config)
+    assert isinstance(base.classifier, CosineHead)
+    heads = heads_of(run.path)
+    # nothing moved but rows: each block's are the means that a new adapter, B = 0, leaves them at
+    expected = torch.cat([block_means(base.model, stream, block, 8) for block in (1, 2, 3)])
+    torch.testing.assert_close(heads[3]["weight"], expected, rtol=0, atol=1e-5)
+    assert torch.equal(base.classifier.weight[:2], expected[:2])
+    assert torch.equal(heads[3]["weight"][:4], heads[2]["weight"][:4])
+    assert not heads[2]["weight"][4:].any()
+    assert not heads[3]["bias"].any()
+    assert [*run.inputs] == ["data", "base"]  # means may differ in their last bits between machines
+    made = json.loads((run.adapters[3] / "cladapt.json").read_text())
+    assert (made["head"], made["head_scale"]) == ("cosine", 16.0)
+    evaluate(run.path)
+    rows = read_parquet(run.path / "images" / "rows.parquet", ROWS)
+    assert rows["correct"].equals(rows["prototype"].alias("correct"))  # one and the same where nothing has moved
+
+
+@pytest.mark.parametrize("name", ["eblora", "olora"])
+def test_an_interrupted_run_with_a_cosine_head_ends_as_if_it_had_not_been(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    changes = {"head": "cosine", "train": CONFIG.train.model_copy(update={"checkpoint_steps": 1})}
+    train(world, tmp_path / "whole", name, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "run", name, Stops(), **changes)
+    runs.resume(tmp_path / "run", MemorySink())
+    # and where block 3 begins anew from what block 2 has left on disk
+    shutil.copytree(tmp_path / "whole", tmp_path / "later")
+    shutil.rmtree(tmp_path / "later" / "adapters" / "block_003")
+    runs.resume(tmp_path / "later", MemorySink())
+    for block in (2, 3):
+        file = Path("adapters") / f"block_{block:03d}" / "adapter_model.safetensors"
+        whole = read_tensors(tmp_path / "whole" / file)
+        torch.testing.assert_close(
+            whole["base_model.model.classifier.weight"].norm(dim=1)[: 2 * block], torch.ones(2 * block)
+        )
+        for run in ("run", "later"):
+            other = read_tensors(tmp_path / run / file)
+            assert all(torch.equal(t, other[key]) for key, t in whole.items()), (run, block)
+
+
+def test_a_head_of_another_kind_is_told(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="head_scale=8 needs head=cosine, head is linear"):
+        resolve(ClassifyConfig, {"head_scale": 8.0})
+    made = "adapters/block_002/cladapt.json"
+    other = changed(world, "finetune", tmp_path / "a", made, lambda r: r.update(head="cosine"))
+    taught = r"block_002 was taught with head=cosine, the run has head=linear: .*misread \(use head=cosine"
+    with pytest.raises(ConfigError, match=taught):
+        evaluate(other)
+    with pytest.raises(ConfigError, match=taught):
+        runs.resume(other, MemorySink())
+    other = changed(world, "finetune", tmp_path / "b", made, lambda r: r.update(head="round"))
+    with pytest.raises(DataError, match=r"block_002/cladapt\.json has head='round': .*'linear' or 'cosine'"):
+        evaluate(other)
+
+
+def test_a_run_from_before_there_were_heads_is_the_same_run(world: Path, tmp_path: Path) -> None:
+    def without(record: Any) -> None:
+        del record["config"]["head"], record["config"]["head_scale"]
+
+    older = changed(world, "finetune", tmp_path / "a", "config.json", without)
+    assert open_run(older).config_hash == open_run(world / "finetune").config_hash
+    assert evaluate(older)["cells"] == {"measured": 0, "kept": 9}
+    config, others = open_run(older).config, ({}, {"head": "cosine"}, {"head_scale": 8.0})
+    hashes = {Run(older, config.model_copy(update=changes)).config_hash for changes in others}
+    assert len(hashes) == 3
 
 
 def test_runs_are_compared_by_image(world: Path, tmp_path: Path) -> None:

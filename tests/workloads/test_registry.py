@@ -24,8 +24,7 @@ TOY = '''
 
 from typing import ClassVar
 
-from cladapt.config import ClassifyConfig
-from cladapt.workloads.classify import Classify
+from cladapt.workloads.classify import Classify, ClassifyConfig
 
 
 class ToyConfig(ClassifyConfig):
