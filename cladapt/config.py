@@ -487,4 +487,5 @@ class ClassEvalConfig(Settings):
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples behind an interval."""
     targets: Literal["test", "valid"] = "test"
-    """`test`: what is reported; `valid`: what hyper-parameters are chosen by."""
+    """`test`: what is reported; `valid`: what hyper-parameters are chosen by, and biases of blocks fitted on, so that
+    these are not judged."""
