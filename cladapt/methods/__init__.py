@@ -68,6 +68,13 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
             f"method.name={name!r}: {flatten[0]} perturbs the factors of an adapter, {whole[0]} learns whole weights",
             f"use {flatten[0]} with a method that learns low-rank factors",
         )
+    recast, by_entry = ([n for n, m in methods.items() if getattr(m, flag)] for flag in ("recasts", "by_entry"))
+    if recast and by_entry:
+        raise ConfigError(
+            f"method.name={name!r}: {by_entry[0]} weighs entries of the factors against those of another block, "
+            f"{recast[0]} puts others in their place between the two",
+            "use one of them",
+        )
     if len(histories) > 1:
         raise ConfigError(
             f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"

@@ -99,7 +99,9 @@ class Method:
     `Config` holds its options. `trains`: whether blocks are learned at all; `past_data`: whether a block is learned on
     the data of all blocks up to it; `parameters`: what of a module learns, see `cladapt.model.adapter.create_adapter`;
     `history`: whether it puts frozen factors beside the adapter; `weight_gradients`: whether it takes gradients of the
-    base's own weights; `needs_outputs`: whether its terms read `Context.outputs`. State is named tensors only.
+    base's own weights; `needs_outputs`: whether its terms read `Context.outputs`; `recasts`: whether it puts other
+    factors in the place of those that a block has learned, fresh ones or the same product in other coordinates;
+    `by_entry`: whether it weighs entries of the factors against those of another block. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
@@ -109,6 +111,8 @@ class Method:
     history: ClassVar[bool] = False
     weight_gradients: ClassVar[bool] = False
     needs_outputs: ClassVar[bool] = False
+    recasts: ClassVar[bool] = False
+    by_entry: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

@@ -35,6 +35,10 @@ class Cumulative(WithHistory):
     Config = CumulativeConfig
     config: CumulativeConfig
 
+    @property
+    def recasts(self) -> bool:  # type: ignore[override]
+        return not self.config.inherit
+
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
         last = {name: p.detach().clone() for name, p in ctx.parameters.items()}

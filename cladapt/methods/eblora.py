@@ -58,6 +58,7 @@ class Eblora(WithHistory):
     Config = EbloraConfig
     config: EbloraConfig
     parameters = "directions"
+    recasts = True
     weight_gradients = True
 
     def __init__(self, config: EbloraConfig | None = None) -> None:

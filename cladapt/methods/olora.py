@@ -34,6 +34,7 @@ class Olora(WithHistory):
 
     Config = OloraConfig
     config: OloraConfig
+    recasts = True
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:

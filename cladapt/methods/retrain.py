@@ -15,6 +15,7 @@ class Retrain(Method):
     """A fresh adapter per block, learned on everything so far."""
 
     past_data = True
+    recasts = True
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:

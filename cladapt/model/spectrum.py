@@ -110,13 +110,27 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+@torch.no_grad()
+def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, q], singular values [q] and V^T [q, in] of up @ down, q = min(r, in, out), in float64.
+
+    down [r, in] and up [out, r], also batches of them. Values are descending, 0 where rounding hides them.
+    """
+    (right, right_core), (left, left_core) = (torch.linalg.qr(factor.double()) for factor in (down.mT, up))
+    u, values, vh = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    return left @ u, _above_noise(values, down.double(), up.double()), vh @ right.mT
+
+
 def _singular_values(down: Tensor, up: Tensor) -> Tensor:
     """Of up @ down for float64 [n, r, in] and [n, out, r] -> [n, min(r, in, out)], rounding errors set to 0."""
     (_, right), (_, left) = torch.linalg.qr(down.mT, mode="r"), torch.linalg.qr(up, mode="r")
-    values = torch.linalg.svdvals(left @ right.mT)
+    return _above_noise(torch.linalg.svdvals(left @ right.mT), down, up)
+
+
+def _above_noise(values: Tensor, down: Tensor, up: Tensor) -> Tensor:
     noise = torch.finfo(down.dtype).eps * max(down.shape[-1], up.shape[-2])
     floor = noise * torch.linalg.matrix_norm(down) * torch.linalg.matrix_norm(up)
-    return values.where(values > floor[:, None], 0.0)
+    return values.where(values > floor[..., None], 0.0)
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
