@@ -46,6 +46,8 @@ class Context:
     """Inside, the model is without adapter and history."""
     mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
     """Gradients of frozen weights over a share of the block's examples; see `cladapt.train.looking.Look`."""
+    squared_gradient: Callable[[float], dict[str, Tensor]] = _no_model
+    """Mean of the squared gradients of single examples, of a share of the block's; see `cladapt.train.looking.Look`."""
     total: Callable[[Tensor], Tensor] = _no_model
     """The sum of a tensor over the processes."""
     inputs: Callable[[], Mapping[str, str]] = _no_model

@@ -31,9 +31,8 @@ from cladapt import ops
 from cladapt.config import Settings
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context, Method
+from cladapt.methods._proximal import join, log_figures
 from cladapt.model.anchors import AdapterVector, Grouping
-
-FIGURES = ("peso/term", "peso/distance", "peso/ratio", "peso/cosine")
 
 
 class PesoConfig(Settings):
@@ -154,35 +153,18 @@ class Peso(Method):
             return
         if self._epilogue is not None:
             self._epilogue.finish()
-            self._log(ctx, self._epilogue.measure())
+            log_figures(ctx, "peso", self._epilogue.measure())
             return
-        parameters = list(ctx.parameters.values())
-        value = self._vector.flatten([p.detach() for p in parameters])
+        value = self._vector.flatten([p.detach() for p in ctx.parameters.values()])
         distance = torch.linalg.vector_norm(value - self.anchor)
         if not self._active:
             ctx.log["peso/distance"] = distance.item()
             return
-        term, grad = self.penalty(value)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        task = self._vector.flatten(grads)
-        task_norm, own_norm = torch.linalg.vector_norm(task), torch.linalg.vector_norm(grad)
-        tiny = torch.finfo(task.dtype).tiny
-        ratio = own_norm / task_norm.clamp_min(tiny)
-        cosine = torch.dot(task, grad) / (task_norm * own_norm).clamp_min(tiny)
-        figures = torch.stack([term, distance, ratio, cosine]).tolist()
-        ctx.log.update(zip(FIGURES, figures, strict=True))
-        torch._foreach_add_(grads, [g.to(p.dtype) for g, p in zip(self._vector.unflatten(grad), grads, strict=True)])
+        join(ctx, "peso", self._vector, *self.penalty(value), distance)
 
     def after_step(self, ctx: Context) -> None:
         if self._optimizer is not None and ctx.figures is not None:
-            self._log(ctx, ctx.figures)
-
-    def _log(self, ctx: Context, figures: ops.Figures) -> None:
-        tiny = torch.finfo(torch.float32).tiny
-        task, own = figures.task_norm, figures.term_norm
-        ratio, cosine = own / task.clamp_min(tiny), figures.inner / (task * own).clamp_min(tiny)
-        numbers = torch.stack([t.double() for t in (figures.term, figures.distance, ratio, cosine)]).tolist()
-        ctx.log.update(zip(FIGURES, numbers, strict=True))
+            log_figures(ctx, "peso", ctx.figures)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.anchor is None else {"anchor": self.anchor}

@@ -8,7 +8,7 @@ common to a user's instructions is computed once. All give evaluation the prompt
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -350,6 +350,11 @@ class PackedRows:
     document: np.ndarray  # int64, 1, 2, … within a row, 0 = padding
     position: np.ndarray  # int64, that of its document, 0 for padding
     loss: np.ndarray  # bool
+
+    @classmethod
+    def stacked(cls, parts: "Sequence[PackedRows]") -> "PackedRows":
+        """The rows of several, which are equally long, one below the other."""
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 def pack(documents: Sequence[Document], row_tokens: int, order: np.random.Generator | None, pad: int = 0) -> PackedRows:

@@ -56,6 +56,9 @@ class ImageFeed:
     def sample(self, share: float) -> list[Batch]:
         return list(self._batches(np.array(evenly(self.train, share))))  # type: ignore[arg-type]
 
+    def singles(self, share: float, rows: int) -> Iterator[Batch]:
+        return self._batches(np.array(evenly(self.train, share)), rows)  # type: ignore[arg-type]
+
     def validation(self) -> Iterator[Batch]:
         return self._batches(self.valid)
 
@@ -65,9 +68,10 @@ class ImageFeed:
     def used(self, batch: Batch) -> int:
         return len(batch[-1])
 
-    def _batches(self, rows: np.ndarray) -> Iterator[Batch]:
-        for first in range(0, len(rows), self.per_batch):
-            piece = torch.from_numpy(rows[first : first + self.per_batch])
+    def _batches(self, rows: np.ndarray, count: int = 0) -> Iterator[Batch]:
+        """`count` rows at a time, or `per_batch`."""
+        for first in range(0, len(rows), count or self.per_batch):
+            piece = torch.from_numpy(rows[first : first + (count or self.per_batch)])
             yield self._pixels[piece], self._label[piece], torch.ones(len(piece), dtype=torch.bool)
 
 

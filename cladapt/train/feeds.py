@@ -51,6 +51,9 @@ class Feed(Protocol):
     def sample(self, share: float) -> list[Batch]:
         """Batches of an evenly spaced share of the training examples, at least one of them."""
 
+    def singles(self, share: float, rows: int) -> Iterator[Batch]:
+        """Those of `sample`, each in a row of its own, `rows` of them at a time."""
+
     def validation(self) -> Iterator[Batch]:
         """Batches of all validation examples."""
 
@@ -101,6 +104,12 @@ class PackedFeed:
 
     def sample(self, share: float) -> list[Batch]:
         return list(batches_of(pack(evenly(self.documents, share), self.row_tokens, None), self.per_batch))
+
+    def singles(self, share: float, rows: int) -> Iterator[Batch]:
+        chosen = evenly(self.documents, share)
+        for first in range(0, len(chosen), rows):
+            apart = [pack([document], self.row_tokens, None) for document in chosen[first : first + rows]]
+            yield from batches_of(PackedRows.stacked(apart), rows)
 
     def validation(self) -> Iterator[Batch]:
         return batches_of(pack(self.held_out, self.row_tokens, None), self.per_batch)

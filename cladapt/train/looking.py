@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cladapt import ranks
 from cladapt.model.observe import InputWatch, Observable, Outputs, See, outputs_of, values_of
 from cladapt.train.feeds import Batch, Feed
 
@@ -115,3 +116,21 @@ class Look:
             for weight in weights.values():
                 weight.requires_grad_(False)
         return {name: self._total(total) for name, total in found.items()}
+
+    def squared_gradient(self, share: float) -> dict[str, Tensor]:
+        """Mean of (d l_i / d p)^2 over an evenly spaced share of the examples i, float32, dropout off, by name.
+
+        l_i: the negative log-likelihood of an example, a document's summed over its targets. It is the diagonal of the
+        empirical Fisher information of the adapter's parameters p as they stand.
+        """
+        self._loss.eval()
+        found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._parameters.items()}
+        count = 0
+        for batch in self._feed.singles(share, ranks.ranks()):
+            count += len(batch[0])
+            with self._autocast():
+                loss = self._loss(*self._own(batch)).sum()
+            grads = torch.autograd.grad(loss, [*self._parameters.values()], materialize_grads=True)
+            for total, grad in zip(found.values(), grads, strict=True):
+                total += grad.float().square()
+        return {name: self._total(total) / count for name, total in found.items()}

@@ -109,7 +109,7 @@ class Fit:
         self._unwrapped = module
         self.look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
         ctx.total, ctx.inputs, ctx.look, ctx.mean_gradient = self._summed, look.inputs, look.over, look.mean_gradient
-        ctx.outputs, ctx.outputs_with = look.outputs, look.outputs_with
+        ctx.outputs, ctx.outputs_with, ctx.squared_gradient = look.outputs, look.outputs_with, look.squared_gradient
         if method.needs_outputs:
             look.loss.observed = True
         if feed.items is not None:

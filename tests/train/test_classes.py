@@ -44,6 +44,16 @@ def test_validation_and_samples_are_in_order() -> None:
     assert evenly(range(7), 1.0) == list(range(7))
 
 
+def test_single_images_are_rows_in_order() -> None:
+    (whole,) = ImageFeed(stream(), stream().rows(2, "train"), stream().rows(2, "valid"), 10).sample(1.0)
+    for rows in (1, 4):
+        batches = list(feed().singles(1.0, rows))
+        assert [len(batch[1]) for batch in batches] == [1] * 10 if rows == 1 else [4, 4, 2]
+        assert all(
+            torch.equal(torch.cat(parts), all_) for parts, all_ in zip(zip(*batches, strict=True), whole, strict=True)
+        )
+
+
 def test_a_shard_without_a_row_counts_nothing() -> None:
     last = feed().epoch([0, 0])[-1]
     first, second = (shard(last, rank, 2) for rank in range(2))

@@ -47,6 +47,21 @@ def test_a_feed_counts_targets_and_tokens_and_samples_whole_documents() -> None:
     assert sum(map(feed.used, feed.validation())) == sum(len(d.tokens) for d in valid)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_single_examples_have_rows_of_their_own(rows: int) -> None:
+    feed = PackedFeed(documents(10), documents(3, seed=1), batch_tokens=64, row_tokens=16)
+    batches = list(feed.singles(1.0, rows))
+    assert [len(batch[0]) for batch in batches] == [rows] * (10 // rows) + [10 % rows] * (10 % rows > 0)
+    found = [row for batch in batches for row in zip(*batch, strict=True)]
+    for (tokens, number, position, loss), d in zip(found, feed.documents, strict=True):
+        n = len(d.tokens)
+        assert number.tolist() == [1] * n + [0] * (len(number) - n)
+        np.testing.assert_array_equal(tokens[:n], d.tokens)
+        np.testing.assert_array_equal(position[:n], np.arange(n))
+        np.testing.assert_array_equal(loss, np.r_[d.loss, np.zeros(len(loss) - n, bool)])
+    assert [len(batch[0]) for batch in feed.singles(0.2, 1)] == [1, 1]  # the first and the last
+
+
 def numbered(first: int, count: int) -> list[Document]:
     """Documents that are told apart by their second token."""
     return [Document(np.array([0, k]), np.array([False, True])) for k in range(first, first + count)]
