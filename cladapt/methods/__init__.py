@@ -75,6 +75,12 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
             f"{recast[0]} puts others in their place between the two",
             "use one of them",
         )
+    revisit = [n for n, m in methods.items() if m.revisits]
+    if len(revisit) > 1:
+        raise ConfigError(
+            f"method.name={name!r}: {' and '.join(revisit)} would each say what is learned of earlier blocks",
+            "use one of them",
+        )
     if len(histories) > 1:
         raise ConfigError(
             f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"

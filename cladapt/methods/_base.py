@@ -42,6 +42,8 @@ class Context:
     """Puts frozen factors beside the adapter; see `cladapt.model.history.set_history`."""
     factors: Callable[[], dict[str, Tensor]] = _no_model
     """A copy of the adapter as A and B; see `cladapt.model.adapter.adapter_tensors`."""
+    score: Callable[[], float] | None = None
+    """Mean log-likelihood of the block's validation targets as the model stands; None where it has none."""
     base_alone: Callable[[], AbstractContextManager[None]] = _no_model
     """Inside, the model is without adapter and history."""
     mean_gradient: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] = _no_model
@@ -74,7 +76,7 @@ class Context:
     figures: ops.Figures | None = None
     """What the optimiser measured of this step, where it has a term."""
     log: dict[str, float] = field(default_factory=dict)
-    """Scalars to write with this step's log line."""
+    """Scalars to write with this step's log line, or with the block's in `end_block`."""
 
     @classmethod
     def of(
@@ -123,6 +125,11 @@ class Method:
     def edits_gradients(self) -> bool:
         """Whether `edit_grads` does anything."""
         return type(self).edit_grads is not Method.edit_grads
+
+    @property
+    def revisits(self) -> bool:
+        """Whether it says what is learned of the blocks before the newest."""
+        return self.past_data or type(self).learned_with is not Method.learned_with
 
     @property
     def flattens(self) -> bool:

@@ -23,10 +23,6 @@ class Compose(Method):
         return all(method.trains for _, method in self.methods)
 
     @property
-    def past_data(self) -> bool:  # type: ignore[override]
-        return any(method.past_data for _, method in self.methods)
-
-    @property
     def parameters(self) -> Parameters:  # type: ignore[override]
         return next((m.parameters for _, m in self.methods if m.parameters != "factors"), "factors")
 
@@ -45,6 +41,9 @@ class Compose(Method):
     @property
     def flattens(self) -> bool:
         return any(method.flattens for _, method in self.methods)
+
+    def learned_with(self, block: int) -> Sequence[int]:
+        return max((method.learned_with(block) for _, method in self.methods), key=len)
 
     def sharpness(self, ctx: Context) -> Sharpness | None:
         asked = (method.sharpness(ctx) for _, method in self.methods)

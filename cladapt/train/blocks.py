@@ -136,6 +136,7 @@ def learn_blocks(
                     feed.unit: result.used,
                     "seconds": result.seconds,
                     **feed.record,
+                    **result.log,
                     **({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
                 }
             )

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from signal import Signals
 from typing import Any, Literal, cast
 
@@ -82,6 +82,8 @@ class FitResult:
     steps: int
     used: int
     seconds: float
+    log: Mapping[str, float] = field(default_factory=dict)
+    """What the method logged at the block's end."""
 
 
 def rate(progress: float, settings: FitSettings) -> float:
@@ -110,6 +112,7 @@ class Fit:
         self.look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
         ctx.total, ctx.inputs, ctx.look, ctx.mean_gradient = self._summed, look.inputs, look.over, look.mean_gradient
         ctx.outputs, ctx.outputs_with, ctx.squared_gradient = look.outputs, look.outputs_with, look.squared_gradient
+        ctx.score = self.score if feed.validation_targets else None
         if method.needs_outputs:
             look.loss.observed = True
         if feed.items is not None:
@@ -197,11 +200,13 @@ class Fit:
             steps=self.position.total_steps,
             used=used,
             seconds=time.perf_counter() - began,
+            log=dict(self.ctx.log),
         )
 
     def _end_block(self) -> float:
         """Let the method finish, and score the values it leaves where it changed them."""
         kept = {name: p.detach().clone() for name, p in self.ctx.parameters.items()}
+        self.ctx.log.clear()
         self.method.end_block(self.ctx)
         unchanged = all(torch.equal(p, kept[name]) for name, p in self.ctx.parameters.items())
         return self.position.best_score if unchanged else self.score()
