@@ -38,6 +38,7 @@ class Inflora(WithHistory):
 
     Config = InfloraConfig
     config: InfloraConfig
+    recasts = True
 
     def __init__(self, config: InfloraConfig | None = None) -> None:
         super().__init__(config)

@@ -104,6 +104,10 @@ class Janus(WithHistory):
         return self.config.factors == "fresh"
 
     @property
+    def recasts(self) -> bool:  # type: ignore[override]
+        return self.history
+
+    @property
     def needs_outputs(self) -> bool:  # type: ignore[override]
         return self.config.margin_weight > 0.0
 
