@@ -161,9 +161,10 @@ def test_float32_figures_keep_their_digits(kind: str) -> None:
     assert figures.clip.item() == pytest.approx(0.01 / (expected[0].item() + 1e-6), rel=1e-4)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "added behind the term"])
 @pytest.mark.parametrize("launched", [False, True])
 def test_a_term_may_pull_some_parameters_and_the_others_count_in_the_norm(
-    launched: bool, monkeypatch: pytest.MonkeyPatch
+    launched: bool, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if launched:
         pytest.importorskip("triton", reason="the kernels are written in triton")
@@ -174,10 +175,14 @@ def test_a_term_may_pull_some_parameters_and_the_others_count_in_the_norm(
     exact = term_of("scaled", [a.double() for a in anchors[:2]], strength=20.0)
     rest = {**OPTIONS, "weight_decay": 0.0}
     own, known = (
-        kind([{"params": ps[:2], **OPTIONS}, {"params": ps[2:], **rest}])
-        for kind, ps in ((ProxAdamW, ours), (torch.optim.AdamW, theirs))
+        kind([{"params": ps[:2], **OPTIONS}]) for kind, ps in ((ProxAdamW, ours), (torch.optim.AdamW, theirs))
     )
-    own.set_term(term, pulled)
+    known.add_param_group({"params": theirs[2:], **rest})
+    if late:
+        own.set_term(term, pulled)
+    own.add_param_group({"params": ours[2:], **rest})
+    if not late:
+        own.set_term(term, pulled)
     for step in range(3):
         for parameters in (ours, theirs):
             give_gradients(parameters, step)

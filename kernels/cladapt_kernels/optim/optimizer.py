@@ -57,7 +57,6 @@ class ProxAdamW(torch.optim.Optimizer):
         self._ready: tuple[int, ...] | None = None  # versions at which _total was filled
         self._obstacle = ""
         self._pulled: list[Tensor] = []
-        self._others: list[Tensor] = []
 
     def set_term(self, term: Term | None, parameters: Sequence[Tensor] | None = None) -> None:
         """Pull `parameters` towards the term's anchors from the next step on, or with None none of them any longer.
@@ -68,15 +67,14 @@ class ProxAdamW(torch.optim.Optimizer):
         every = self._parameters()
         pulled = every if parameters is None else list(parameters)
         self.term, self._fused, self._blocks, self._total = None, None, [], []
-        self._clip, self._ready, self._pulled, self._others = None, None, [], every
+        self._clip, self._ready, self._pulled = None, None, []
         if term is None:
             return
-        ids = {id(p) for p in pulled}
-        if not ids <= {id(p) for p in every}:
+        if not {id(p) for p in pulled} <= {id(p) for p in every}:
             raise ValueError("a term pulls parameters that this optimiser does not step")
         term.check(pulled)
         check_kind(pulled)
-        self.term, self._pulled, self._others = term, pulled, [p for p in every if id(p) not in ids]
+        self.term, self._pulled = term, pulled
 
     @torch.no_grad()
     def measure(self, max_norm: float = math.inf) -> Figures:
@@ -161,6 +159,12 @@ class ProxAdamW(torch.optim.Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def _others(self) -> list[Tensor]:
+        """What a term does not pull, groups that were added after it too."""
+        pulled = {id(p) for p in self._pulled}
+        return [p for p in self._parameters() if id(p) not in pulled]
 
     def _versions(self, parameters: Sequence[Tensor]) -> tuple[int, ...]:
         grads = [p.grad for p in parameters]
