@@ -38,8 +38,11 @@ class Context:
     """What learns with the adapter and is no method's: the rows of a classifier."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The frozen weight [out, in] of every adapted module, by `module_of` its factors."""
-    set_history: Callable[[Mapping[str, Tensor]], None] = _no_model
-    """Puts frozen factors beside the adapter; see `cladapt.model.history.set_history`."""
+    set_history: Callable[..., None] = _no_model
+    """Puts frozen factors beside the adapter, maybe at learned magnitudes; see `cladapt.model.history.set_history`."""
+    learn: Callable[[Mapping[str, nn.Parameter]], None] = _no_model
+    """Has the loop learn parameters that `begin_block` put into the model, by names of their own, until the block ends:
+    without decay, and in place of those of an earlier call."""
     factors: Callable[[], dict[str, Tensor]] = _no_model
     """A copy of the adapter as A and B; see `cladapt.model.adapter.adapter_tensors`."""
     score: Callable[[], float] | None = None

@@ -3,7 +3,8 @@
 Both are saved as one ordinary adapter of concatenated rank, relative to the base as it is, so nothing that reads
 adapters needs to know. While a block is learned the history costs no time where the weights are float32: it is folded
 into them, and taken out again. Other weights would round it (in bfloat16 weights of 0.02 an update of 1e-4 loses a
-third of its norm): there it is a second, frozen adapter, which the fused linear takes as further ranks.
+third of its norm): there it is a second, frozen adapter, which the fused linear takes as further ranks. Where
+magnitudes of its parts learn it is a second adapter as well, whatever the weights: folded in, they have no gradient.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from cladapt.errors import ConfigError
 from cladapt.model.adapter import NAME, lora_config, lora_layers, quiet, scale_of
@@ -33,10 +35,25 @@ class _Folded:
     up: Tensor
 
 
-def set_history(model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
+class Magnitudes(nn.Module):
+    """[D_1 ... D_n], n parts of equal width [out, R / n] -> [a_1 D_1 ... a_n D_n], with the numbers a [n] learned."""
+
+    def __init__(self, a: nn.Parameter) -> None:
+        super().__init__()
+        self.a = a
+
+    def forward(self, directions: Tensor) -> Tensor:
+        return directions * self.a.repeat_interleave(directions.shape[1] // len(self.a))
+
+
+def set_history(
+    model: "PeftModel", tensors: Mapping[str, Tensor], magnitudes: Mapping[str, nn.Parameter] | None = None
+) -> None:
     """Put frozen factors beside the adapter, in place of earlier ones; none when empty.
 
-    Named like the adapter's A and B: A_h [R, in] and B_h [out, R], at the adapter's own scale.
+    Named like the adapter's A and B: A_h [R, in] and B_h [out, R], at the adapter's own scale. `magnitudes`: numbers
+    a [n] of every module, by its name, that learn; the columns of its B_h are n parts of equal width, and part i is
+    multiplied by a_i.
     """
     _drop(model)
     if not tensors:
@@ -44,10 +61,12 @@ def set_history(model: "PeftModel", tensors: Mapping[str, Tensor]) -> None:
     if lora_config(model, NAME).rank_pattern:
         raise ConfigError("frozen factors beside an adapter whose modules differ in rank", "use a low-rank method")
     layers = lora_layers(model)
-    if all(layer.get_base_layer().weight.dtype == torch.float32 for layer in layers.values()):
+    if not magnitudes and all(layer.get_base_layer().weight.dtype == torch.float32 for layer in layers.values()):
         _fold(layers, tensors, scale_of(model))
-    else:
-        _put_beside(model, layers, tensors)
+        return
+    _put_beside(model, layers, tensors)
+    for name, a in (magnitudes or {}).items():
+        parametrize.register_parametrization(layers[name].lora_B[HISTORY], "weight", Magnitudes(a))
 
 
 @torch.no_grad()

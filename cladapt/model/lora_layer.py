@@ -12,6 +12,7 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cladapt import ops
 
@@ -26,7 +27,8 @@ else:
 class _Fused(_Layer):
     """x W^T + bias + scale dropout(x) A^T B^T for one active plain adapter on a frozen linear.
 
-    A second one at the same scale, frozen and without dropout, is more ranks of the op: a history.
+    A second one at the same scale and without dropout is a history: frozen it is more ranks of the op, and where some
+    of it learns plain torch adds it to what the op gives.
     """
 
     epilogue: ops.Epilogue | None = None
@@ -44,12 +46,21 @@ class _Fused(_Layer):
     def fused(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """The op, for the outputs `rows` int64 [m] alone where they are given: [..., in] -> [..., out] or [..., m]."""
         name, *others = self.active_adapters
+        beside = self._factors(*others) if others else None
+        if beside is not None and rows is not None:
+            beside = beside[0], beside[1].index_select(0, rows)
+        if beside is None or not any(factor.requires_grad for factor in beside):
+            return self._op(name, x, rows, beside)
+        down, up = beside
+        y = self._op(name, x, rows, None)
+        return y + (self.scaling[name] * F.linear(F.linear(x.to(down.dtype), down), up)).to(y.dtype)
+
+    def _op(self, name: str, x: Tensor, rows: Tensor | None, frozen: tuple[Tensor, Tensor] | None) -> Tensor:
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         # drawn where x lives, without a wait for the device; a checkpoint that computes again draws it again
         seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
         down, up = self._factors(name)
-        frozen = self._factors(*others) if others else None
         base, scale = self.get_base_layer(), self.scaling[name]
         items = self.items
         if rows is None:
@@ -58,7 +69,6 @@ class _Fused(_Layer):
             return self._by_item(items, False, x, base.weight, base.bias, down, up, scale, p, seed, frozen)
         weight, up = (cast(Tensor, table).index_select(0, rows) for table in (base.weight, up))
         bias = None if base.bias is None else cast(Tensor, base.bias).index_select(0, rows)
-        frozen = frozen and (frozen[0], frozen[1].index_select(0, rows))
         if items is not None:
             return self._by_item(items, True, x, weight, bias, down, up, scale, p, seed, frozen)
         return ops.lora_linear(x, weight, bias, down, up, scale, p, seed, frozen, self._pulls(down, up))
@@ -88,7 +98,7 @@ class _Fused(_Layer):
             return "no kernel runs here, and no gradients are kept by item"
         if self.disable_adapters or self.merged:
             return "adapters are disabled or merged"
-        if not names or len(names) != len(self.active_adapters) or not self._are_frozen(names[0], names[1:]):
+        if not names or len(names) != len(self.active_adapters) or not self._is_history(names[0], names[1:]):
             return f"{len(names)} adapters are active"
         name = names[0]
         base, dropout = self.get_base_layer(), self.lora_dropout[name]
@@ -102,14 +112,13 @@ class _Fused(_Layer):
             return f"x is {x.dtype}, the weight {self._dtype(base)}"
         return ""
 
-    def _are_frozen(self, name: str, others: list[str]) -> bool:
-        """Whether there is at most one other adapter, and it is frozen, plain and at the scale of this one."""
+    def _is_history(self, name: str, others: list[str]) -> bool:
+        """Whether there is at most one other adapter, and it is plain and at the scale of this one."""
         return len(others) < 2 and all(
             isinstance(self.lora_dropout[other], nn.Identity)
             and other not in self.lora_variant
             and not self.lora_bias[other]
             and math.isclose(self.scaling[other], self.scaling[name], rel_tol=1e-12)
-            and not any(factor.requires_grad for factor in self._factors(other))
             for other in others
         )
 

@@ -106,13 +106,14 @@ class Fit:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
         self.method, self.ctx, self.feed, self.settings, self.sink = method, ctx, feed, settings, sink
         self.trained = {**ctx.parameters, **ctx.extra_parameters}
+        self._asked: Mapping[str, nn.Parameter] = {}
         set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped = module
         self.look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
         ctx.total, ctx.inputs, ctx.look, ctx.mean_gradient = self._summed, look.inputs, look.over, look.mean_gradient
         ctx.outputs, ctx.outputs_with, ctx.squared_gradient = look.outputs, look.outputs_with, look.squared_gradient
-        ctx.score = self.score if feed.validation_targets else None
+        ctx.score, ctx.learn = self.score if feed.validation_targets else None, self._learn
         if method.needs_outputs:
             look.loss.observed = True
         if feed.items is not None:
@@ -123,7 +124,8 @@ class Fit:
         self._reuse: Reuse | None = None
         self._is_cut = any(map(is_cut, module.parameters()))  # which DDP cannot hold: gradients are averaged here
         self.optimizer: Any = self.accelerator.prepare(self._make_optimizer())
-        self.module: nn.Module = module if self._is_cut else self.accelerator.prepare(module)
+        self._groups = len(self.optimizer.param_groups)
+        self.module: nn.Module = module if self._is_cut else module.to(self.accelerator.device)
         self.best: dict[str, Tensor] = {}
         self.position = Position()
 
@@ -140,11 +142,21 @@ class Fit:
         ctx.optimizer = ops.ProxAdamW(groups, lr=settings.lr)
         return ctx.optimizer
 
+    def _learn(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Learn these too, without decay, in place of those of an earlier call."""
+        self._asked = parameters
+        self.trained = {**self.ctx.parameters, **self.ctx.extra_parameters, **parameters}
+        del self.optimizer.param_groups[self._groups :]
+        if parameters:
+            self.optimizer.add_param_group({"params": [*parameters.values()], "weight_decay": 0.0})
+
     def begin(self) -> None:
         """Let the method and the loss begin the block, and take what the method asks of the backward passes."""
         self.method.begin_block(self.ctx)
         if isinstance(self._unwrapped, Observable):
             self._unwrapped.begin()
+        if not self._is_cut:  # after it, for DDP averages the gradients of what learns by now
+            self.module = self.accelerator.prepare(self._unwrapped)
         self._policy = self.method.sharpness(self.ctx)
         if self._policy is not None:
             self._reuse = Reuse(self._policy.refresh) if self._policy.refresh > 1 else None
@@ -208,6 +220,8 @@ class Fit:
         kept = {name: p.detach().clone() for name, p in self.ctx.parameters.items()}
         self.ctx.log.clear()
         self.method.end_block(self.ctx)
+        for parameter in self._asked.values():
+            parameter.requires_grad_(False)
         unchanged = all(torch.equal(p, kept[name]) for name, p in self.ctx.parameters.items())
         return self.position.best_score if unchanged else self.score()
 

@@ -89,7 +89,7 @@ def exact(layer: Any, x: Tensor, factors: Mapping[str, Tensor], history: Mapping
     return {"y": y.detach(), "dx": dx, "da": da, "db": db}
 
 
-@pytest.mark.parametrize("method", ["eblora", "olora", "cumulative"])
+@pytest.mark.parametrize("method", ["eblora", "olora", "cumulative", "sdlora"])
 def test_every_block_learns_through_the_op_and_values_are_those_of_float64(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

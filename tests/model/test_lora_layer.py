@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cladapt.model.head import head_logits
 from cladapt.model.lora_layer import LoraLinear, register
 from cladapt_kernels import reference
 
@@ -102,6 +103,26 @@ def test_a_frozen_second_adapter_is_more_ranks_of_the_op(base: nn.Module, monkey
     assert len(found) == 1 + 28
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_adapter_that_learns_is_added_to_the_op(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, fused = adapted(base, False), adapted(base, True)
+    for model in (stock, fused):
+        with_history(model)
+        for name, parameter in model.named_parameters():
+            if ".lora_B.history." in name:
+                parameter.requires_grad_(True)
+    expected = logits_and_gradients(stock)
+    layer, hidden = layers(fused)[0], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    whole = layer(hidden)
+    monkeypatch.setattr("peft.tuners.lora.Linear.forward", None)  # no layer takes PEFT's way
+    found = logits_and_gradients(fused)
+    assert found.keys() == expected.keys()
+    assert len(found) == 1 + 42
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    rows = torch.tensor([7, 0, 3])
+    torch.testing.assert_close(head_logits(layer, hidden, rows), whole[:, rows])
 
 
 def a_history_with_dropout(model: Any) -> None:
