@@ -17,7 +17,7 @@ from torch import Tensor
 from cladapt.config import Settings
 from cladapt.methods._base import Context
 from cladapt.methods._history import WithHistory
-from cladapt.model.anchors import is_learned, joined
+from cladapt.model.anchors import is_learned, joined, unit
 
 
 class CumulativeConfig(Settings):
@@ -51,5 +51,4 @@ class Cumulative(WithHistory):
 
     def _with(self, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The frozen factors once block t-1, whose factors are `last`, is among them."""
-        unit = {name: t / torch.linalg.vector_norm(t).clamp_min(torch.finfo(t.dtype).tiny) for name, t in last.items()}
-        return joined({} if self.config.keep == "latest" else self.frozen, unit)
+        return joined({} if self.config.keep == "latest" else self.frozen, unit(last))

@@ -93,6 +93,11 @@ def is_learned(factors: Mapping[str, Tensor]) -> bool:
     return any(bool(tensor.any()) for name, tensor in factors.items() if is_up(name))
 
 
+def unit(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor over its Frobenius norm; zeros stay zeros."""
+    return {n: t / torch.linalg.vector_norm(t).clamp_min(torch.finfo(t.dtype).tiny) for n, t in factors.items()}
+
+
 def joined(history: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Factors of the sum of two adapters: [A_h; A] and [B_h B]; the history may be empty."""
     if not history:

@@ -137,14 +137,11 @@ class Learner:
     def set(self, tensors: Mapping[str, Tensor]) -> None:
         place(self.model, self.base, tensors)
 
-    def context(self, block: int) -> Context:
-        return replace(Context.of(self.model, block, self.initial), extra_parameters=self.base.extra_parameters)
-
     def fit(self, block: int, sink: Sink | None = None, batch_tokens: int = 96, **changes: Any) -> Fit:
         make = self._interactions if self.workload == "recommend" else self._images
         module, feed = make(block, batch_tokens)
-        settings = replace(SETTINGS, **changes)
-        return Fit(module, self.method, self.context(block), feed, settings, sink or MemorySink())
+        ctx = replace(Context.of(self.model, block, self.initial), extra_parameters=self.base.extra_parameters)
+        return Fit(module, self.method, ctx, feed, replace(SETTINGS, **changes), sink or MemorySink())
 
     def _interactions(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
         tokens, bos = self.base.item_tokens().numpy(), self.base.bos()
@@ -243,10 +240,9 @@ def test_the_state_goes_through_a_file_into_a_fresh_instance(name: str, folder: 
     second.method.begin_block(other.ctx)
     second.set(first.tensors())
     with torch.no_grad():
-        for name, parameter in other.trained.items():
-            parameter.copy_(fit.trained[name])
-    for p, q in zip(fit.trained.values(), other.trained.values(), strict=True):
-        other.optimizer.state[q] = copy.deepcopy(fit.optimizer.state[p])
+        for p, q in zip(fit.trained.values(), other.trained.values(), strict=True):
+            q.copy_(p)
+            other.optimizer.state[q] = copy.deepcopy(fit.optimizer.state[p])
     other.ctx.step = fit.ctx.step
     second.method.load_state_dict(state)
     assert equal(second.method.state_dict(), state)
@@ -365,7 +361,7 @@ def check_terms(method: Method, folder: Path, outputs_at: Any) -> bool:
         parameters=parameters,
         initial=few,
         weights={first: fit.ctx.weights[first].double()},
-        set_history=lambda tensors: None,
+        set_history=lambda *_: None,
         factors=lambda: {n: t for n, t in few.items() if t.dim() == 2},
         mean_gradient=lambda weights, share: {n: torch.randn_like(w) for n, w in weights.items()},
     )
