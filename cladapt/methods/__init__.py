@@ -10,9 +10,10 @@ from cladapt.config import MethodConfig, resolve
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context, Method
 from cladapt.methods._compose import Compose
+from cladapt.methods._replay import Replay
 from cladapt.methods._sharpness import Sharpness
 
-__all__ = ["Compose", "Context", "Method", "Sharpness", "available", "build"]
+__all__ = ["Compose", "Context", "Method", "Replay", "Sharpness", "available", "build"]
 
 
 def available() -> dict[str, type[Method]]:

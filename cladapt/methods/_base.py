@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cladapt import ops
 from cladapt.config import Settings
+from cladapt.methods._replay import Replay
 from cladapt.methods._sharpness import Sharpness
 from cladapt.model import adapter, history
 from cladapt.model.observe import Outputs, See
@@ -132,7 +133,13 @@ class Method:
     @property
     def revisits(self) -> bool:
         """Whether it says what is learned of the blocks before the newest."""
-        return self.past_data or type(self).learned_with is not Method.learned_with
+        own = type(self)
+        return self.past_data or own.learned_with is not Method.learned_with or own.replay is not Method.replay
+
+    @property
+    def replay(self) -> Replay | None:
+        """Which examples of the blocks before those of `learned_with` are learned with them; None for none."""
+        return None
 
     @property
     def flattens(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cladapt.methods._base import Context, Method
+from cladapt.methods._replay import Replay
 from cladapt.methods._sharpness import Sharpness
 from cladapt.model.adapter import Parameters
 from cladapt.model.observe import See
@@ -44,6 +45,10 @@ class Compose(Method):
 
     def learned_with(self, block: int) -> Sequence[int]:
         return max((method.learned_with(block) for _, method in self.methods), key=len)
+
+    @property
+    def replay(self) -> Replay | None:
+        return next((asked for _, method in self.methods if (asked := method.replay) is not None), None)
 
     def sharpness(self, ctx: Context) -> Sharpness | None:
         asked = (method.sharpness(ctx) for _, method in self.methods)

@@ -14,6 +14,7 @@ from cladapt import ops, ranks
 from cladapt.config import VitConfig
 from cladapt.data.images import ImageStream, make_stream, read_image_folder
 from cladapt.errors import ConfigError
+from cladapt.methods import Replay
 from cladapt.model.vit import ClassLoss, new_vit, pixels_of, pretrained_vit, save_vision_base, with_classes
 from cladapt.train.feeds import Batch, evenly
 from cladapt.train.loop import FitResult
@@ -73,6 +74,16 @@ class ImageFeed:
         for first in range(0, len(rows), count or self.per_batch):
             piece = torch.from_numpy(rows[first : first + (count or self.per_batch)])
             yield self._pixels[piece], self._label[piece], torch.ones(len(piece), dtype=torch.bool)
+
+
+def learned_rows(stream: ImageStream, blocks: Sequence[int], replay: Replay | None, seed: int) -> np.ndarray:
+    """Row numbers of the images to learn: the training images of `blocks`, then those of earlier blocks again."""
+    own = np.concatenate([stream.rows(block, "train") for block in blocks])
+    if replay is None:
+        return own
+    past = [(block, str(row)) for block in range(1, blocks[0]) for row in stream.rows(block, "train")]
+    again = [int(past[place][1]) for place in replay.take(past, seed)]
+    return np.concatenate([own, np.array(again, dtype=own.dtype)])
 
 
 def describe_blocks(stream: ImageStream) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from cladapt.config import TrainConfig
 from cladapt.data.histories import FROM_END, BlockSplit, split_block, training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
+from cladapt.methods import Replay
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import Softmax, TrieSoftmax
 from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm, Template, warn_left_out
@@ -16,6 +17,9 @@ from cladapt.tokens.titles import TitleForm
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.targets import PackedTargets
+
+Example = tuple[BlockSplit, int]
+"""What one user did in a block: its split and the user's row there."""
 
 
 class Learned(Protocol):
@@ -88,14 +92,30 @@ def held_out_documents(split: BlockSplit, form: Form) -> list[Document]:
     return documents
 
 
-def learned_documents(stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig) -> list[Document]:
+def learned_documents(
+    stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig, again: Sequence[Example] = ()
+) -> list[Document]:
     """What is learned of `blocks`, which end with the newest: their training events, and with `held_out=next` the
-    held-out events of those before the newest, or of the block before where it stands alone."""
+    held-out events of those before the newest, or of the block before where it stands alone.
+
+    `again`: examples of earlier blocks that are learned with them.
+    """
     documents = [d for block in blocks for d in training_documents(split_block(stream, block), form)]
     if config.held_out == "next":
         for block in passed(blocks):
             documents += held_out_documents(split_block(stream, block), form)
-    return documents
+    return documents + [d for split, i in again for d in form.documents(*split.training(i))]
+
+
+def replayed(stream: Stream, before: int, replay: Replay, seed: int) -> list[Example]:
+    """The examples of the blocks before `before` that are learned again: each has a user's training events there.
+
+    A user is named by the source's id, which stays when others are forgotten.
+    """
+    splits = [split_block(stream, block) for block in range(1, before)]
+    examples = [(split, i) for split in splits for i in range(len(split.user))]
+    names = [(split.block, stream.users[split.user[i]]) for split, i in examples]
+    return [examples[place] for place in replay.take(names, seed)]
 
 
 def passed(blocks: Sequence[int]) -> range:
@@ -104,11 +124,19 @@ def passed(blocks: Sequence[int]) -> range:
 
 
 def make_feed(
-    stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig, by_item: bool = False
+    stream: Stream,
+    blocks: Sequence[int],
+    form: Form,
+    config: TrainConfig,
+    by_item: bool = False,
+    again: Sequence[Example] = (),
 ) -> PackedFeed:
-    """What is learned of `blocks`, judged by the validation events of the last of them; `by_item`: its items known."""
+    """What is learned of `blocks` and `again`, judged by the validation events of the last of them.
+
+    `by_item`: its items are known.
+    """
     validation = validation_documents(split_block(stream, blocks[-1]), form)
-    documents = learned_documents(stream, blocks, form, config)
+    documents = learned_documents(stream, blocks, form, config, again)
     warn_left_out(documents, f"block {blocks[-1]}")
     items = packed_targets(stream, blocks[-1], form) if by_item else None
     return PackedFeed(documents, validation, config.batch_tokens, config.row_tokens, items)

@@ -22,6 +22,7 @@ from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.classes import MEASURES, OF_CLASSIFIERS, known_further
 from cladapt.eval.images import BIASES, FURTHER, PROTOTYPES, ROWS, Answers, image_rows, prototype_frame, prototypes_of
 from cladapt.eval.report import Section, rows_table
+from cladapt.methods import build
 from cladapt.model.adapter import CLASSIFIER, adapted_lm
 from cladapt.model.cosine import CosineHead
 from cladapt.model.features import block_means
@@ -29,7 +30,7 @@ from cladapt.model.load import PROVENANCE
 from cladapt.model.saved import adapter_provenance
 from cladapt.model.vit import ClassLoss, VisionBase, VisionRecord, load_vision_base
 from cladapt.train.blocks import Examples
-from cladapt.train.classes import ImageFeed, describe_blocks, make_vision_base
+from cladapt.train.classes import ImageFeed, describe_blocks, learned_rows, make_vision_base
 from cladapt.train.feeds import Feed
 from cladapt.train.sinks import Sink
 from cladapt.workloads._base import Group, Workload, whole
@@ -126,9 +127,11 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         return str(made.pop("fingerprint")), {key: value for key, value in made.items() if key not in apart}
 
     def examples(self, config: ClassifyConfig, stream: ImageStream, base: VisionBase) -> Examples:
+        replay = build(config.method).replay
+
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[nn.Module, Feed]:
-            train = np.concatenate([stream.rows(block, "train") for block in blocks])
-            own = np.concatenate([stream.classes_of(block) for block in blocks])
+            train = learned_rows(stream, blocks, replay, config.seed)
+            own = np.unique(np.concatenate([stream.label[train], *map(stream.classes_of, blocks)]))
             feed = ImageFeed(stream, train, stream.rows(blocks[-1], "valid"), config.train.batch_images)
             start = None
             if config.head == "cosine":
@@ -151,8 +154,13 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
     def plan(
         self, config: ClassifyConfig, stream: ImageStream, base: VisionBase, blocks: Sequence[int]
     ) -> list[dict[str, Any]]:
+        method = build(config.method)
         lines = [line for line in describe_blocks(stream) if line["block"] in blocks]
         for line in lines:
+            learned = method.learned_with(line["block"])
+            line["train"] = len(learned_rows(stream, learned, method.replay, config.seed))
+            if again := line["train"] - len(learned_rows(stream, learned, None, config.seed)):
+                line["replayed"] = again
             batches = math.ceil(line["train"] / config.train.batch_images)
             line["steps"] = config.train.epochs * math.ceil(batches / config.train.accumulation)
         return lines

@@ -59,7 +59,16 @@ from cladapt.train.memory import MicroBatch, activation_bytes
 from cladapt.train.prompting import check_prompt, prompt_record
 from cladapt.train.sharpness import buffer_bytes, policy_of
 from cladapt.train.sinks import Sink
-from cladapt.train.stream import catalogue_softmax, learned_documents, make_feed, make_form, packed_targets, passed
+from cladapt.train.stream import (
+    Example,
+    catalogue_softmax,
+    learned_documents,
+    make_feed,
+    make_form,
+    packed_targets,
+    passed,
+    replayed,
+)
 from cladapt.workloads._base import Group, Workload, whole
 from cladapt.workloads._recommend_compare import Lines, block_curves, heat_map, next_block_tables
 from cladapt.workloads._recommend_rows import RecommendRecord, frames_of, read_measures
@@ -145,7 +154,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
 
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[PackedLoss, PackedFeed]:
             loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, blocks[-1], config.train.softmax))
-            return loss, make_feed(stream, blocks, form, config.train, by_item)
+            again = again_with(config, stream, blocks)
+            return loss, make_feed(stream, blocks, form, config.train, by_item, again)
 
         return of_blocks
 
@@ -163,7 +173,9 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         method = build(config.method)
         lines = []
         for block in blocks:
-            documents = learned_documents(stream, method.learned_with(block), form, train)
+            learned = method.learned_with(block)
+            again = again_with(config, stream, learned)
+            documents = learned_documents(stream, learned, form, train, again)
             policy = policy_of(method, block, packed_targets(stream, block, form)) if method.flattens else None
             if policy is not None and policy.exact:
                 documents = [each for d in documents for each in one_target_each(d, base.sids.levels)]
@@ -175,6 +187,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
                 {
                     "block": block,
                     "documents": len(documents),
+                    **({"replayed": len(again)} if again else {}),
                     "targets": int(sum(d.loss.sum() for d in documents)) // base.sids.levels,
                     "tokens_per_epoch": int((rows.document > 0).sum()),
                     "filled": float((rows.document > 0).mean()),
@@ -190,7 +203,8 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         method, train = build(config.method), config.train
         learned = method.learned_with(blocks[-1] if blocks else stream.n_blocks)
         loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, learned[-1], train.softmax))
-        feed = make_feed(stream, learned, form_of(config, base, stream), train, method.flattens)
+        form, again = form_of(config, base, stream), again_with(config, stream, learned)
+        feed = make_feed(stream, learned, form, train, method.flattens, again)
         policy = None if feed.items is None else policy_of(method, learned[-1], feed.items)
         if policy is not None and policy.exact:
             feed = feed.apart()
@@ -354,6 +368,12 @@ def form_of(config: RunConfig, base: Base, stream: Stream) -> Form:
     )
     check_reach(base.model.config, form.reach)
     return form
+
+
+def again_with(config: RunConfig, stream: Stream, blocks: Sequence[int]) -> list[Example]:
+    """The examples of earlier blocks that a run's method learns again with `blocks`."""
+    replay = build(config.method).replay
+    return [] if replay is None else replayed(stream, blocks[0], replay, config.seed)
 
 
 def truth_of(folder: Path) -> pl.DataFrame | None:

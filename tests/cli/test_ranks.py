@@ -37,7 +37,7 @@ SHAPE = "-o train.batch_tokens=512 -o train.row_tokens=128"
 # No dropout: every process draws its own masks. Seed 0 has an entry whose first gradient of block 3 is 3e-9, below the
 # eps that Adam adds to it: a quarter of its step is then rounding of the sum over rows, accumulated or of processes.
 TRAIN = f"train --data stream --base base --epochs 2 --rank 2 --seed 2 -o adapter.dropout=0 {SHAPE}"
-METHODS = ("peso", "full", "cumulative", "retrain")
+METHODS = ("peso", "full", "cumulative", "retrain", "ewc", "lsat", "replay")
 CUT = f"{TRAIN} --method peso -o sharding=full -o train.checkpointing=true --out two-cut"
 DROPOUT = (
     f"train --data stream --base base --epochs 4 --rank 2 -o adapter.dropout=0.3 -o train.checkpoint_steps=1 {SHAPE}"

@@ -31,7 +31,7 @@ from cladapt.tokens.prompts import Document
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.trie import Trie
 from cladapt.train.checkpoint import load_checkpoint, save_checkpoint
-from cladapt.train.classes import ImageFeed
+from cladapt.train.classes import ImageFeed, learned_rows
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.loop import Fit, FitSettings
 from cladapt.train.sinks import JsonlSink, MemorySink, Sink
@@ -103,8 +103,7 @@ def image_stream() -> ImageStream:
     for row, c in enumerate(label):
         images[row, 2 * (c // 3) : 2 * (c // 3) + 3, 2 * (c % 3) : 2 * (c % 3) + 3] += 120
     split = np.tile([0] * 8 + [1] * 3 + [2], 9).astype(np.int8)
-    names = tuple(f"c{c}" for c in range(9))
-    return ImageStream(images.astype(np.uint8), label, split, names, np.repeat([1, 2, 3], 3))
+    return ImageStream(images.astype(np.uint8), label, split, tuple("abcdefghi"), np.repeat([1, 2, 3], 3))
 
 
 def base_of(folder: Path) -> Any:
@@ -130,24 +129,25 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter directory would hold."""
-        return adapter_tensors(self.model) | {
-            name: p.detach().clone() for name, p in self.base.extra_parameters.items()
-        }
+        extra = {name: p.detach().clone() for name, p in self.base.extra_parameters.items()}
+        return adapter_tensors(self.model) | extra
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
         place(self.model, self.base, tensors)
 
     def fit(self, block: int, sink: Sink | None = None, batch_tokens: int = 96, **changes: Any) -> Fit:
-        make = self._interactions if self.workload == "recommend" else self._images
-        module, feed = make(block, batch_tokens)
+        module, feed = (self._interactions if self.workload == "recommend" else self._images)(block, batch_tokens)
         ctx = replace(Context.of(self.model, block, self.initial), extra_parameters=self.base.extra_parameters)
         return Fit(module, self.method, ctx, feed, replace(SETTINGS, **changes), sink or MemorySink())
 
     def _interactions(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
         tokens, bos = self.base.item_tokens().numpy(), self.base.bos()
+        past = [(b, str(i)) for b in range(1, block) for i in range(17)]
+        again = [past[i] for i in self.method.replay.take(past, 0)] if self.method.replay else []
+        rows = [*histories(block, 17, 0), *(histories(b, 17, 0)[int(i)] for b, i in again)]
         train, valid = (
-            [Document(np.r_[bos, tokens[row].ravel()], np.arange(13) > 2) for row in histories(block, count, seed)]
-            for count, seed in ((17, 0), (5, 1))
+            [Document(np.r_[bos, tokens[row].ravel()], np.arange(13) > 2) for row in each]
+            for each in (rows, histories(block, 5, 1))
         )
         loss = PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes)))
         items = PackedTargets(tokens, np.bincount(histories(block, 17, 0).ravel(), minlength=len(tokens)))
@@ -155,9 +155,9 @@ class Learner:
 
     def _images(self, block: int, batch_tokens: int) -> tuple[Any, Any]:
         stream = image_stream()
-        feed = ImageFeed(stream, stream.rows(block, "train")[:-1], stream.rows(block, "valid"), batch_tokens // 13)
-        earlier = stream.seen(block - 1)
-        return ClassLoss(adapted_lm(self.model), stream.classes_of(block), earlier), feed
+        rows = learned_rows(stream, (block,), self.method.replay, 0)[:-1]
+        feed = ImageFeed(stream, rows, stream.rows(block, "valid"), batch_tokens // 13)
+        return ClassLoss(adapted_lm(self.model), np.unique(stream.label[rows]), stream.seen(block - 1)), feed
 
 
 def learned(folder: Path, method: Method, blocks: tuple[int, ...] = (2, 3), **changes: Any) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def test_inheriting_starts_where_the_block_before_ended(folder: Path, tmp_path: 
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cumulative", "retrain", "full", "interpolate"])
+@pytest.mark.parametrize("name", ["cumulative", "retrain", "full", "interpolate", "svdeq", "ewc", "replay"])
 def test_finished_blocks_of_an_interrupted_run_are_taken_as_they_are(name: str, folder: Path, tmp_path: Path) -> None:
     learn(tmp_path, folder, config_of(name))
     base = load_base(folder)
