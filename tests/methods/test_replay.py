@@ -13,7 +13,6 @@ import torch
 from cladapt.artifacts import read_tensors
 from cladapt.config import (
     AdapterConfig,
-    ClassifyConfig,
     ImageTrainConfig,
     MethodConfig,
     RunConfig,
@@ -36,7 +35,7 @@ from cladapt.train.blocks import adapter_folder
 from cladapt.train.feeds import PackedFeed
 from cladapt.train.sinks import MemorySink
 from cladapt.train.stream import learned_documents, replayed
-from cladapt.workloads.classify import Classify
+from cladapt.workloads.classify import Classify, ClassifyConfig
 from cladapt.workloads.recommend import Recommend
 
 TRAIN = TrainConfig(epochs=2, batch_tokens=64, row_tokens=32, window=4, lr=5e-3, weight_decay=0.0)
