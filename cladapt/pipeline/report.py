@@ -86,11 +86,14 @@ def interference_sections(run: Run) -> list[Section]:
     if not found:
         return []
     modules = list(next(iter(found.values())))
-    lines = [[(block, each[m]["change"]) for block, each in found.items() if m in each] for m in modules]
+    lines = [
+        [(block, each[m]["change"]) for block, each in found.items() if m in each and each[m]["change"] > 0]
+        for m in modules
+    ]
     trace = Trace("change", lines, labels=[m.removeprefix("base_model.model.") for m in modules], log=True)
     return [
         rows_table("What blocks change for earlier inputs", interference_log(run), INTERFERENCE_NOTE),
-        Traces("Change for earlier inputs by layer", [trace], "block", "One line per module."),
+        Traces("Change for earlier inputs by layer", [trace], "block", "One line per module; what is 0 is left out."),
     ]
 
 
