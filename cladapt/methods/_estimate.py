@@ -4,7 +4,8 @@
     sketch    frequent directions (Liberty 2013): at most 2 l rows, shrunk by s_l^2 to l of them;
               ||C - W W^T||_2 <= ||X - X_k||_F^2 / (l - k)                      2 l n entries
     residual  directions that a step's inputs need beside those that are protected or collected, collected once they
-              were needed in `survive` observed steps one after the other        at most n^2 entries
+              were needed in `survive` observed steps one after the other; W has them at length 1
+                                                                                 at most n^2 entries
 
 The rows of a step are put together first, those of several processes too: a Gram is their sum, and of a sketch or a
 residual each process gives its share's directions, weighted. n the width of an input.
@@ -12,6 +13,7 @@ residual each process gives its share's directions, weighted. n the width of an 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from cladapt import ranks
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
-from cladapt.methods._subspace import Subspaces, grow_subspace, leading_inputs, outside
+from cladapt.methods._subspace import Subspaces, grow_subspace, leading_inputs
 from cladapt.model.anchors import factor_pairs
 
 RUNNING = "running/"
@@ -28,6 +30,9 @@ Total = Callable[[Tensor], Tensor]
 
 class Estimate(ABC):
     """Collects the inputs of a block: rows are added during a step, and taken in after it."""
+
+    weighs: ClassVar[bool] = True
+    """Whether directions are weighted by what the block's inputs hold of them; else all that are kept count alike."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -138,6 +143,8 @@ class Residual(_ByStep):
     those on trial. `energy`: the share of a step's inputs that directions have to hold.
     """
 
+    weighs = False
+
     def __init__(self, most: int, energy: float, survive: int, protected: Mapping[str, Tensor]) -> None:
         super().__init__(most)
         self.energy, self.survive, self._protected = energy, survive, protected
@@ -153,13 +160,12 @@ class Residual(_ByStep):
         needed = rows.new_zeros(width, 0) if grown is None else grown[:, base.shape[1] :].to(rows)
         again = (needed.mT @ trial).square().sum(0) >= 0.5
         trial, age = trial[:, again], age[again] + 1
-        fresh = outside(trial if trial.shape[1] else None, needed)
-        sizes = torch.linalg.vector_norm(fresh, dim=0)
-        fresh = fresh[:, sizes >= 0.5**0.5]
-        both = torch.linalg.qr(torch.cat([trial, fresh], 1).double())[0].to(rows)
+        # of the directions needed, what is at least half outside of those on trial and of those before it
+        q, r = torch.linalg.qr(torch.cat([trial, needed], 1).double())
+        fresh = q[:, trial.shape[1] :][:, r.diagonal()[trial.shape[1] :].square() >= 0.5].to(rows)
         ages = torch.cat([age, age.new_ones(fresh.shape[1])])
-        found = torch.cat([both, ages[None]])
-        self.kept[name] = torch.cat([known[:, done], found[:, : max(0, width - held.shape[1])]], 1)
+        found = torch.cat([torch.cat([trial, fresh], 1), ages[None]])
+        self.kept[name] = torch.cat([known[:, done], found], 1)
 
     def weighted(self, name: str) -> Tensor:
         known = self.kept[name]
@@ -167,13 +173,16 @@ class Residual(_ByStep):
 
 
 def protect(subspaces: Subspaces, estimate: Estimate, ctx: Context, energy: float) -> None:
-    """Protect what a block's inputs hold; as many directions as the largest rank of their layers stay free."""
-    ranks: dict[str, int] = {}
+    """Protect `energy` of what a block's inputs hold, or all that was collected where directions have no weights.
+
+    As many directions as the largest rank of their layers stay free.
+    """
+    free: dict[str, int] = {}
     pairs = factor_pairs(ctx.parameters)
     for module, name in ctx.inputs().items():
-        ranks[name] = max(ranks.get(name, 0), len(pairs[module][0]))
+        free[name] = max(free.get(name, 0), len(pairs[module][0]))
     for name in estimate.names:
-        subspaces.grow(name, estimate.weighted(name), energy, ranks[name])
+        subspaces.grow(name, estimate.weighted(name), energy if estimate.weighs else 1.0, free[name])
 
 
 def start_outside(ctx: Context, seen: Gram, subspaces: Subspaces) -> None:

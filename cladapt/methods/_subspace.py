@@ -17,6 +17,7 @@ from torch import Tensor
 from cladapt.config import Settings
 
 PROTECTED, COMPLEMENT = "protected/", "complement/"
+ROUNDING = 1e-6  # share of the energy of float32 inputs from which directions are rounding
 
 
 class EnergySettings(Settings):
@@ -43,8 +44,9 @@ class Subspaces:
 
     def grow(self, name: str, weighted: Tensor, energy: float, rank: int) -> None:
         """Protect what is missing of the energy of `weighted` [n, q]; `rank`: directions that must stay free."""
-        grown = grow_subspace(self.directions.get(name), weighted, energy, rank)
-        if grown is None:
+        before = self.directions.get(name)
+        grown = grow_subspace(before, weighted, energy, rank)
+        if grown is None or grown is before:
             return
         n, k = grown.shape
         self._take_in((COMPLEMENT if 2 * k > n else PROTECTED) + name, _complement(grown) if 2 * k > n else grown)
@@ -67,21 +69,22 @@ class Subspaces:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave; other tensors are none of it."""
-        self.directions, self._kept = {}, {}
+        self.directions.clear()  # estimates look into it
+        self._kept = {}
         for key, kept in state.items():
             if key.startswith((PROTECTED, COMPLEMENT)):
                 self._take_in(key, kept)
 
 
 def grow_subspace(protected: Tensor | None, weighted: Tensor, energy: float, rank: int) -> Tensor | None:
-    """V with the fewest further directions after which it holds `energy` of ||W||_F^2.
+    """V with the fewest further directions after which it holds `energy` of ||W||_F^2, at 1 all but its rounding.
 
     At most n - rank columns; None while there is nothing to protect.
     """
     wide = weighted.double()
     rest = outside(protected, wide)
     total, left_over = wide.square().sum(), rest.square().sum()
-    missing = energy * total - (total - left_over)
+    missing = min(energy, 1.0 - ROUNDING) * total - (total - left_over)
     if missing <= 0 or total == 0:
         return protected
     vectors, values, _ = torch.linalg.svd(rest, full_matrices=False)
