@@ -118,8 +118,8 @@ def values_of(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
 
 
 def outputs_of(loss: Observable, *batch: Tensor) -> Outputs:
-    """One pass without gradients and without dropout; the module's mode is what it was."""
-    training, observed = loss.training, loss.observed
+    """One pass without gradients and without dropout; the modes of all modules are what they were."""
+    modes, observed = [(module, module.training) for module in loss.modules()], loss.observed
     loss.eval()
     loss.observed = True
     try:
@@ -127,7 +127,8 @@ def outputs_of(loss: Observable, *batch: Tensor) -> Outputs:
             loss(*batch)
     finally:
         loss.observed = observed
-        loss.train(training)
+        for module, training in modes:
+            module.training = training
     if loss.outputs is None:
         raise RuntimeError(f"{type(loss).__name__} kept no outputs")
     return loss.outputs

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cladapt.errors import ConfigError
-from cladapt.model.anchors import AdapterVector
+from cladapt.model.anchors import AdapterVector, factor_pairs
 
 RANK = 3
 
@@ -49,6 +49,18 @@ def test_rank_groups_are_the_rows_of_a_and_the_columns_of_b() -> None:
     groups = vector.flatten([p.detach() for p in parameters.values()]).split(vector.lengths.tolist())
     assert torch.equal(groups[1], parameters["q.lora_A.default.weight"].detach()[1])
     assert torch.equal(groups[4], parameters["q.lora_B.default.weight"].detach()[:, 1])
+
+
+def test_pairs_are_both_factors_of_a_module_and_leave_out_one_that_learns_a_single_one() -> None:
+    parameters = factors()
+    a, b = factor_pairs(parameters)["v"]
+    assert a is parameters["v.lora_A.default.weight"]
+    assert b is parameters["v.lora_B.default.weight"]
+    directions = parameters | {"q.lora_B.default.parametrizations.weight.0.scale": nn.Parameter(torch.ones(1))}
+    assert [*factor_pairs(directions)] == ["q", "v"]
+    del directions["v.lora_A.default.weight"]
+    assert [*factor_pairs(directions)] == ["q"]
+    assert factor_pairs({}) == {}
 
 
 def test_no_trainable_tensor_is_an_error() -> None:

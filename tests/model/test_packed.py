@@ -164,6 +164,26 @@ def test_log_probabilities_over_the_catalogue_sum_to_one_and_match_the_item_list
                 assert log_prob[i, level].item() == 0.0
 
 
+@pytest.mark.parametrize("levels", [(0, 1, 2), (1,)])
+def test_choices_are_the_logits_of_all_siblings_and_their_softmax_is_the_log_probability(levels: tuple[int]) -> None:
+    base = make_base(table())
+    softmax = make_softmax(base)
+    tokens = base.item_tokens()
+    node, token = (t[:, levels].flatten() for t in (softmax.nodes(tokens), tokens))
+    # columns of all ID tokens, or of the one level that all tokens are of
+    columns = softmax.rows if len(levels) > 1 else softmax.tokens[levels[0]]
+    logits = torch.randn(len(token), len(columns), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, children, row = softmax.choices(logits, node, token)
+    assert torch.equal(found, softmax.log_prob(logits, node, token))
+    assert row.tolist() == sorted(row.tolist())
+    for i, (item, level) in enumerate((item, level) for item in range(len(CODES)) for level in levels):
+        alike = tokens[[(CODES[j, :level] == CODES[item, :level]).all() for j in range(len(CODES))], level]
+        place = [columns.tolist().index(t) for t in sorted(set(alike.tolist()))]
+        assert torch.equal(children[row == i], logits[i, place].float())
+        own = place.index(columns.tolist().index(int(token[i])))
+        torch.testing.assert_close(children[row == i].log_softmax(0)[own], found[i])
+
+
 def test_the_trie_loss_of_a_model_is_minus_the_log_likelihood_among_items() -> None:
     base = make_base(table())
     catalogue = CODES[[0, 1, 2, 3, 4, 6]]
