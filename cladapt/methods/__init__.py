@@ -86,6 +86,20 @@ def _check_together(name: str, methods: Mapping[str, Method]) -> None:
         raise ConfigError(
             f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"
         )
+    order = [*methods]
+    for teacher in (n for n, m in methods.items() if m.distils):
+        if other := [n for n, m in methods.items() if m.restarts]:
+            raise ConfigError(
+                f"method.name={name!r}: {other[0]} begins a block with another model than the one before it, from "
+                f"which {teacher} learns",
+                "use one of them",
+            )
+        if late := [n for n in histories if order.index(n) > order.index(teacher)]:
+            raise ConfigError(
+                f"method.name={name!r}: {late[0]} begins a block with other factors, when {teacher} has taken those "
+                "that it learns from",
+                f"write {'+'.join([*(n for n in order if n != teacher), teacher])}",
+            )
 
 
 def _split_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:

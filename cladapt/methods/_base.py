@@ -44,6 +44,8 @@ class Context:
     learn: Callable[[Mapping[str, nn.Parameter]], None] = _no_model
     """Has the loop learn parameters that `begin_block` put into the model, by names of their own, until the block ends:
     without decay, and in place of those of an earlier call."""
+    asked: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """What `learn` was called with."""
     factors: Callable[[], dict[str, Tensor]] = _no_model
     """A copy of the adapter as A and B; see `cladapt.model.adapter.adapter_tensors`."""
     score: Callable[[], float] | None = None
@@ -64,7 +66,7 @@ class Context:
     outputs: Callable[[], Outputs] = _no_model
     """Those of the micro-batch at hand, where the method `needs_outputs`."""
     outputs_with: Callable[[Mapping[str, Tensor], Any], Outputs] = _no_model
-    """Those of a micro-batch with other values of parameters, by name; without gradients and dropout."""
+    """Those of a micro-batch with other values of what learns, by name; without gradients and dropout."""
     frequency: Tensor | None = None
     """Training events of each item, or images of each class, in the stream so far: int64 [items]."""
     kernels: ops.Choice = "auto"
@@ -100,6 +102,11 @@ class Context:
             epilogue=adapter.epilogue_of(model, parameters),
         )
 
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """All that learns, by name."""
+        return {**self.parameters, **self.extra_parameters, **self.asked}
+
 
 class Method:
     """A method that changes nothing; subclasses override the hooks they need.
@@ -109,7 +116,9 @@ class Method:
     `history`: whether it puts frozen factors beside the adapter; `weight_gradients`: whether it takes gradients of the
     base's own weights; `needs_outputs`: whether its terms read `Context.outputs`; `recasts`: whether it puts other
     factors in the place of those that a block has learned, fresh ones or the same product in other coordinates;
-    `by_entry`: whether it weighs entries of the factors against those of another block. State is named tensors only.
+    `by_entry`: whether it weighs entries of the factors against those of another block; `distils`: whether it
+    learns from the model before the block, as `begin_block` finds it; `restarts`: whether it begins a block with
+    another model than that one. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
@@ -121,6 +130,8 @@ class Method:
     needs_outputs: ClassVar[bool] = False
     recasts: ClassVar[bool] = False
     by_entry: ClassVar[bool] = False
+    distils: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config

@@ -34,6 +34,7 @@ class Cumulative(WithHistory):
 
     Config = CumulativeConfig
     config: CumulativeConfig
+    restarts = True
 
     @property
     def recasts(self) -> bool:  # type: ignore[override]

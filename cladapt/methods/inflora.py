@@ -19,11 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
 from cladapt.methods._estimate import Gram, protect, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._subspace import EnergySettings, Subspaces
-from cladapt.model.anchors import factor_pairs, is_learned, joined
+from cladapt.model.anchors import factor_pairs, is_learned, joined, module_of, scales
 
 
 class InfloraConfig(EnergySettings):
@@ -43,6 +44,14 @@ class Inflora(WithHistory):
     def __init__(self, config: InfloraConfig | None = None) -> None:
         super().__init__(config)
         self.subspaces = Subspaces()
+
+    def check(self, ctx: Context) -> None:
+        pairs = factor_pairs(ctx.parameters)
+        if scales(ctx.parameters) or {module_of(name) for name in ctx.parameters} != pairs.keys():
+            raise ConfigError(
+                "inflora learns B on a fixed A, another method has its own parameters in their place",
+                "use it with methods that learn plain LoRA factors",
+            )
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:

@@ -49,6 +49,7 @@ class Lsat(WithHistory):
     Config = LsatConfig
     config: LsatConfig
     recasts = True
+    restarts = True
 
     def learned_with(self, block: int) -> Sequence[int]:
         return range(1, block + 1) if block <= self.config.long_blocks else (block,)

@@ -5,9 +5,11 @@
 z_i are the logits of a choice between things that may have been learned before: for an image the classes of earlier
 blocks, for an item every code of its ID among its siblings in the catalogue. One more forward pass a step, without
 gradients and without dropout. Block 1 has no adapter before it and is learned without the term. Re-derived: the paper
-distils whole images' class probabilities; codes as choices are ours.
+distils whole images' class probabilities; codes as choices are ours. Rows of a classifier belong to the adapter: those
+of earlier classes learn by the term, as in the paper. A method that keeps earlier blocks as frozen factors and begins
+each with its own comes first: `olora+lwf`.
 Log: `lwf/term` = the term with its weight.
-State: the adapter before the block, 4 bytes per parameter.
+State: all that learns as it was before the block, 4 bytes per parameter.
 """
 
 from collections.abc import Mapping
@@ -35,6 +37,7 @@ class Lwf(Method):
 
     Config = LwfConfig
     config: LwfConfig
+    distils = True
 
     def __init__(self, config: LwfConfig | None = None) -> None:
         super().__init__(config)
@@ -45,7 +48,7 @@ class Lwf(Method):
         return self.config.strength > 0.0
 
     def begin_block(self, ctx: Context) -> None:
-        self.before = {name: p.detach().clone() for name, p in ctx.parameters.items()}
+        self.before = {name: p.detach().clone() for name, p in ctx.learned.items()}
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         if not self.config.strength or ctx.block == 1:
@@ -61,7 +64,7 @@ class Lwf(Method):
         self.before = dict(state)
 
     def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
-        return 4 * sum(p.numel() for p in parameters.values())
+        return 4 * sum(t.numel() for t in (self.before or parameters).values())
 
 
 def distillation(scores: Tensor, target: Tensor, choice: Tensor, temperature: float) -> Tensor:

@@ -16,6 +16,7 @@ class Retrain(Method):
 
     past_data = True
     recasts = True
+    restarts = True
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:

@@ -48,6 +48,10 @@ class Sdlora(WithHistory):
         self.magnitudes: dict[str, nn.Parameter] = {}
         """a [t - 1] of every module."""
 
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]
+        return self.config.start != "kept"
+
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
         last = ctx.factors()

@@ -1,7 +1,7 @@
 """Vision bases: a Hugging Face image classifier whose head has a row for every class of a stream, known or not yet.
 
 The directory is an ordinary checkpoint beside `cladapt.json`. Blocks learn an adapter and the rows of their own
-classes; the rows of others keep what they have.
+classes; the rows of others keep what they have, unless a method has a term on their logits.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -87,10 +87,12 @@ class Look:
         return self.watch.inputs
 
     @torch.no_grad()
-    def outputs_with(self, values: Mapping[str, Tensor], batch: Batch) -> Outputs:
-        """Outputs of a micro-batch under other values of parameters; those of the pass at hand stay what they are."""
+    def outputs_with(
+        self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], batch: Batch
+    ) -> Outputs:
+        """Outputs of a micro-batch with other values of some parameters; those of the pass at hand are kept."""
         kept, counted = self.loss.outputs, self.loss.counted
-        with values_of(self._parameters, values), self._autocast():
+        with values_of(parameters, values), self._autocast():
             found = outputs_of(self.loss, *batch)
         self.loss.outputs, self.loss.counted = kept, counted
         return found

@@ -105,14 +105,14 @@ class Fit:
         if settings.keep == "best" and not feed.validation_targets:
             raise DataError(f"block {ctx.block} has no validation target to choose an epoch by", "use keep=last")
         self.method, self.ctx, self.feed, self.settings, self.sink = method, ctx, feed, settings, sink
-        self.trained = {**ctx.parameters, **ctx.extra_parameters}
-        self._asked: Mapping[str, nn.Parameter] = {}
+        self.trained = ctx.learned
         set_checkpointing(module, settings.checkpointing)
         self.accelerator = ranks.accelerator()  # it keeps what it prepares, so each fit has its own
         self._unwrapped = module
         self.look = look = Look(module, ctx.parameters, feed, self._own, self._summed, self._autocast)
         ctx.total, ctx.inputs, ctx.look, ctx.mean_gradient = self._summed, look.inputs, look.over, look.mean_gradient
-        ctx.outputs, ctx.outputs_with, ctx.squared_gradient = look.outputs, look.outputs_with, look.squared_gradient
+        ctx.outputs, ctx.squared_gradient = look.outputs, look.squared_gradient
+        ctx.outputs_with = lambda values, batch: look.outputs_with(self.trained, values, batch)
         ctx.score, ctx.learn = self.score if feed.validation_targets else None, self._learn
         if method.needs_outputs:
             look.loss.observed = True
@@ -144,8 +144,8 @@ class Fit:
 
     def _learn(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Learn these too, without decay, in place of those of an earlier call."""
-        self._asked = parameters
-        self.trained = {**self.ctx.parameters, **self.ctx.extra_parameters, **parameters}
+        self.ctx.asked = parameters
+        self.trained = self.ctx.learned
         del self.optimizer.param_groups[self._groups :]
         if parameters:
             self.optimizer.add_param_group({"params": [*parameters.values()], "weight_decay": 0.0})
@@ -220,7 +220,7 @@ class Fit:
         kept = {name: p.detach().clone() for name, p in self.ctx.parameters.items()}
         self.ctx.log.clear()
         self.method.end_block(self.ctx)
-        for parameter in self._asked.values():
+        for parameter in self.ctx.asked.values():
             parameter.requires_grad_(False)
         unchanged = all(torch.equal(p, kept[name]) for name, p in self.ctx.parameters.items())
         return self.position.best_score if unchanged else self.score()
