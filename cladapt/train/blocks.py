@@ -23,6 +23,7 @@ from cladapt.model.saved import (
     LEARNED,
     adapter_provenance,
     place,
+    read_adapter,
     read_own_factors,
     save_adapter,
     start_from,
@@ -110,7 +111,8 @@ def learn_blocks(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         fit = Fit(module, method, ctx, feed, fit_settings(config.train, config.seed, block), sink)
-        before = factors_of(model)
+        last = adapter_folder(run, block - 1)  # which has its history, a model that is taken up again has not yet
+        before = read_adapter(last, base) if last.is_dir() else factors_of(model)
         result = results[block] = fit.run(
             checkpoint=partial(save_checkpoint, checkpoints, block, config_hash),
             checkpoint_steps=config.train.checkpoint_steps,

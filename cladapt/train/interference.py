@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cladapt.model.adapter import NAME, adapter_tensors, lora_layers, scale_of
 from cladapt.model.anchors import joined
@@ -43,17 +44,23 @@ def factors_of(model: "PeftModel") -> dict[str, Tensor]:
 
 @torch.no_grad()
 def interference(model: "PeftModel", before: Mapping[str, Tensor], look: Look) -> dict[str, dict[str, float]]:
-    """Both figures by module, of what `factors_of` the model was `before` it, on past examples."""
+    """Both figures by module, of what the model adds to its base beyond the factors `before`, on past examples.
+
+    Names and shapes of `before` are those of `factors_of`; its ranks may differ. Nothing where there is no example.
+    """
+    if not look.examples:
+        return {}
     scale, after = scale_of(model), factors_of(model)
     layers: dict[str, Any] = lora_layers(model)
     changed: dict[str, tuple[Tensor, Tensor]] = {}  # A [R, in] and B^T B of delta W = B A, without making B A
     for name, layer in layers.items():
         down, up = (f"{name}.{factor}.{NAME}.weight" for factor in ("lora_A", "lora_B"))
         device = layer.get_base_layer().weight.device
-        a = torch.cat([after[down].to(device), before[down].to(device)])
-        b = torch.cat([after[up].to(device), -before[up].to(device)], 1)
-        # an update is the difference of two products that may be nearly equal
-        changed[name] = a.double(), scale**2 * (b.double().mT @ b.double())
+        # zeros behind the smaller rank, and factors subtracted: products that are nearly equal would leave rounding
+        a, a_before = pad_sequence([f[down].to(device) for f in (after, before)], batch_first=True).double()
+        b, b_before = pad_sequence([f[up].to(device).mT for f in (after, before)], batch_first=True).double().mT
+        a, b = torch.cat([a, a - a_before]), torch.cat([b - b_before, b_before], 1)
+        changed[name] = a, scale**2 * (b.mT @ b)
     sums = {name: torch.zeros(3, dtype=torch.float64, device=a.device) for name, (a, _) in changed.items()}
     of_input: dict[str, list[str]] = {}
     for module, name in look.inputs().items():

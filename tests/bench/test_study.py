@@ -82,6 +82,11 @@ def test_a_study_of_recommendations(
         assert {key: row[key] for key in ("HR@10", "log_likelihood")} == {
             key: pytest.approx(line[key]) for key in ("HR@10", "log_likelihood")
         }
+        changes = read_json(folder / "metrics.json")["interference"]
+        for figure in ("change", "alignment"):
+            each = [block[figure] for block in changes]
+            assert row[figure] == (pytest.approx(sum(each) / len(each)) if each else None)
+        assert bool(changes) == (cell.name != "frozen")
     mean = cells.filter(pl.col("cell") == "peso")["log_likelihood"].mean()
     assert summary.row(by_predicate=pl.col("model") == "peso", named=True)["log_likelihood"] == pytest.approx(mean)
     names = differences["difference"].to_list()
@@ -117,7 +122,19 @@ def test_a_study_of_classes(study: Any, drawings: Path) -> None:
     assert not [name for name in tables if name.startswith("tails")]
     assert len({cell.config.data for cell, _ in done}) == len({cell.config.base for cell, _ in done}) == 2
     cells, summary = tables["cells"], tables["summary"]
-    wanted = {"ACC", "MAA", "learning", "BWT", "forgetting", "FWT", "norm", "imbalance", "seconds"}
+    wanted = {
+        "ACC",
+        "MAA",
+        "learning",
+        "BWT",
+        "forgetting",
+        "FWT",
+        "norm",
+        "imbalance",
+        "change",
+        "alignment",
+        "seconds",
+    }
     assert wanted <= {*cells.columns}
     for name in IMAGES["cells"]:
         mean = cells.filter(pl.col("cell") == name)["ACC"].mean()

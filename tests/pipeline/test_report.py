@@ -12,10 +12,18 @@ import pytest
 from cladapt.artifacts import read_json
 from cladapt.config import EvalConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig, TrainConfig
 from cladapt.eval.protocol import Measures, continual_summary, differences, slice_table, table
+from cladapt.eval.report import render_report
 from cladapt.eval.tails import tail_table
+from cladapt.model.saved import adapter_provenance
 from cladapt.model.spectrum import saved_spectra, summary
 from cladapt.pipeline import bases, evaluation, runs, streams
-from cladapt.pipeline.report import regulariser_log, run_report, step_curves
+from cladapt.pipeline.report import (
+    interference_log,
+    interference_sections,
+    regulariser_log,
+    run_report,
+    step_curves,
+)
 from cladapt.run import Run
 from cladapt.train.sinks import MemorySink
 
@@ -78,6 +86,8 @@ def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: 
         "Step by step",
         "Spectrum of the adapters",
         "Singular values of the adapter of block 3",
+        "What blocks change for earlier inputs",
+        "Change for earlier inputs by layer",
         "Semantic IDs",
         "Provenance",
     ):
@@ -87,6 +97,46 @@ def test_the_page_shows_every_table_and_where_it_comes_from(run: Run, measures: 
     assert f"{result['table'][0]['HR@10']:.4f}" in html
     assert "http://" not in re.sub(r'xmlns="[^"]*"', "", html)  # nothing is fetched
     assert "<script src" not in html
+
+
+def test_what_blocks_change_for_earlier_inputs_is_in_metrics_and_on_the_page(run: Run, measures: Measures) -> None:
+    lines = read_json(run.path / "metrics.json")["interference"]
+    assert [line["block"] for line in lines] == [2, 3]
+    records = {block: adapter_provenance(path)["interference"] for block, path in run.adapters.items()}
+    for line in lines:
+        for figure in ("change", "alignment"):
+            each = [found[figure] for found in records[line["block"]].values()]
+            assert line[figure] == pytest.approx(sum(each) / len(each))
+            assert min(each) > 0
+    table, curves = interference_sections(run)
+    assert [row[0] for row in table.rows] == [2, 3]  # type: ignore[union-attr]
+    (trace,) = curves.traces  # type: ignore[union-attr]
+    assert trace.labels == [module.removeprefix("base_model.model.") for module in records[2]]
+    for module, line in zip(records[2], trace.lines, strict=True):
+        assert line == [(block, found[module]["change"]) for block, found in records.items()]
+
+
+def test_runs_without_earlier_blocks_or_without_a_change_have_a_page_too(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    copy = Run.open(tmp_path / "run")
+    file = copy.adapters[3] / "cladapt.json"
+    record = json.loads(file.read_text())
+    still, other, *_ = record["interference"]
+    record["interference"][still] = {"change": 0.0, "alignment": 0.0}
+    del record["interference"][other]  # a head that saw no target
+    file.write_text(json.dumps(record))
+    (trace,) = interference_sections(copy)[1].traces  # type: ignore[union-attr]
+    assert [len(line) for line in trace.lines[:3]] == [1, 1, 2]
+    for path in copy.adapters.values():
+        record = json.loads((path / "cladapt.json").read_text())
+        record["interference"] = {m: {"change": 0.0, "alignment": 0.0} for m in record["interference"]}
+        (path / "cladapt.json").write_text(json.dumps(record))
+    assert "Change for earlier inputs by layer" in render_report("still", interference_sections(copy))
+    for path in copy.adapters.values():
+        record = json.loads((path / "cladapt.json").read_text())
+        del record["interference"]
+        (path / "cladapt.json").write_text(json.dumps(record))
+    assert interference_log(copy) == interference_sections(copy) == []
 
 
 def write_log(folder: Path, *events: dict[str, Any] | str) -> Run:
@@ -145,8 +195,9 @@ def test_a_browser_opens_the_page_without_a_word(run: Run, measures: Measures, t
         check=True,
     )
     assert "CONSOLE" not in done.stderr
-    # three metrics per block; loss, term, distance, gradient ratio and cosine over the steps; the last block's spectrum
-    assert done.stdout.count("<svg") == 3 + 5 + 1
+    # three metrics per block; loss, term, distance, gradient ratio and cosine over the steps; the last block's
+    # spectrum; what blocks change for earlier inputs
+    assert done.stdout.count("<svg") == 3 + 5 + 1 + 1
     for name in ("loss", "peso/term", "peso/distance", "peso/ratio", "peso/cosine"):
         assert f"<figcaption>{name}</figcaption>" in done.stdout
 
