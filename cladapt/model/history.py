@@ -3,8 +3,9 @@
 Both are saved as one ordinary adapter of concatenated rank, relative to the base as it is, so nothing that reads
 adapters needs to know. While a block is learned the history costs no time where the weights are float32: it is folded
 into them, and taken out again. Other weights would round it (in bfloat16 weights of 0.02 an update of 1e-4 loses a
-third of its norm): there it is a second, frozen adapter, which the fused linear takes as further ranks. Where
-magnitudes of its parts learn it is a second adapter as well, whatever the weights: folded in, they have no gradient.
+third of its norm): there it is a second, frozen adapter, which the fused linear takes as further ranks. It is one as
+well, whatever the weights, where they are cut over processes, and where magnitudes of its parts learn: folded in, they
+have no gradient.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from cladapt.errors import ConfigError
 from cladapt.model.adapter import NAME, lora_config, lora_layers, quiet, scale_of
+from cladapt.model.sharding import is_cut
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,7 +63,8 @@ def set_history(
     if lora_config(model, NAME).rank_pattern:
         raise ConfigError("frozen factors beside an adapter whose modules differ in rank", "use a low-rank method")
     layers = lora_layers(model)
-    if not magnitudes and all(layer.get_base_layer().weight.dtype == torch.float32 for layer in layers.values()):
+    weights = [layer.get_base_layer().weight for layer in layers.values()]
+    if not magnitudes and all(weight.dtype == torch.float32 and not is_cut(weight) for weight in weights):
         _fold(layers, tensors, scale_of(model))
         return
     _put_beside(model, layers, tensors)
