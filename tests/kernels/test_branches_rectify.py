@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class World:
-    """Well-conditioned factors, subspaces that A sees in part unless the form forbids it, steps; one B is small, one 0."""
+    """Well-conditioned factors, subspaces that A sees in part unless the form forbids it, steps; one B small, one 0."""
 
     def __init__(self, shapes: Shapes, form: Form, device: torch.device, make: Make) -> None:
         generator = torch.Generator().manual_seed(0)
