@@ -64,8 +64,9 @@ class JanusConfig(EnergySettings):
     `sample` of its examples, or at random directions outside of V, which may meet little of the inputs."""
     form: Form = "invariant"
     """How near to the safe update a step comes; see above."""
-    gauge: Gauge = "balanced"
-    """How a rectified update is shared out between the factors."""
+    gauge: Gauge = "sylvester"
+    """How a rectified update is shared out between the factors: by the least change of both, in halves, or most to A.
+    While B is small, the latter two move A by as much as it is."""
     damping: Annotated[float, Field(ge=0.0)] = 1e-6
     """Added to B^T B and A A^T before they are inverted, relative to their mean eigenvalue."""
     margin_weight: Annotated[float, Field(ge=0.0)] = 0.0
