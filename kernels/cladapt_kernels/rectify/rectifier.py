@@ -44,7 +44,8 @@ class Rectifier:
         ups: B [m, r] of each. Shapes of modules may all differ; what is given later must have the same, its addresses
             may change.
         subspaces: orthonormal V [n, k] or None for each; of the form `invariant` A V = 0.
-        form: how far steps keep out of the subspaces, see `reference.rectify`.
+        form: how far steps keep out of the subspaces, see `reference.rectify`. Where A V = 0 take `invariant`: `exact`
+            lets rounding add up, and holds B by it when it passes AV_ROUNDING, after some 10,000 steps in float32.
         gauge: how the factors share a step, see `reference.rectify`. From B = 0 `sylvester` alone keeps A's size.
         damping: what is added to B^T B and A A^T, a share of their mean eigenvalue; 0 where they have inverses.
             Where they have none it is a ValueError that torch's way raises, and NaN of the kernels.
