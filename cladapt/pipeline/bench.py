@@ -172,10 +172,10 @@ def make_fit(
         fit.begin()
         return fit
 
-    before = at(case.split.block - 1)
+    before = at(2)  # as after a base that has learned block 1
     before.step(before.steps(0)[0], 0.5)
     method.end_block(before.ctx)
-    return at(case.split.block)
+    return at(3)
 
 
 def bench_training(case: Case, runs: int) -> list[Row]:
