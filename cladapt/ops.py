@@ -39,9 +39,9 @@ Choice = Literal["auto", "triton", "reference"]
 Precision = Literal["fp32", "bf16"]
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What a base is loaded in for each precision."""
-KERNELS = ("item_sam", "lora_linear", "prox_adamw", "retract")
+KERNELS = ("item_sam", "lora_linear", "prox_adamw", "rectify", "retract")
 """Ops with a Triton kernel."""
-REFERENCES = ("proximal_kl", "proximal_l2", "rectify")
+REFERENCES = ("proximal_kl", "proximal_l2")
 """Ops without."""
 
 group_sum = reference.group_sum

@@ -41,9 +41,10 @@ PACKAGE = Path("kernels/cladapt_kernels")
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.csv")
 COPIED = (PACKAGE, Path("tests/kernels"), Path("tests/conftest.py"), Path("pyproject.toml"))
 TESTS = {
-    ".": ("branches",),
+    ".": ("branches", "branches_rectify", "branches_retract"),
     "lora": ("branches", "branches_items"),
     "optim": ("branches_adamw",),
+    "rectify": ("branches_rectify",),
     "retract": ("branches_retract",),
 }
 """The test files of a folder of kernels."""

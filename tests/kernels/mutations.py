@@ -295,12 +295,12 @@ NAMED = (
         "if use not in self._tables or self._tables[use][0] != rows:", "if use not in self._tables:",
     ),
     Named(
-        "products by way of memory without barriers", "retract/kernels.py",
+        "products by way of memory without barriers", "factors.py",
         "tl.debug_barrier()\n        found = tl.zeros((RANK, RANK), tl.float32)\n",
         "found = tl.zeros((RANK, RANK), tl.float32)\n",
     ),
     Named(
-        "memory written again before all have read it", "retract/kernels.py",
+        "memory written again before all have read it", "factors.py",
         "        tl.debug_barrier()\n    return found", "    return found",
     ),
     Named(
@@ -308,7 +308,7 @@ NAMED = (
         '{"num_warps": 8, "num_stages": 1},\n', '{"num_warps": 8},\n',
     ),
     Named(
-        "alignment of factors never checked", "retract/kernels.py",
+        "alignment of factors never checked", "factors.py",
         "aligned = all(a % 16 == 0 for a in rows[::3]) and all(stride % 4 == 0 for stride in rows[1::3])",
         "aligned = True",
     ),
@@ -327,5 +327,24 @@ NAMED = (
     Named(
         "a step of C without the multiplier", "retract/kernels.py",
         "d = at + multiplier * (d - at)", "d = at + (d - at)",
+    ),
+    Named(
+        "rectified products that read ahead by way of memory", "rectify/kernels.py",
+        '{"num_warps": 8, "num_stages": 1},\n        {"ROWS": 16,', '{"num_warps": 8},\n        {"ROWS": 16,',
+    ),
+    Named(
+        "the ridge of B for A", "rectify/kernels.py",
+        "ridge = _ridge(gram, eye, damping, r)\n        factor", "factor",
+    ),
+    Named(
+        "pivots below the ridge", "rectify/kernels.py",
+        "eye, eye, r, ridge, RANK)\n    s =", "eye, eye, r, 0.0, RANK)\n    s =",
+    ),
+    Named("steps that are not multiplied", "rectify/kernels.py", 'STEPS=self._form != "invariant"', "STEPS=False"),
+    Named("dA A^T for its transpose", "rectify/kernels.py", "gram_b, inner_a.mT,", "gram_b, inner_a,"),
+    Named("one rank for all that is solved outside", "rectify/kernels.py", "setdefault(b.shape[1]", "setdefault(5"),
+    Named(
+        "columns of V beyond what a module has", "rectify/kernels.py",
+        "c, row, 0, k, RANK, RANK, 1", "c, row, 0, row + BLOCK_K, RANK, RANK, 1",
     ),
 )  # fmt: skip

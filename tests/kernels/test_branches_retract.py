@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the kernels are written in triton")
 import triton
 import triton.language as tl
 
-from cladapt_kernels import reference
+from cladapt_kernels import factors, reference
 from cladapt_kernels.retract import Gauge, Kind, Stiefel, kernels
 from cladapt_kernels.retract.stiefel import iterations
 
@@ -28,9 +28,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of several tiles, ranks and subspaces of several blocks; a GPU multiplies nothing that small."""
     if ON_GPU:
         return
-    monkeypatch.setattr(kernels, "padded", lambda rank: 8)
-    monkeypatch.setattr(kernels, "CHUNK_ROWS", 8)
-    monkeypatch.setattr(kernels, "BLOCK_K", 4)
+    monkeypatch.setattr(factors, "padded", lambda rank: 8)
+    monkeypatch.setattr(factors, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(factors, "BLOCK_K", 4)
     monkeypatch.setitem(kernels.TILES, 8, ({"ROWS": 4}, {}, {"ROWS": 4}))
 
 
@@ -148,9 +148,9 @@ def test_a_kernel_that_multiplies_by_way_of_memory_reads_nothing_ahead(monkeypat
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *_, **options: stages.append(options.get("num_stages", 0))
 
-    for name in ("_products", "_apply", "_weights"):
+    for name in ("_products", "apply", "_weights"):
         monkeypatch.setattr(kernels, name, Noted() if name == "_weights" else {(1,): lambda *_, **__: None})
-    for rank in (17, 33, 64):  # above 16, `_product` goes by way of memory
+    for rank in (17, 33, 64):  # above 16, `product` goes by way of memory
         x = torch.eye(80)[:, :rank].contiguous()
         Stiefel([x], [None], kernel=True).tangent_([x], [x.clone()])
     assert stages == [1, 1, 1]
@@ -179,8 +179,8 @@ def test_an_inverse_root_takes_as_many_iterations_as_its_bound_asks_for(
         return ordinary(*args)
 
     if not ON_GPU:
-        ordinary = kernels._product
-        monkeypatch.setattr(kernels, "_product", counted)
+        ordinary = kernels.product
+        monkeypatch.setattr(kernels, "product", counted)
     found = torch.empty(rank, rank, device=device)
     _root[(1,)](given.to(device), found, RANK=rank)
     truth = (basis * ((1 + values).rsqrt() - 1)) @ basis.T

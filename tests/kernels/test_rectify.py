@@ -200,6 +200,19 @@ def test_what_has_no_directions_stays_finite(empty: str, form: Form, gauge: Gaug
                 assert x.abs().max() < 1e-5 > y.abs().max()
 
 
+def test_directions_that_rounding_alone_holds_apart_do_no_harm() -> None:
+    for form in get_args(Form):
+        for gauge in get_args(Gauge):
+            ((a, b, da, db, v),) = modules([(3, 30, 8, 4)], form, torch.float32)  # B of rank 3
+            a[4:] = a[:4]
+            ((x, y),) = rectified([(a, b, da, db, v)], form, gauge, 1e-6)
+            wide = (a.double(), b.double(), da.double(), db.double(), v.double())
+            ((other_x, other_y),) = rectified([wide], form, gauge, 1e-6)
+            assert x.norm() + y.norm() <= 1.02 * (other_x.norm() + other_y.norm())
+            step = wide[1] @ other_x + other_y @ wide[0]
+            assert (b @ x + y @ a - step).norm() <= 1e-5 * step.norm()
+
+
 def test_damping_takes_of_optimality_what_it_is_of_a_direction_and_nothing_of_the_invariant_form() -> None:
     for form in get_args(Form):
         given = modules(DENSE, form)
@@ -272,6 +285,26 @@ def test_nothing_drifts_into_the_subspace_over_two_thousand_steps(gauge: Gauge) 
         rectifier.rectify_([a], [b])
     assert (a.double() @ v.double()).norm() <= 1e-6 * a.norm()
     assert (b.double() @ (a.double() @ v.double())).norm() <= 1e-6 * (b @ a).norm()
+
+
+@pytest.mark.parametrize(("gauge", "least", "most"), [("zero", 20, 200), ("balanced", 4, 20), ("sylvester", 1, 1.1)])
+def test_from_a_fresh_adapter_the_first_gauges_blow_up_a_and_sylvester_s_does_not(
+    gauge: Gauge, least: float, most: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(8, 64, generator=generator) / 8)
+    b = torch.nn.Parameter(torch.zeros(64, 8))
+    target, before = 0.1 * torch.randn(64, 64, generator=generator), a.detach().norm()
+    optimizer = torch.optim.Adam([a, b], lr=1e-3)
+    rectifier = Rectifier([a.data], [b.data], gauge=gauge)
+    for _ in range(20):
+        x = torch.randn(64, 256, generator=generator)
+        optimizer.zero_grad()
+        (target @ x - b @ (a @ x)).square().mean().backward()
+        rectifier.remember([a.data], [b.data])
+        optimizer.step()
+        rectifier.rectify_([a.data], [b.data])
+    assert least * before <= a.detach().norm() <= most * before
 
 
 @pytest.mark.parametrize(

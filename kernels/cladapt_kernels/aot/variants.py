@@ -10,6 +10,9 @@ from cladapt_kernels.aot.compile import Variant
 from cladapt_kernels.lora import by_item, gemm, mask, shrink, skinny
 from cladapt_kernels.optim.fused_step import FusedStep
 from cladapt_kernels.optim.terms import Term
+from cladapt_kernels.rectify import Form
+from cladapt_kernels.rectify import Gauge as Share
+from cladapt_kernels.rectify.kernels import FusedRectifier
 from cladapt_kernels.retract import Gauge, Kind
 from cladapt_kernels.retract.kernels import FusedStiefel
 
@@ -129,7 +132,26 @@ def _stiefel(r: int, tangent: bool = False, kind: Kind = "symmetric", gauge: Gau
     FusedStiefel(xs, [_empty(n, 64, dtype=FP32)], kind, gauge)._launch(xs, xs, tangent, 1.0)
 
 
-RETRACT_RANKS = (16, 32, 64)
+def _rectifier(r: int, form: Form, gauge: Share, n: int = 1024) -> None:
+    """A rectification of three modules, but for what torch solves between two launches."""
+    downs, ups = [_empty(r, n, dtype=FP32)] * 3, [_empty(n, r, dtype=FP32)] * 3
+    fused = FusedRectifier(downs, ups, [_empty(n, 64)] * 3, form, gauge, 1e-6)
+    table = fused._table(fused._points, fused._points)
+    fused._multiply(*table)
+    fused._move(*table)
+
+
+STEP_RANKS = (16, 32, 64)
+FORMS: tuple[tuple[Form, Share], ...] = (
+    ("invariant", "zero"),
+    ("invariant", "balanced"),
+    ("invariant", "sylvester"),
+    ("least_squares", "zero"),
+    ("least_squares", "balanced"),
+    ("exact", "zero"),
+    ("exact", "balanced"),
+)
+"""Every form, gauge and algebra of a rectification."""
 VARIANTS = (
     *(
         Variant(f"{name} factors, rank {r}, dropout {p}", partial(_shrink, factor, r, p), ("wgmma",))
@@ -221,11 +243,17 @@ VARIANTS = (
     Variant("adamw, measure, term included", partial(_measure, True)),
     Variant("adamw, add kl", partial(_add, "kl")),
     Variant("adamw, add l2", partial(_add, "l2")),
-    *(Variant(f"retract, rank {r}", partial(_stiefel, r)) for r in RETRACT_RANKS),
+    *(Variant(f"retract, rank {r}", partial(_stiefel, r)) for r in STEP_RANKS),
     *(
         Variant(f"retract, rank {r}, canonical, qr", partial(_stiefel, r, kind="canonical", gauge="qr"))
-        for r in RETRACT_RANKS
+        for r in STEP_RANKS
     ),
-    *(Variant(f"tangent, rank {r}", partial(_stiefel, r, True)) for r in RETRACT_RANKS),
+    *(Variant(f"tangent, rank {r}", partial(_stiefel, r, True)) for r in STEP_RANKS),
     Variant("retract, odd sizes", partial(_stiefel, 13, n=1023)),
+    *(
+        Variant(f"rectify, rank {r}, {form}, {gauge}", partial(_rectifier, r, form, gauge))
+        for r in STEP_RANKS
+        for form, gauge in FORMS
+    ),
+    Variant("rectify, odd sizes", partial(_rectifier, 13, "least_squares", "balanced", 1023)),
 )

@@ -26,6 +26,7 @@ from cladapt_kernels.rectify.options import Factors, Form, Gauge, Subspaces
 from cladapt_kernels.rectify.solve import Products, solve
 
 CHUNK_BYTES = 8 << 20  # factors, steps and V that are worked on together: they stay in the cache between the passes
+HIGHEST_KERNEL_RANK = 64
 
 
 class _Part(Protocol):
@@ -43,9 +44,12 @@ class Rectifier:
         ups: B [m, r] of each. Shapes of modules may all differ; what is given later must have the same, its addresses
             may change.
         subspaces: orthonormal V [n, k] or None for each; of the form `invariant` A V = 0.
-        form: how far steps keep out of the subspaces, see `reference.rectify`.
-        gauge: how the factors share a step, see `reference.rectify`.
+        form: how far steps keep out of the subspaces, see `reference.rectify`. Where A V = 0 take `invariant`: `exact`
+            lets rounding add up, and holds B by it when it passes AV_ROUNDING, after some 10,000 steps in float32.
+        gauge: how the factors share a step, see `reference.rectify`. From B = 0 `sylvester` alone keeps A's size.
         damping: what is added to B^T B and A A^T, a share of their mean eigenvalue; 0 where they have inverses.
+            Where they have none it is a ValueError that torch's way raises, and NaN of the kernels.
+        kernel: take Triton for float32 and ranks to 64, torch for the rest.
 
     Raises:
         ValueError: factors or subspaces that do not fit.
@@ -61,20 +65,21 @@ class Rectifier:
         damping: float = 1e-6,
         kernel: bool = False,
     ) -> None:
-        if kernel:
-            raise ValueError("kernel=True: this op has no Triton kernel")
         subspaces = [None] * len(downs) if subspaces is None else subspaces
         _check(downs, ups, subspaces, form, gauge, damping)
         self._downs, self._ups = [a.shape for a in downs], [b.shape for b in ups]
         self._known = False
         alike: dict[tuple[object, ...], list[int]] = {}
         for i, (a, b, v) in enumerate(zip(downs, ups, subspaces, strict=True)):
-            key = (a.shape, b.shape, 0 if v is None else v.shape[1], a.dtype, a.device)
+            if kernel and a.dtype == torch.float32 and a.shape[0] <= HIGHEST_KERNEL_RANK:
+                key: tuple[object, ...] = ("kernel", a.device)
+            else:
+                key = (a.shape, b.shape, 0 if v is None else v.shape[1], a.dtype, a.device)
             alike.setdefault(key, []).append(i)
         self._parts: list[tuple[list[int], _Part]] = []
-        for own in alike.values():
-            part = _Stack(_of(downs, own), _of(ups, own), [subspaces[i] for i in own], form, gauge, damping)
-            self._parts.append((own, part))
+        for key, own in alike.items():
+            given = (_of(downs, own), _of(ups, own), [subspaces[i] for i in own])
+            self._parts.append((own, _part(key[0] == "kernel", *given, form, gauge, damping)))
 
     @torch.no_grad()
     def remember(self, downs: Factors, ups: Factors) -> None:
@@ -151,6 +156,16 @@ def _check(downs: Factors, ups: Factors, subspaces: Subspaces, form: str, gauge:
             raise ValueError(f"subspace {i} is {tuple(v.shape)}, expected [{a.shape[1]}, k] with orthonormal columns")
 
 
+def _part(
+    kernel: bool, downs: Factors, ups: Factors, subspaces: Subspaces, form: Form, gauge: Gauge, damping: float
+) -> _Part:
+    if kernel:
+        from cladapt_kernels.rectify.kernels import FusedRectifier
+
+        return FusedRectifier(downs, ups, subspaces, form, gauge, damping)
+    return _Stack(downs, ups, subspaces, form, gauge, damping)
+
+
 class _Stack:
     """Modules of one shape as stacks [M, r, n] and [M, m, r], with V [M, n, k]; all memory is made once."""
 
@@ -160,6 +175,7 @@ class _Stack:
         self._form, self._gauge, self._damping = form, gauge, damping
         (a, b), count = (downs[0], ups[0]), len(downs)
         self._a, self._b = _Stacked(a, count), _Stacked(b, count)
+        self._eye = torch.eye(len(a), dtype=torch.float64, device=a.device)
         given = [v.to(a) for v in subspaces if v is not None]
         self._v = torch.stack(given) if given else a.new_zeros(count, a.shape[1], 0)
         # more than a share of the cache pays where there is none to speak of
@@ -175,9 +191,9 @@ class _Stack:
         self._a.gather(downs)
         self._b.gather(ups)
         for chunk in self._chunks:
-            torch.sub(self._a.new[chunk], self._a.points[chunk], out=self._a.steps[chunk])
-            torch.sub(self._b.new[chunk], self._b.points[chunk], out=self._b.steps[chunk])
-            self._turn(chunk)
+            for stacked in (self._a, self._b):
+                torch.sub(stacked.new[chunk], stacked.points[chunk], out=stacked.steps[chunk])
+            self._turn(chunk, self._a.new[chunk])
         self._a.scatter(downs)
         self._b.scatter(ups)
 
@@ -188,33 +204,42 @@ class _Stack:
         self._a.steps.copy_(self._a.new)
         self._b.steps.copy_(self._b.new)
         for chunk in self._chunks:
-            self._turn(chunk)
+            self._turn(chunk, self._a.new[chunk], self._a.points[chunk])
         self._a.scatter(downs)
         self._b.scatter(ups)
 
-    def _turn(self, chunk: slice) -> None:
-        """Add to steps, or to where they lead, what rectifies them."""
-        a, da, b, db = (stack[chunk] for stack in (self._a.points, self._a.steps, self._b.points, self._b.steps))
-        v = self._v[chunk]
-        found = ((a, a.mT), (b.mT, b), (da, a.mT), (b.mT, db), (a, v), (da, v))
-        products = Products(*(torch.bmm(left, right).double() for left, right in found))
+    def _turn(self, chunk: slice, new: Tensor, points: Tensor | None = None) -> None:
+        """Add what rectifies them to new A and B; where these are steps alone, A is `points` and what is new."""
+        a, b, db, v = self._a.points[chunk], self._b.points[chunk], self._b.steps[chunk], self._v[chunk]
+        products = self._products(chunk)
         k, r, z = solve(products, self._form, self._gauge, self._damping)
-        along_a, along_v = k + z, products.dav + k @ products.av
+        new.baddbmm_((k + z).to(a.dtype), a)
+        self._b.new[chunk].baddbmm_(b, (k @ r + z).to(a.dtype), alpha=-1)
         if self._form == "invariant":
-            along_v += products.av + z @ products.av
-        new = self._a.new[chunk].baddbmm_(along_a.to(a.dtype), a)
+            along_v = torch.bmm(new if points is None else points + new, v)
+        else:
+            along_v = (products.dav + k @ products.av).to(a.dtype)
+            self._b.new[chunk].baddbmm_(db, (r - self._eye).to(a.dtype))
         if v.shape[2]:
-            new.baddbmm_(along_v.to(a.dtype), v.mT, alpha=-1)
-        new = self._b.new[chunk].baddbmm_(b, (k @ r + z).to(a.dtype), alpha=-1)
-        if self._form != "invariant":
-            new.baddbmm_(db, r.sub(torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)).to(a.dtype))
+            new.baddbmm_(along_v, v.mT, alpha=-1)
+
+    def _products(self, chunk: slice) -> Products:
+        """What form and gauge need; of what they do not, products of nothing, which are 0."""
+        a, both, b, db = self._a.points[chunk], self._a.both[chunk], self._b.points[chunk], self._b.steps[chunk]
+        inputs = slice(0 if self._form == "invariant" and self._gauge == "zero" else a.shape[2])
+        v = self._v[chunk][..., :0] if self._form == "invariant" else self._v[chunk]
+        of_a, of_v = torch.bmm(both[..., inputs], a[..., inputs].mT).double(), torch.bmm(both, v).double()
+        (gram_a, inner_a), (av, dav) = of_a.chunk(2, 1), of_v.chunk(2, 1)
+        return Products(gram_a, torch.bmm(b.mT, b).double(), inner_a, torch.bmm(b.mT, db).double(), av, dav)
 
 
 class _Stacked:
-    """Points, steps and new values of factors of one shape [M, ., .]."""
+    """Points, steps and new values of factors of one shape [M, ., .]; points and steps also as one stack."""
 
     def __init__(self, like: Tensor, count: int) -> None:
-        self.points, self.steps, self.new = (like.new_zeros(count, *like.shape) for _ in range(3))
+        pairs = like.new_zeros(count, 2, *like.shape)
+        self.points, self.steps, self.both = pairs[:, 0], pairs[:, 1], pairs.flatten(1, 2)
+        self.new = like.new_zeros(count, *like.shape)
         self._points, self._new = list(self.points.unbind()), list(self.new.unbind())
 
     def remember(self, factors: Factors) -> None:

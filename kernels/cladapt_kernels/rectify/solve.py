@@ -8,6 +8,9 @@ from torch import Tensor
 from cladapt_kernels.rectify.options import Form, Gauge
 from cladapt_kernels.reference import AV_ROUNDING
 
+SINGULAR = 1e-15
+"""Share of the trace below which an eigenvalue of a Gram matrix is rounding of float64."""
+
 
 class Products(NamedTuple):
     """What is known of a stack of modules, float64: products [M, r, r] of factors and steps, and [M, r, k] with V."""
@@ -36,6 +39,8 @@ def solve(products: Products, form: Form, gauge: Gauge, damping: float) -> tuple
     ridge_a, ridge_b = ridge(gram_a, damping), ridge(gram_b, damping)
     inverse_b = _inverse(gram_b, ridge_b, eye)
     k = inverse_b @ inner_b
+    if form == "invariant" and gauge == "zero":
+        return k, eye.expand_as(k), torch.zeros_like(k)
     protected, n, r, gram = av @ av.mT, eye, eye, gram_a
     if form == "exact":
         n = _unconstrained(protected, gram_a)
@@ -54,7 +59,7 @@ def solve(products: Products, form: Form, gauge: Gauge, damping: float) -> tuple
     if gauge == "balanced":
         return k, r.expand_as(k), -0.5 * (d @ inverse_a + k @ r)
     right = ridge_b * (k @ r) - d - k @ (gram_a - protected)
-    return k, r.expand_as(k), _sylvester(gram_b + ridge_b * eye, gram + ridge_a * eye, right @ n) @ n
+    return k, r.expand_as(k), _sylvester(gram_b, ridge_b, gram, ridge_a, right @ n) @ n
 
 
 def ridge(gram: Tensor, damping: float) -> Tensor:
@@ -70,11 +75,13 @@ def _trace(gram: Tensor) -> Tensor:
 def _inverse(gram: Tensor, ridge: Tensor, eye: Tensor) -> Tensor:
     """(G + ridge I)^{-1}; where rounding has left G eigenvalues below 0, these are taken for 0."""
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
-    if not failed.any():
+    least = torch.maximum(0.5 * ridge, SINGULAR * _trace(gram)).squeeze(-1)
+    # but for rounding no pivot is below the ridge
+    if not (failed.any() or (factor.diagonal(dim1=-2, dim2=-1).square() < least).any()):
         return torch.cholesky_inverse(factor)
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_(min=0.0).unsqueeze(-2) + ridge
-    if not (values > 0).all():
+    if (values < SINGULAR * _trace(gram)).any():
         raise ValueError("damping=0 needs factors of full rank, and B^T B or A A^T has no inverse: use 1e-6")
     return (vectors / values) @ vectors.mT
 
@@ -86,8 +93,8 @@ def _unconstrained(protected: Tensor, gram_a: Tensor) -> Tensor:
     return (vectors * free) @ vectors.mT
 
 
-def _sylvester(left: Tensor, right: Tensor, c: Tensor) -> Tensor:
-    """Z of left Z + Z right = C, both symmetric."""
+def _sylvester(left: Tensor, left_ridge: Tensor, right: Tensor, right_ridge: Tensor, c: Tensor) -> Tensor:
+    """Z of (left + ridge I) Z + Z (right + ridge I) = C, both symmetric."""
     (first, p), (second, q) = torch.linalg.eigh(left), torch.linalg.eigh(right)
-    smallest = torch.finfo(c.dtype).tiny  # where neither factor has a direction, C has none
-    return p @ ((p.mT @ c @ q) / (first.unsqueeze(-1) + second.unsqueeze(-2)).clamp_(min=smallest)) @ q.mT
+    sums = first.clamp_(min=0.0).unsqueeze(-1) + second.clamp_(min=0.0).unsqueeze(-2) + left_ridge + right_ridge
+    return p @ ((p.mT @ c @ q) / sums) @ q.mT
