@@ -5,7 +5,7 @@ each part of a LoRA linear, from which `write_routes` makes the table that the d
 too, is in `REGISTRY`.
 """
 
-from registry import adamw, items, lora, proximal, retract
+from registry import adamw, items, lora, proximal, rectify, retract
 from registry.gate import red, red_by_report
 from registry.tables import summary, write_routes
 
@@ -19,6 +19,7 @@ REGISTRY = (
     *lora.PARTS,
     *items.ENTRIES,
     *retract.ENTRIES,
+    *rectify.ENTRIES,
     *proximal.ENTRIES,
     lora.ON_CPU,
     items.ON_CPU,

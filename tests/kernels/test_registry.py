@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cladapt_kernels.timing import COLD, FLOOR, HOST, HOT, MODELLED, WALL, Entry, Row, modelled
-from registry import REGISTRY, ROUTES, lora, red, red_by_report, summary, write_routes
+from registry import REGISTRY, ROUTES, lora, rectify, red, red_by_report, summary, write_routes
 from registry.lora import IMPLEMENTATIONS, SIZES, SMALL, Layer, Size, layer, peft
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +135,17 @@ def test_the_passes_of_items_by_a_loop_are_those_of_all_at_once() -> None:
         for ours, loop, first in zip(found, others[0], plain, strict=True):  # type: ignore[call-overload]
             torch.testing.assert_close(ours, loop, rtol=1e-3, atol=1e-3)
             assert (loop - first).norm() > 0.01 * first.norm()  # the perturbation shows
+
+
+def test_the_loops_over_modules_rectify_as_all_at_once() -> None:
+    providers = rectify._rectify(3, 40, 30, 4, 6, CPU)
+    modules = rectify._modules(3, 40, 30, 4, 6, CPU)
+    for ours in (rectify.LEAST, rectify.OURS, rectify.EXACT):
+        moved = providers[ours]()
+        for loop in (rectify.LSTSQ, rectify.PINV, rectify.FACTORS):
+            for (a, b, *_), (x, y), (down, up) in zip(modules, providers[loop](), moved, strict=True):  # type: ignore[call-overload]
+                torch.testing.assert_close(down, a + x, rtol=0, atol=1e-5)
+                torch.testing.assert_close(up, b + y, rtol=0, atol=1e-5)
 
 
 def test_a_red_test_is_named_and_a_green_one_is_not(tmp_path: Path) -> None:
