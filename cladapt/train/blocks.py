@@ -4,6 +4,7 @@ What a block's examples and loss are is the workload's.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -121,7 +122,9 @@ def learn_blocks(
         base.settle()
         state, record = method.state_dict(), {**provenance(block), **feed.record}
         if (past := past_blocks(block)) and not any(map(is_cut, model.parameters())):
-            look = fit.look.at(*examples(model, past))
+            with warnings.catch_warnings():  # what is left out of their prompts was said when they were learned
+                warnings.simplefilter("ignore", UserWarning)
+                look = fit.look.at(*examples(model, past))
             record[INTERFERENCE] = interference(model, before, look)
         ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))
         if ranks.is_main():

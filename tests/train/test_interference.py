@@ -1,5 +1,6 @@
 """What a block changes for inputs of earlier blocks, against dense products over every token in float64."""
 
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -152,6 +153,16 @@ def test_a_block_that_learns_nothing_changes_nothing(folder: Path, tmp_path: Pat
     assert any(each["change"] > 0.0 for each in recorded(tmp_path, 2).values())
     for block in (3, 4):
         assert all(each == {"change": 0.0, "alignment": 0.0} for each in recorded(tmp_path, block).values())
+
+
+def test_what_is_left_out_is_said_of_the_block_that_is_learned_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cladapt.train.stream.warn_left_out", lambda documents, of: warnings.warn(of, stacklevel=2))
+    with pytest.warns(UserWarning, match="^block ") as told:
+        learn(tmp_path, folder, "finetune")
+    assert [str(each.message) for each in told] == ["block 2", "block 3", "block 4"]
+    assert recorded(tmp_path, 4)
 
 
 def test_earlier_blocks_are_looked_at_evenly_and_the_first_has_none() -> None:
