@@ -334,7 +334,9 @@ def worded(base: Base, row_tokens: int) -> PromptForm:
 def adapted(base: Base, head: bool) -> tuple[torch.nn.Module, PreTrainedModel]:
     """An adapter on a base with a head of its own, away from B = 0."""
     lm = base.model
-    lm.lm_head = torch.nn.Linear(16, len(base.tokenizer), bias=False).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lm.lm_head = torch.nn.Linear(16, len(base.tokenizer), bias=False).requires_grad_(False)
     targets = ("q_proj", "lm_head") if head else ("q_proj",)
     model = create_adapter(base, AdapterConfig(rank=2, dropout=0.2, targets=targets), seed=0)
     generator = torch.Generator().manual_seed(1)
