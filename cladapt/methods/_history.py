@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from cladapt.methods._base import Context, Method
+from cladapt.model.anchors import is_learned, joined
 
 
 class WithHistory(Method):
@@ -17,6 +19,16 @@ class WithHistory(Method):
         self.frozen: dict[str, Tensor] = {}
         self._ctx: Context | None = None
 
+    @torch.no_grad()
+    def begin_fresh(self, ctx: Context) -> None:
+        """Keep the factors that the block before has learned among the frozen ones, and begin this one with fresh."""
+        last = ctx.factors()
+        if is_learned(last):
+            self.frozen = joined(self.frozen, last)
+            for name, parameter in ctx.parameters.items():
+                parameter.copy_(ctx.initial[name])
+        self.install(ctx)
+
     def install(self, ctx: Context) -> None:
         """Put the frozen factors beside the adapter of this block."""
         self._ctx = ctx
@@ -26,7 +38,7 @@ class WithHistory(Method):
         return dict(self.frozen)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.frozen = dict(state)
+        self.frozen = {name: tensor for name, tensor in state.items() if ".lora_" in name}
         if self._ctx is not None:  # inside a block; between blocks begin_block does it
             self.install(self._ctx)
 

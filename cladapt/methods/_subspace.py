@@ -15,6 +15,9 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from cladapt.config import Settings
+from cladapt.errors import ConfigError
+from cladapt.methods._base import Context
+from cladapt.model.anchors import factor_pairs, module_of, scales
 
 PROTECTED, COMPLEMENT = "protected/", "complement/"
 ROUNDING = 1e-6  # share of the energy of float32 inputs from which directions are rounding
@@ -49,19 +52,21 @@ class Subspaces:
         if grown is None or grown is before:
             return
         n, k = grown.shape
-        self._take_in((COMPLEMENT if 2 * k > n else PROTECTED) + name, _complement(grown) if 2 * k > n else grown)
+        for kind in (PROTECTED, COMPLEMENT):
+            self._kept.pop(kind + name, None)
+        if 2 * k > n:
+            self._take_in(COMPLEMENT, name, _complement(grown))
+        else:
+            self._take_in(PROTECTED, name, grown)
 
-    def _take_in(self, key: str, kept: Tensor) -> None:
-        kind, name = (PROTECTED, key.removeprefix(PROTECTED)) if key.startswith(PROTECTED) else (
-            COMPLEMENT, key.removeprefix(COMPLEMENT))  # fmt: skip
-        self._kept = {k: t for k, t in self._kept.items() if k not in (PROTECTED + name, COMPLEMENT + name)}
-        self._kept[key] = kept.contiguous()
-        self.directions[name] = self._kept[key] if kind == PROTECTED else _complement(kept).contiguous()
+    def _take_in(self, kind: str, name: str, kept: Tensor) -> None:
+        self._kept[kind + name] = kept = kept.contiguous()
+        self.directions[name] = kept if kind == PROTECTED else _complement(kept).contiguous()
 
-    def share(self, names: Mapping[str, str], sizes: Mapping[str, int]) -> float:
+    def share(self, inputs: Mapping[str, str]) -> float:
         """The mean share of the input side that is protected, over modules with the names of their inputs."""
-        held = [self.directions[i].shape[1] / sizes[m] if i in self.directions else 0.0 for m, i in names.items()]
-        return sum(held) / max(1, len(held))
+        sides = {name: v.shape[1] / v.shape[0] for name, v in self.directions.items()}
+        return sum(sides.get(name, 0.0) for name in inputs.values()) / max(1, len(inputs))
 
     def state_dict(self) -> dict[str, Tensor]:
         """min(k, n - k) columns of each, 4 bytes an entry."""
@@ -71,9 +76,20 @@ class Subspaces:
         """Take back what `state_dict` gave; other tensors are none of it."""
         self.directions.clear()  # estimates look into it
         self._kept = {}
-        for key, kept in state.items():
-            if key.startswith((PROTECTED, COMPLEMENT)):
-                self._take_in(key, kept)
+        for kind in (PROTECTED, COMPLEMENT):
+            for key, kept in state.items():
+                if key.startswith(kind):
+                    self._take_in(kind, key.removeprefix(kind), kept)
+
+
+def refuse_other_parameters(ctx: Context, does: str) -> None:
+    """`ConfigError` unless an adapter learns A and B of every module; `does`: what a method does with them."""
+    pairs = factor_pairs(ctx.parameters)
+    if scales(ctx.parameters) or {module_of(name) for name in ctx.parameters} != pairs.keys():
+        raise ConfigError(
+            f"{does}, another method has its own parameters in their place",
+            "use it with methods that learn plain LoRA factors",
+        )
 
 
 def grow_subspace(protected: Tensor | None, weighted: Tensor, energy: float, rank: int) -> Tensor | None:

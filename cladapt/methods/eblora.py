@@ -139,8 +139,7 @@ class Eblora(WithHistory):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.subspaces.load_state_dict(state)
-        own = self.subspaces.state_dict()
-        super().load_state_dict({name: t for name, t in state.items() if name not in own})
+        super().load_state_dict(state)
         if self._ctx is not None:
             self._make_stiefel(self._ctx)
 

@@ -19,12 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
 from cladapt.methods._estimate import Gram, protect, start_outside
 from cladapt.methods._history import WithHistory
-from cladapt.methods._subspace import EnergySettings, Subspaces
-from cladapt.model.anchors import factor_pairs, is_learned, joined, module_of, scales
+from cladapt.methods._subspace import EnergySettings, Subspaces, refuse_other_parameters
+from cladapt.model.anchors import factor_pairs
 
 
 class InfloraConfig(EnergySettings):
@@ -44,24 +43,16 @@ class Inflora(WithHistory):
     def __init__(self, config: InfloraConfig | None = None) -> None:
         super().__init__(config)
         self.subspaces = Subspaces()
+        self._share = 0.0
 
     def check(self, ctx: Context) -> None:
-        pairs = factor_pairs(ctx.parameters)
-        if scales(ctx.parameters) or {module_of(name) for name in ctx.parameters} != pairs.keys():
-            raise ConfigError(
-                "inflora learns B on a fixed A, another method has its own parameters in their place",
-                "use it with methods that learn plain LoRA factors",
-            )
+        refuse_other_parameters(ctx, "inflora learns B on a fixed A")
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
-        last = ctx.factors()
-        if is_learned(last):
-            self.frozen = joined(self.frozen, last)
-            for name, parameter in ctx.parameters.items():
-                parameter.copy_(ctx.initial[name])
-        self.install(ctx)
+        self.begin_fresh(ctx)
         start_outside(ctx, Gram.over(ctx, self.config.sample), self.subspaces)
+        self._share = self.subspaces.share(ctx.inputs())
 
     @torch.no_grad()
     def edit_grads(self, ctx: Context) -> None:
@@ -69,8 +60,7 @@ class Inflora(WithHistory):
             down.grad = None  # neither a step nor decay
 
     def after_step(self, ctx: Context) -> None:
-        sizes = {module: down.shape[1] for module, (down, _) in factor_pairs(ctx.parameters).items()}
-        ctx.log["inflora/protected"] = self.subspaces.share(ctx.inputs(), sizes)
+        ctx.log["inflora/protected"] = self._share
 
     @torch.no_grad()
     def end_block(self, ctx: Context) -> None:
@@ -83,5 +73,4 @@ class Inflora(WithHistory):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.subspaces.load_state_dict(state)
-        own = self.subspaces.state_dict()
-        super().load_state_dict({key: t for key, t in state.items() if key not in own})
+        super().load_state_dict(state)

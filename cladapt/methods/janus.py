@@ -27,13 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cladapt import ops
-from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
 from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._prototypes import Prototypes
-from cladapt.methods._subspace import EnergySettings, Subspaces, outside
-from cladapt.model.anchors import factor_pairs, is_learned, joined, module_of, scales
+from cladapt.methods._subspace import EnergySettings, Subspaces, outside, refuse_other_parameters
+from cladapt.model.anchors import factor_pairs
 from cladapt.model.observe import See
 
 Form = Literal["least_squares", "exact", "invariant"]
@@ -122,21 +121,14 @@ class Janus(WithHistory):
         return Residual(config.directions, energy, config.survive, self.subspaces.directions)
 
     def check(self, ctx: Context) -> None:
-        pairs = factor_pairs(ctx.parameters)
-        if scales(ctx.parameters) or {module_of(name) for name in ctx.parameters} != pairs.keys():
-            raise ConfigError(
-                "janus rectifies steps of factors A and B, another method has its own parameters in their place",
-                "use it with methods that learn plain LoRA factors",
-            )
+        refuse_other_parameters(ctx, "janus rectifies steps of factors A and B")
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
-        last = ctx.factors()
-        if self.config.factors == "fresh" and is_learned(last):
-            self.frozen = joined(self.frozen, last)
-            for name, parameter in ctx.parameters.items():
-                parameter.copy_(ctx.initial[name])
-        self.install(ctx)
+        if self.config.factors == "fresh":
+            self.begin_fresh(ctx)
+        else:
+            self.install(ctx)
         self.estimate = self._make_estimate(max(0, ctx.block - 1))
         self._protect(ctx)
         if self.config.factors == "fresh" and self.config.start == "inputs":
@@ -153,7 +145,7 @@ class Janus(WithHistory):
         pairs, inputs = factor_pairs(ctx.parameters), ctx.inputs()
         known = self.subspaces.directions
         self._free = {m: known[i].to(pairs[m][0].device) for m, i in inputs.items() if i in known and m in pairs}
-        self._share = self.subspaces.share(inputs, {m: down.shape[1] for m, (down, _) in pairs.items()})
+        self._share = self.subspaces.share(ctx.inputs())
         downs, ups = self._guarded(ctx)
         if self.config.rectify == "composite":
             self._rectifier = ops.Rectifier(
@@ -218,11 +210,9 @@ class Janus(WithHistory):
         return {**super().state_dict(), **{key: t for part in own for key, t in part.state_dict().items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        parts = (self.subspaces, self.estimate, self.prototypes)
-        for part in parts:
+        for part in (self.subspaces, self.estimate, self.prototypes):
             part.load_state_dict(state)
-        own = {key for part in parts for key in part.state_dict()}
-        super().load_state_dict({key: t for key, t in state.items() if key not in own})
+        super().load_state_dict(state)
         if self._ctx is not None:
             self._protect(self._ctx)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from cladapt.config import Settings
 from cladapt.methods._base import Context
 from cladapt.methods._history import WithHistory
-from cladapt.model.anchors import is_learned, is_up, joined
+from cladapt.model.anchors import is_up
 
 
 class OloraConfig(Settings):
@@ -36,14 +36,8 @@ class Olora(WithHistory):
     config: OloraConfig
     recasts = True
 
-    @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
-        last = {name: p.detach().clone() for name, p in ctx.parameters.items()}
-        if is_learned(last):
-            self.frozen = joined(self.frozen, last)
-            for name, parameter in ctx.parameters.items():
-                parameter.copy_(ctx.initial[name])
-        self.install(ctx)
+        self.begin_fresh(ctx)
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         overlap = [

@@ -90,7 +90,7 @@ class Sdlora(WithHistory):
         else:  # the loop learns these
             for module, a in self.magnitudes.items():
                 a.copy_(found[module])
-        super().load_state_dict({key: t for key, t in state.items() if not key.startswith(MAGNITUDE)})
+        super().load_state_dict(state)
 
 
 def sizes(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,12 @@ class Outputs:
     classes: int
     """How many classes there can be."""
 
+    @classmethod
+    def without_choices(cls, hidden: Tensor) -> "Outputs":
+        """Of a softmax over the whole vocabulary, which has no classes and keeps no logits."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=hidden.device)
+        return cls(hidden, hidden[:0], nothing, hidden[:0, 0].float(), nothing, 0)
+
 
 class Observable(nn.Module):
     """A loss that can keep what it computed, `outputs`, while it is `observed`."""

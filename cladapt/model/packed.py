@@ -113,7 +113,8 @@ class PackedLoss(Observable):
         if self.softmax is None:
             _pick(items, marked)
             before = self._hidden(tokens, document, position)[:, :-1][marked[:, 1:]]
-            self._keep(before)
+            if self.observed:
+                self.outputs = Outputs.without_choices(before)
             return cross_entropy(self.lm.get_output_embeddings(), before, tokens[marked])
         node = self.softmax.nodes(tokens)
         # an only child costs nothing: leave it out before the head is computed
@@ -127,30 +128,23 @@ class PackedLoss(Observable):
         head = self.lm.get_output_embeddings()
         text = softmax.level[token] < 0
         if not bool(text.any()):
-            found = softmax.choices(head_logits(head, before, softmax.rows), node, token)
-            self._keep(before, token, *found[1:])
-            return -found[0]
+            found, *choices = softmax.choices(head_logits(head, before, softmax.rows), node, token)
+            self._keep(softmax, before, token, *choices)
+            return -found
         of_ids, of_text = (~text).nonzero()[:, 0], text.nonzero()[:, 0]
         logits = head_logits(head, before[of_ids], softmax.rows)
         losses = before.new_zeros(len(token), dtype=torch.float32)
-        found = softmax.choices(logits, node[of_ids], token[of_ids])
-        self._keep(before, token, *found[1:])
-        losses = losses.index_copy(0, of_ids, -found[0])
+        found, *choices = softmax.choices(logits, node[of_ids], token[of_ids])
+        self._keep(softmax, before, token, *choices)
+        losses = losses.index_copy(0, of_ids, -found)
         return losses.index_copy(0, of_text, cross_entropy(head, before[of_text], token[of_text]))
 
-    def _keep(
-        self, before: Tensor, token: Tensor | None = None, scores: Tensor | None = None, choice: Tensor | None = None
-    ) -> None:
-        """Outputs of the tokens [n] that follow `before` [n, d]; without a trie there are no classes and choices."""
-        if not self.observed:
-            return
-        nothing = before.new_zeros(0, dtype=torch.int64)
-        if self.softmax is None or token is None or scores is None or choice is None:
-            self.outputs = Outputs(before, before[:0], nothing, before[:0, 0].float(), nothing, 0)
-            return
-        first = self.softmax.level[token] == 0
-        codes = self.softmax.code[token[first]]
-        self.outputs = Outputs(before, before[first], codes, scores, choice, self.softmax.sizes[0])
+    def _keep(self, softmax: TrieSoftmax, before: Tensor, token: Tensor, scores: Tensor, choice: Tensor) -> None:
+        """The outputs while observed: of tokens [n] that follow `before` [n, d], those of first levels have a class."""
+        if self.observed:
+            first = softmax.level[token] == 0
+            codes = softmax.code[token[first]]
+            self.outputs = Outputs(before, before[first], codes, scores, choice, softmax.sizes[0])
 
     def _hidden(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
         """The backbone's last hidden states [R, S, d]."""

@@ -75,7 +75,7 @@ def interference(model: "PeftModel", before: Mapping[str, Tensor], look: Look) -
             moved = ((y @ gram) * y).sum().clamp_min(0.0)
             sums[module] += torch.stack([moved, sizes.sum(), (sizes > 0).sum().double()])  # rows of padding are zero
 
-    for _ in look.over(min(1.0, EXAMPLES / max(1, look.examples)), see):
+    for _ in look.over(min(1.0, EXAMPLES / look.examples), see):
         pass
     found = {}
     for name, (a, gram) in changed.items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -30,22 +29,17 @@ class Look:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._loss, self._parameters, self._feed = loss, parameters, feed
-        self._own, self._total, self._autocast = own, total, autocast
+        self._own, self.total, self._autocast = own, total, autocast
         self._watch: InputWatch | None = None
 
     def at(self, loss: nn.Module, feed: Feed) -> "Look":
         """The same at another loss of the model, and its examples."""
-        return Look(loss, self._parameters, feed, self._own, self._total, self._autocast)
+        return Look(loss, self._parameters, feed, self._own, self.total, self._autocast)
 
     @property
     def examples(self) -> int:
         """How many there are."""
         return len(self._feed)
-
-    @property
-    def total(self) -> Callable[[Tensor], Tensor]:
-        """The sum of a tensor over the processes."""
-        return self._total
 
     @property
     def loss(self) -> Observable:
@@ -81,7 +75,7 @@ class Look:
     def inputs(self) -> Mapping[str, str]:
         """The name of every layer's input, from a pass over the first batch where none was seen yet."""
         if not self.watch.inputs:
-            batch = next(iter(islice(self._feed.sample(1e-9), 1)))
+            batch = self._feed.sample(0.0)[0]
             with self._autocast(), self.during(lambda name, rows: None):
                 outputs_of(self.loss, *self._own(batch))
         return self.watch.inputs
@@ -117,7 +111,7 @@ class Look:
         finally:
             for weight in weights.values():
                 weight.requires_grad_(False)
-        return {name: self._total(total) for name, total in found.items()}
+        return {name: self.total(total) for name, total in found.items()}
 
     def squared_gradient(self, share: float) -> dict[str, Tensor]:
         """Mean of (d l_i / d p)^2 over an evenly spaced share of the examples i, float32, dropout off, by name.
@@ -135,4 +129,4 @@ class Look:
             grads = torch.autograd.grad(loss, [*self._parameters.values()], materialize_grads=True)
             for total, grad in zip(found.values(), grads, strict=True):
                 total += grad.float().square()
-        return {name: self._total(total) / count for name, total in found.items()}
+        return {name: self.total(total) / count for name, total in found.items()}

@@ -24,7 +24,13 @@ def make(seed: int, zero_up: bool = False) -> dict[str, nn.Parameter]:
 def begin(method: Olora, block: int, parameters: dict[str, nn.Parameter]) -> tuple[Context, list[dict[str, Tensor]]]:
     histories: list[dict[str, Tensor]] = []
     initial = {name: p.detach().clone() for name, p in make(99, zero_up=True).items()}
-    ctx = Context(parameters, block=block, initial=initial, set_history=lambda t: histories.append(dict(t)))
+    ctx = Context(
+        parameters,
+        block=block,
+        initial=initial,
+        set_history=lambda t: histories.append(dict(t)),
+        factors=lambda: {name: p.detach().clone() for name, p in parameters.items()},
+    )
     method.begin_block(ctx)
     return ctx, histories
 

@@ -126,8 +126,8 @@ def test_the_share_is_the_mean_over_modules_by_their_inputs() -> None:
     subspaces = Subspaces()
     subspaces.grow("q", basis(10, 4), 1.0, 1)
     inputs = {"q": "q", "k": "q", "o": "o"}
-    assert subspaces.share(inputs, {"q": 10, "k": 10, "o": 20}) == pytest.approx((0.4 + 0.4 + 0) / 3)
-    assert subspaces.share({}, {}) == 0.0
+    assert subspaces.share(inputs) == pytest.approx((0.4 + 0.4 + 0) / 3)
+    assert subspaces.share({}) == 0.0
 
 
 def test_outside_is_what_the_projector_takes_away() -> None:
