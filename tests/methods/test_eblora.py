@@ -1,6 +1,8 @@
 """EBLoRA: its start and its subspace against dense algebra, and what must hold after learning."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from cladapt.config import AdapterConfig, MethodConfig
+from cladapt.config import AdapterConfig
 from cladapt.errors import ConfigError
-from cladapt.methods import Context, build
 from cladapt.methods._subspace import grow_subspace
-from cladapt.methods.eblora import Eblora, leading_directions
-from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter
+from cladapt.methods.eblora import leading_directions
+from cladapt.model.adapter import adapter_parameters, adapter_tensors
 from cladapt.model.anchors import is_up, scales
-from cladapt.model.load import load_base, new_model, save_base, trie_softmax
-from cladapt.model.packed import PackedLoss
+from cladapt.model.load import load_base
 from cladapt.model.saved import load_adapter, read_adapter, save_adapter
-from cladapt.tokens.prompts import Document
-from cladapt.tokens.sids import SidTable
-from cladapt.tokens.trie import Trie
-from cladapt.train.feeds import PackedFeed
-from cladapt.train.loop import Fit, FitSettings
-from cladapt.train.sinks import MemorySink
 
-SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
 ADAPTER = AdapterConfig(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "down_proj"))
 SCALE = 2.0
+Make = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
+@pytest.fixture
+def eblora(make_learner: Make) -> Make:
+    return partial(make_learner, "eblora", ADAPTER)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -44,35 +36,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def basis(n: int, k: int, seed: int = 1) -> Tensor:
     return torch.linalg.qr(random(n, k, seed=seed))[0].float()
-
-
-class Learner:
-    def __init__(self, folder: Path, adapter: AdapterConfig = ADAPTER, **options: Any) -> None:
-        self.base = load_base(folder)
-        self.method = build(MethodConfig(name="eblora", options=options))
-        assert isinstance(self.method, Eblora)
-        self.model = create_adapter(self.base, adapter, 0, self.method.parameters)
-        self.initial = {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()}
-        self.sink = MemorySink()
-
-    def fit(self, block: int, epochs: int = 4) -> Fit:
-        tokens, bos = self.base.item_tokens().numpy(), self.base.bos()
-        rng = np.random.default_rng(block)
-        items = (rng.integers(12, size=(20, 1)) + block * np.arange(6)) % 12
-        documents = [Document(np.r_[bos, tokens[row].ravel()], np.arange(13) > 2) for row in items]
-        return Fit(
-            PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes))),
-            self.method,
-            Context.of(self.model, block, self.initial),
-            PackedFeed(documents[:16], documents[16:], 64, 32),
-            FitSettings(lr=5e-3, epochs=epochs, seed=0),
-            self.sink,
-        )
-
-    def learn(self, *blocks: int) -> dict[str, Tensor]:
-        for block in blocks:
-            self.fit(block).run()
-        return adapter_tensors(self.model)
 
 
 def updates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,11 +49,11 @@ def updates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"tangent": "canonical", "step_multiplier": "released", "gradients": "base"}])
 def test_all_singular_values_of_a_blocks_update_are_equal_and_protected_directions_untouched(
-    folder: Path, options: dict[str, Any]
+    eblora: Make, options: dict[str, Any]
 ) -> None:
-    learner = Learner(folder, **options)
+    learner = eblora(**options)
     learner.learn(2)
-    protected = dict(learner.method.subspaces.directions)  # type: ignore[attr-defined]
+    protected = dict(learner.method.subspaces.directions)
     assert protected.keys() == updates(adapter_tensors(learner.model)).keys()
     learner.learn(3)
     sizes = {module: p.item() for module, p in scales(adapter_parameters(learner.model)).items()}
@@ -104,10 +67,14 @@ def test_all_singular_values_of_a_blocks_update_are_equal_and_protected_directio
         assert (update @ f).abs().max() <= 1e-5 * values[0]
 
 
-def test_earlier_blocks_stay_in_the_model_and_are_saved_as_one_adapter(folder: Path, tmp_path: Path) -> None:
-    learner = Learner(folder)
-    first = learner.learn(2)
-    second = learner.learn(3)
+def test_earlier_blocks_stay_in_the_model_and_are_saved_as_one_adapter(
+    eblora: Make, folder: Path, tmp_path: Path
+) -> None:
+    learner = eblora()
+    learner.learn(2)
+    first = adapter_tensors(learner.model)
+    learner.learn(3)
+    second = adapter_tensors(learner.model)
     save_adapter(tmp_path / "a", learner.model, learner.base, {"block": 3})
     saved = updates(read_adapter(tmp_path / "a", learner.base))
     for module, update in updates(first).items():
@@ -119,8 +86,8 @@ def test_earlier_blocks_stay_in_the_model_and_are_saved_as_one_adapter(folder: P
     torch.testing.assert_close(again, here, rtol=1e-5, atol=1e-5)
 
 
-def test_a_block_starts_from_the_gradient_and_changes_nothing_yet(folder: Path) -> None:
-    learner = Learner(folder, sample=1.0)
+def test_a_block_starts_from_the_gradient_and_changes_nothing_yet(eblora: Make) -> None:
+    learner = eblora(sample=1.0)
     fit = learner.fit(2)
     probe = torch.tensor([[1, 4, 9, 5]])
     with torch.no_grad():
@@ -139,8 +106,8 @@ def test_a_block_starts_from_the_gradient_and_changes_nothing_yet(folder: Path) 
     assert all(s.item() == 0.0 for s in scales(fit.ctx.parameters).values())
 
 
-def test_the_mean_gradient_is_that_of_the_loss_and_of_the_bare_model_where_asked(folder: Path) -> None:
-    learner = Learner(folder)
+def test_the_mean_gradient_is_that_of_the_loss_and_of_the_bare_model_where_asked(eblora: Make) -> None:
+    learner = eblora()
     learner.learn(2)
     fit = learner.fit(3)
     weight = next(iter(fit.ctx.weights.values()))
@@ -154,7 +121,7 @@ def test_the_mean_gradient_is_that_of_the_loss_and_of_the_bare_model_where_asked
     torch.testing.assert_close(next(iter(found.values())), expected, rtol=1e-4, atol=1e-7)
     with fit.ctx.base_alone():
         bare = fit.ctx.mean_gradient(fit.ctx.weights, 1.0)
-    plain = Learner(folder).fit(3)
+    plain = eblora().fit(3)
     for name, gradient in plain.ctx.mean_gradient(plain.ctx.weights, 1.0).items():
         torch.testing.assert_close(bare[name], gradient, rtol=1e-4, atol=1e-7)
     assert all(p.requires_grad for p in fit.ctx.parameters.values())
@@ -207,33 +174,33 @@ def test_the_subspace_leaves_room_for_the_next_blocks_directions() -> None:
     assert (grown.double().mT @ left).abs().max() < 1e-6
 
 
-def test_the_start_of_the_scale_runs_over_the_modules(folder: Path) -> None:
-    learner = Learner(folder, start=0.002, start_slope=0.006)
+def test_the_start_of_the_scale_runs_over_the_modules(eblora: Make) -> None:
+    learner = eblora(start=0.002, start_slope=0.006)
     fit = learner.fit(2)
     learner.method.begin_block(fit.ctx)
     found = [s.item() for s in scales(fit.ctx.parameters).values()]
     assert found == pytest.approx(np.linspace(-0.002, -0.008, len(found)).tolist())
 
 
-def test_the_released_multiplier_is_that_of_the_released_code(folder: Path) -> None:
+def test_the_released_multiplier_is_that_of_the_released_code(eblora: Make) -> None:
     distances = {}
     for multiplier in (math.sqrt(4096 / 4), "released"):
-        learner = Learner(folder, step_multiplier=multiplier)
+        learner = eblora(step_multiplier=multiplier)
         learner.learn(2)
         distances[multiplier] = adapter_tensors(learner.model)
     one, two = distances.values()
     assert all(torch.equal(t, two[name]) for name, t in one.items())
 
 
-def test_a_rank_without_room_for_orthonormal_factors_is_refused(folder: Path) -> None:
-    learner = Learner(folder, AdapterConfig(rank=65, targets=("q_proj",)))
+def test_a_rank_without_room_for_orthonormal_factors_is_refused(make_learner: Make) -> None:
+    learner = make_learner("eblora", AdapterConfig(rank=65, targets=("q_proj",)))
     with pytest.raises(ConfigError, match=r"adapter\.rank=65 exceeds .*q_proj of 64 inputs and 64 outputs") as caught:
         learner.fit(2).run()
     assert "a rank of at most 64" in caught.value.hint
 
 
-def test_the_log_has_scale_and_protected_share(folder: Path) -> None:
-    learner = Learner(folder)
+def test_the_log_has_scale_and_protected_share(eblora: Make) -> None:
+    learner = eblora()
     learner.learn(2, 3)
     steps = [e for e in learner.sink.events if e["kind"] == "step"]
     assert all(e["eblora/scale"] > 0 for e in steps)

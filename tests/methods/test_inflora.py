@@ -1,9 +1,10 @@
 """InfLoRA: where its A comes from, that it stays, and what its blocks leave alone, against dense float64 algebra."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,95 +12,42 @@ from torch import Tensor, nn
 from cladapt.config import AdapterConfig, MethodConfig
 from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
-from cladapt.methods.inflora import Inflora
-from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter, lora_layers
-from cladapt.model.anchors import factor_pairs, is_up, joined
-from cladapt.model.history import history_of
-from cladapt.model.load import load_base, new_model, save_base, trie_softmax
-from cladapt.model.packed import PackedLoss
-from cladapt.tokens.prompts import Document
-from cladapt.tokens.sids import SidTable
-from cladapt.tokens.trie import Trie
-from cladapt.train.feeds import PackedFeed
-from cladapt.train.loop import Fit, FitSettings
-from cladapt.train.sinks import MemorySink
+from cladapt.model.adapter import adapter_parameters, create_adapter, lora_layers
+from cladapt.model.anchors import factor_pairs, is_up
+from cladapt.model.load import load_base
 
-SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj", "lm_head"))
+Make = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
+@pytest.fixture
+def inflora(make_learner: Make) -> Make:
+    return partial(make_learner, "inflora", ADAPTER)
 
 
-class Learner:
-    """A base that adapts to blocks whose users go on by a step of the block's own."""
+@torch.no_grad()
+def grams(learner: Any, block: int) -> dict[str, Tensor]:
+    """C of every module over a block's training documents, token by token, as the model stands."""
+    found: dict[str, Tensor] = {}
 
-    def __init__(self, folder: Path, adapter: AdapterConfig = ADAPTER, **options: Any) -> None:
-        self.base = load_base(folder)
-        self.method = build(MethodConfig(name="inflora", options=options))
-        assert isinstance(self.method, Inflora)
-        self.model = create_adapter(self.base, adapter, 0, self.method.parameters)
-        self.initial = {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()}
-        self.sink = MemorySink()
+    def hook(name: str, at: slice) -> Any:
+        def before(_: nn.Module, given: tuple[Tensor]) -> None:
+            for x in given[0][0, at].double():
+                found[name] = found.get(name, torch.zeros(())) + torch.outer(x, x)
 
-    def documents(self, block: int) -> list[Document]:
-        tokens, bos = self.base.item_tokens().numpy(), self.base.bos()
-        items = (np.random.default_rng(block).integers(12, size=(20, 1)) + block * np.arange(6)) % 12
-        return [Document(np.r_[bos, tokens[row].ravel()], np.arange(13) > 2) for row in items]
+        return before
 
-    def fit(self, block: int, **changes: Any) -> Fit:
-        documents = self.documents(block)
-        settings = {"lr": 2e-2, "epochs": 3, "seed": 0, "weight_decay": 0.1, **changes}
-        return Fit(
-            PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes))),
-            self.method,
-            Context.of(self.model, block, self.initial),
-            PackedFeed(documents[:16], documents[16:], 64, 32),
-            FitSettings(**settings),
-            self.sink,
-        )
-
-    def learn(self, *blocks: int) -> dict[str, Tensor]:
-        for block in blocks:
-            self.fit(block).run()
-        return self.products()
-
-    def products(self) -> dict[str, Tensor]:
-        """B A of all that was learned, histories included, in float64."""
-        found = joined(history_of(self.model), adapter_tensors(self.model))
-        return {
-            name.split(".lora_A")[0]: found[name.replace("lora_A", "lora_B")].double() @ a.double()
-            for name, a in found.items()
-            if not is_up(name)
-        }
-
-    @torch.no_grad()
-    def grams(self, block: int) -> dict[str, Tensor]:
-        """C of every module over a block's training documents, token by token, as the model stands."""
-        found: dict[str, Tensor] = {}
-
-        def hook(name: str, at: slice) -> Any:
-            def before(_: nn.Module, given: tuple[Tensor]) -> None:
-                for x in given[0][0, at].double():
-                    found[name] = found.get(name, torch.zeros(())) + torch.outer(x, x)
-
-            return before
-
-        self.model.eval()
-        handles = [
-            # the head's inputs are those of the losses; of two codes after (i, j) both have alternatives
-            layer.base_layer.register_forward_pre_hook(hook(name, slice(2, -1) if "head" in name else slice(None)))
-            for name, layer in lora_layers(self.model).items()
-        ]
-        for document in self.documents(block)[:16]:
-            self.model(torch.from_numpy(document.tokens)[None])
-        for handle in handles:
-            handle.remove()
-        return found
+    learner.model.eval()
+    handles = [
+        # the head's inputs are those of the losses; of two codes after (i, j) both have alternatives
+        layer.base_layer.register_forward_pre_hook(hook(name, slice(2, -1) if "head" in name else slice(None)))
+        for name, layer in lora_layers(learner.model).items()
+    ]
+    for document in learner.documents(block)[:16]:
+        learner.model(torch.from_numpy(document.tokens)[None])
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def leading(gram: Tensor, k: int) -> Tensor:
@@ -108,18 +56,12 @@ def leading(gram: Tensor, k: int) -> Tensor:
     return vectors @ vectors.mT
 
 
-def protected(learner: Learner) -> dict[str, Tensor]:
-    """V of every module, by the inputs of its layers."""
-    known = learner.method.subspaces.directions  # type: ignore[attr-defined]
-    return {module: known[name].double() for module, name in learner.fit(9).ctx.inputs().items() if name in known}
-
-
-def test_a_block_spans_the_leading_inputs_outside_of_those_before(folder: Path) -> None:
-    learner = Learner(folder, sample=1.0, energy=0.5)
+def test_a_block_spans_the_leading_inputs_outside_of_those_before(inflora: Make) -> None:
+    learner = inflora(sample=1.0, energy=0.5)
     for block in (2, 3):
-        expected, held = {}, protected(learner)
+        expected, held = {}, learner.protected()
         assert held.keys() == (lora_layers(learner.model).keys() if block == 3 else set())
-        for module, gram in learner.grams(block).items():
+        for module, gram in grams(learner, block).items():
             rest = torch.eye(len(gram), dtype=torch.float64)
             if module in held:
                 rest -= held[module] @ held[module].mT
@@ -134,19 +76,19 @@ def test_a_block_spans_the_leading_inputs_outside_of_those_before(folder: Path) 
         fit.run()
 
 
-def test_what_is_protected_after_a_block_holds_the_energy_of_its_inputs(folder: Path) -> None:
-    learner = Learner(folder, sample=1.0, energy=0.9)
+def test_what_is_protected_after_a_block_holds_the_energy_of_its_inputs(inflora: Make) -> None:
+    learner = inflora(sample=1.0, energy=0.9)
     learner.learn(2)
-    for module, gram in learner.grams(2).items():
-        v = protected(learner)[module]
+    for module, gram in grams(learner, 2).items():
+        v = learner.protected()[module]
         held = [float((v[:, :k].mT @ gram @ v[:, :k]).trace() / gram.trace()) for k in (v.shape[1] - 1, v.shape[1])]
         assert held[0] < 0.9 <= held[1] + 1e-5
 
 
-def test_a_block_leaves_protected_inputs_alone_with_decay_and_dropout(folder: Path) -> None:
-    learner = Learner(folder, energy=0.9)
+def test_a_block_leaves_protected_inputs_alone_with_decay_and_dropout(inflora: Make) -> None:
+    learner = inflora(energy=0.9)
     before = learner.learn(2)
-    held = protected(learner)
+    held = learner.protected()
     after = learner.learn(3)
     for module, v in held.items():
         change = after[module] - before[module]
@@ -154,8 +96,8 @@ def test_a_block_leaves_protected_inputs_alone_with_decay_and_dropout(folder: Pa
         assert (change @ v).norm() <= 1e-6 * change.norm() * v.shape[1] ** 0.5, module
 
 
-def test_a_never_changes_within_a_block_and_b_does(folder: Path) -> None:
-    learner = Learner(folder)
+def test_a_never_changes_within_a_block_and_b_does(inflora: Make) -> None:
+    learner = inflora()
     learner.learn(2)
     fit = learner.fit(3, weight_decay=0.5)
     fit.begin()
@@ -166,10 +108,10 @@ def test_a_never_changes_within_a_block_and_b_does(folder: Path) -> None:
             assert torch.equal(p, start[name]) != is_up(name)
 
 
-def test_layers_with_one_input_have_one_covariance_and_one_memory(folder: Path) -> None:
-    learner = Learner(folder)
+def test_layers_with_one_input_have_one_covariance_and_one_memory(inflora: Make) -> None:
+    learner = inflora()
     learner.learn(2)
-    known = learner.method.subspaces.directions  # type: ignore[attr-defined]
+    known = learner.method.subspaces.directions
     assert {name.rpartition(".")[2] for name in known} == {"q_proj", "down_proj", "lm_head"}
     pairs = factor_pairs(adapter_parameters(learner.model))
     for module, (down, _) in pairs.items():
@@ -177,12 +119,12 @@ def test_layers_with_one_input_have_one_covariance_and_one_memory(folder: Path) 
             assert torch.equal(down, pairs[module.replace("v_proj", "q_proj")][0])
 
 
-def test_the_energy_rises_over_the_blocks_before_and_rank_directions_stay_free(folder: Path) -> None:
-    learner = Learner(folder, energy=0.3, energy_blocks=2)
+def test_the_energy_rises_over_the_blocks_before_and_rank_directions_stay_free(inflora: Make) -> None:
+    learner = inflora(energy=0.3, energy_blocks=2)
     sizes = []
     for block in (1, 2, 3):
         learner.learn(block)
-        sizes.append({name: v.shape[1] for name, v in learner.method.subspaces.directions.items()})  # type: ignore[attr-defined]
+        sizes.append({name: v.shape[1] for name, v in learner.method.subspaces.directions.items()})
     assert all(sizes[0][name] < sizes[1][name] < sizes[2][name] for name in sizes[0])
     for name, size in sizes[2].items():
         # the first layer is given eight tokens, a beginning and seven codes: all of that is protected by now
@@ -192,8 +134,8 @@ def test_the_energy_rises_over_the_blocks_before_and_rank_directions_stay_free(f
     assert steps[-1]["inflora/protected"] == pytest.approx(sum(by_module) / len(by_module))
 
 
-def test_a_rank_that_exceeds_a_layers_inputs_is_refused(folder: Path) -> None:
-    learner = Learner(folder, AdapterConfig(rank=65, targets=("q_proj",)))
+def test_a_rank_that_exceeds_a_layers_inputs_is_refused(make_learner: Make) -> None:
+    learner = make_learner("inflora", AdapterConfig(rank=65, targets=("q_proj",)))
     with pytest.raises(ConfigError, match=r"^adapter\.rank=65 exceeds .*q_proj of 64 inputs") as caught:
         learner.fit(2).run()
     assert caught.value.hint == "its directions are to be orthonormal: use a rank of at most 64, or other targets"

@@ -1,5 +1,7 @@
 """Janus-LoRA: what its steps leave alone, what it protects, and its margin loss, against dense algebra."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,84 +13,26 @@ from torch import Tensor
 from cladapt.config import AdapterConfig, MethodConfig
 from cladapt.errors import ConfigError
 from cladapt.methods import Context, build
-from cladapt.methods.janus import Janus, margin_loss
-from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter
-from cladapt.model.anchors import factor_pairs, joined
-from cladapt.model.history import history_of
-from cladapt.model.load import load_base, new_model, save_base, trie_softmax
-from cladapt.model.packed import PackedLoss
-from cladapt.tokens.prompts import Document
-from cladapt.tokens.sids import SidTable
-from cladapt.tokens.trie import Trie
-from cladapt.train.feeds import PackedFeed
-from cladapt.train.loop import Fit, FitSettings
-from cladapt.train.sinks import MemorySink
+from cladapt.methods.janus import margin_loss
+from cladapt.model.adapter import create_adapter
+from cladapt.model.anchors import factor_pairs
+from cladapt.model.load import load_base
 
-SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, dropout=0.1, targets=("q_proj", "v_proj", "down_proj", "lm_head"))
+Make = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
-
-
-class Learner:
-    """A base that adapts to blocks whose users go on by a step of the block's own."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.base = load_base(folder)
-        self.method = build(MethodConfig(name="janus", options={"every": 1, **options}))
-        assert isinstance(self.method, Janus)
-        self.model = create_adapter(self.base, ADAPTER, 0, self.method.parameters)
-        self.initial = {name: p.detach().clone() for name, p in adapter_parameters(self.model).items()}
-        self.sink = MemorySink()
-
-    def fit(self, block: int, **changes: Any) -> Fit:
-        tokens, bos = self.base.item_tokens().numpy(), self.base.bos()
-        rng = np.random.default_rng(block)
-        items = (rng.integers(12, size=(20, 1)) + block * np.arange(6)) % 12
-        documents = [Document(np.r_[bos, tokens[row].ravel()], np.arange(13) > 2) for row in items]
-        settings = {"lr": 2e-2, "epochs": 3, "seed": 0, "weight_decay": 0.1, **changes}
-        return Fit(
-            PackedLoss(adapted_lm(self.model), trie_softmax(self.base, Trie.build(SIDS.codes))),
-            self.method,
-            Context.of(self.model, block, self.initial),
-            PackedFeed(documents[:16], documents[16:], 64, 32),
-            FitSettings(**settings),
-            self.sink,
-        )
-
-    def products(self) -> dict[str, Tensor]:
-        """B A of all that was learned, histories included, in float64."""
-        found = joined(history_of(self.model), adapter_tensors(self.model))
-        return {
-            name.split(".lora_A")[0]: found[name.replace("lora_A", "lora_B")].double() @ a.double()
-            for name, a in found.items()
-            if ".lora_A." in name
-        }
-
-    def learn(self, *blocks: int) -> dict[str, Tensor]:
-        for block in blocks:
-            self.fit(block).run()
-        return self.products()
-
-
-def protected(learner: Learner) -> dict[str, Tensor]:
-    """V of every module, by the inputs of the last block's layers."""
-    inputs = learner.fit(9).ctx.inputs()
-    known = learner.method.subspaces.directions  # type: ignore[attr-defined]
-    return {module: known[name].double() for module, name in inputs.items() if name in known}
+@pytest.fixture
+def janus(make_learner: Make) -> Make:
+    return partial(make_learner, "janus", ADAPTER, every=1)
 
 
 @pytest.mark.parametrize("memory", ["gram", "sketch", "residual"])
 @pytest.mark.parametrize("estimate", ["online", "after"])
-def test_a_block_leaves_protected_inputs_alone(folder: Path, estimate: str, memory: str) -> None:
-    learner = Learner(folder, estimate=estimate, memory=memory, survive=1, energy=0.9)
+def test_a_block_leaves_protected_inputs_alone(janus: Make, estimate: str, memory: str) -> None:
+    learner = janus(estimate=estimate, memory=memory, survive=1, energy=0.9)
     before = learner.learn(2)
-    held = protected(learner)
+    held = learner.protected()
     assert held.keys() == before.keys()
     after = learner.learn(3)
     for module, v in held.items():
@@ -99,10 +43,10 @@ def test_a_block_leaves_protected_inputs_alone(folder: Path, estimate: str, memo
 
 
 @pytest.mark.parametrize("gauge", ["zero", "balanced", "sylvester"])
-def test_exact_steps_of_an_evolving_adapter_leave_protected_inputs_alone(folder: Path, gauge: str) -> None:
-    learner = Learner(folder, factors="evolving", form="exact", gauge=gauge, energy=0.3)
+def test_exact_steps_of_an_evolving_adapter_leave_protected_inputs_alone(janus: Make, gauge: str) -> None:
+    learner = janus(factors="evolving", form="exact", gauge=gauge, energy=0.3)
     before = learner.learn(2)
-    held = protected(learner)
+    held = learner.protected()
     assert any(v.shape[1] < 3 for v in held.values())  # else B is frozen
     after = learner.learn(3)
     for module, v in held.items():
@@ -112,29 +56,29 @@ def test_exact_steps_of_an_evolving_adapter_leave_protected_inputs_alone(folder:
 
 
 @torch.no_grad()
-def violation(learner: Learner, before: dict[str, Tensor]) -> float:
+def violation(learner: Any, before: dict[str, Tensor]) -> float:
     """Mean share of what a block changed that protected inputs meet."""
-    after, held = learner.products(), protected(learner)
+    after, held = learner.products(), learner.protected()
     shares = [((after[m] - before[m]) @ v).norm() / (after[m] - before[m]).norm() for m, v in held.items()]
     return float(sum(shares) / len(shares))
 
 
-def test_rectified_steps_violate_less_than_those_of_one_factor_and_these_less_than_none(folder: Path) -> None:
+def test_rectified_steps_violate_less_than_those_of_one_factor_and_these_less_than_none(janus: Make) -> None:
     found = []
     for rectify in ("composite", "factor", "none"):
-        learner = Learner(folder, factors="evolving", form="least_squares", rectify=rectify, energy=0.9)
+        learner = janus(factors="evolving", form="least_squares", rectify=rectify, energy=0.9)
         before = learner.learn(2)
-        held = protected(learner)
+        held = learner.protected()
         learner.fit(3, epochs=1).run()
-        learner.method.subspaces.directions = {  # type: ignore[attr-defined]
+        learner.method.subspaces.directions = {
             learner.fit(9).ctx.inputs()[module]: v.float() for module, v in held.items()
         }
         found.append(violation(learner, before))
     assert found[0] < found[1] < found[2]
 
 
-def test_with_fresh_factors_a_rectified_step_is_the_safe_update_itself(folder: Path) -> None:
-    learner = Learner(folder, gauge="balanced")
+def test_with_fresh_factors_a_rectified_step_is_the_safe_update_itself(janus: Make) -> None:
+    learner = janus(gauge="balanced")
     learner.learn(2)
     fit = learner.fit(3)
     fit.begin()
@@ -151,7 +95,7 @@ def test_with_fresh_factors_a_rectified_step_is_the_safe_update_itself(folder: P
 
     fit.optimizer.step = spied
     fit.step(fit.steps(0)[1], 1.5)
-    held = protected(learner)
+    held = learner.protected()
     for module, (a, b) in factor_pairs(fit.ctx.parameters).items():
         (a0, b0), (a1, b1) = ([t.double() for t in pair] for pair in (pairs[module], moved[module]))
         v = held[module]
@@ -161,16 +105,16 @@ def test_with_fresh_factors_a_rectified_step_is_the_safe_update_itself(folder: P
         torch.testing.assert_close(step_of_both, safe, rtol=0, atol=2e-6 * float(safe.norm()))
 
 
-def test_without_protection_and_margin_an_evolving_adapter_is_fine_tuned(folder: Path) -> None:
-    one, other = (Learner(folder, factors="evolving", form="least_squares", estimate="none") for _ in range(2))
+def test_without_protection_and_margin_an_evolving_adapter_is_fine_tuned(janus: Make) -> None:
+    one, other = (janus(factors="evolving", form="least_squares", estimate="none") for _ in range(2))
     other.method = build(MethodConfig(name="finetune"))
     found, expected = one.learn(2, 3), other.learn(2, 3)
     assert all(torch.equal(found[module], expected[module]) for module in expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "sketch", "directions": 5}, {"memory": "residual", "survive": 2}])
-def test_memory_is_bounded_by_what_the_docstring_says(folder: Path, options: dict[str, Any]) -> None:
-    learner = Learner(folder, energy=0.99, **options)
+def test_memory_is_bounded_by_what_the_docstring_says(janus: Make, options: dict[str, Any]) -> None:
+    learner = janus(energy=0.99, **options)
     for block in (2, 3, 4):
         fit = learner.fit(block)
         fit.begin()
@@ -187,10 +131,10 @@ def test_memory_is_bounded_by_what_the_docstring_says(folder: Path, options: dic
         learner.method.end_block(fit.ctx)
 
 
-def test_modules_with_one_input_share_its_memory(folder: Path) -> None:
-    learner = Learner(folder)
+def test_modules_with_one_input_share_its_memory(janus: Make) -> None:
+    learner = janus()
     learner.learn(2)
-    names = learner.method.subspaces.directions.keys()  # type: ignore[attr-defined]
+    names = learner.method.subspaces.directions.keys()
     assert not any("v_proj" in name for name in names)
     assert {name.rpartition(".")[2] for name in names} == {"q_proj", "down_proj", "lm_head"}
 
@@ -213,15 +157,15 @@ def test_the_margin_loss_is_its_formula_and_its_gradient_is_right(margin: float)
     assert margin_loss(features[:0], label[:0], classes, means, margin, 0.3).item() == 0.0
 
 
-def test_prototypes_are_means_of_normalised_features_at_the_end_of_the_block(folder: Path) -> None:
-    learner = Learner(folder, margin_weight=0.1, sample=1.0)
+def test_prototypes_are_means_of_normalised_features_at_the_end_of_the_block(janus: Make) -> None:
+    learner = janus(margin_weight=0.1, sample=1.0)
     learner.learn(2)
     fit = learner.fit(2)
     sums: dict[int, list[Tensor]] = {}
     for found in fit.ctx.look(1.0, None):
         for z, c in zip(found.features, found.label.tolist(), strict=True):
             sums.setdefault(c, []).append(z / z.norm())
-    classes, means = learner.method.prototypes.of(torch.device("cpu"))  # type: ignore[attr-defined]
+    classes, means = learner.method.prototypes.of(torch.device("cpu"))
     assert classes.tolist() == sorted(sums)
     for c, mean in zip(classes.tolist(), means, strict=True):
         expected = torch.stack(sums[c]).double().mean(0)
