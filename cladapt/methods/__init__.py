@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cladapt.config import MethodConfig, resolve
@@ -14,6 +14,13 @@ from cladapt.methods._replay import Replay
 from cladapt.methods._sharpness import Sharpness
 
 __all__ = ["Compose", "Context", "Method", "Replay", "Sharpness", "available", "build"]
+
+_CLAIMS = {
+    "flattens": "weigh the losses",
+    "revisits": "say what is learned of earlier blocks",
+    "history": "keep the earlier blocks",
+}
+"""What a declaration of a method claims for it alone."""
 
 
 def available() -> dict[str, type[Method]]:
@@ -46,59 +53,53 @@ def build(config: MethodConfig) -> Method:
     options = _split_options(config.options, names)
     configs = {n: resolve(known[n].Config, options[n], f"method.options of {n}", "methods") for n in names}
     methods = [(n, known[n](config)) for n, config in configs.items()]
-    _check_together(config.name, dict(methods))
+    if conflict := next(_conflicts(dict(methods)), None):
+        raise ConfigError(f"method.name={config.name!r}: {conflict[0]}", conflict[1])
     return methods[0][1] if len(methods) == 1 else Compose(methods)
 
 
-def _check_together(name: str, methods: Mapping[str, Method]) -> None:
-    """`ConfigError` for methods that cannot share an adapter."""
-    special = {n: m.parameters for n, m in methods.items() if m.parameters != "factors"}
-    histories = [n for n, m in methods.items() if m.history]
+def _conflicts(methods: Mapping[str, Method]) -> Iterator[tuple[str, str]]:
+    """Why methods cannot share an adapter: (what, hint) for each reason."""
+
+    def having(flag: str) -> list[str]:
+        return [name for name, method in methods.items() if getattr(method, flag)]
+
+    special = {name: m.parameters for name, m in methods.items() if m.parameters != "factors"}
     if len({*special.values()}) > 1:
-        listed = ", ".join(f"{n} {what}" for n, what in special.items())
-        raise ConfigError(f"method.name={name!r}: different things would learn: {listed}", "use one of them")
-    if len(methods) > 1 and (idle := [n for n, m in methods.items() if not m.trains]):
-        raise ConfigError(f"method.name={name!r}: {idle[0]} leaves nothing to train", f"use {idle[0]} alone")
-    flatten = [n for n, m in methods.items() if m.flattens]
-    if len(flatten) > 1:
-        raise ConfigError(
-            f"method.name={name!r}: {' and '.join(flatten)} would each weigh the losses", "use one of them"
-        )
-    if flatten and (whole := [n for n, what in special.items() if what == "weights"]):
-        raise ConfigError(
-            f"method.name={name!r}: {flatten[0]} perturbs the factors of an adapter, {whole[0]} learns whole weights",
-            f"use {flatten[0]} with a method that learns low-rank factors",
-        )
-    recast, by_entry = ([n for n, m in methods.items() if getattr(m, flag)] for flag in ("recasts", "by_entry"))
-    if recast and by_entry:
-        raise ConfigError(
-            f"method.name={name!r}: {by_entry[0]} weighs entries of the factors against those of another block, "
-            f"{recast[0]} puts others in their place between the two",
+        yield (
+            f"different things would learn: {', '.join(f'{n} {what}' for n, what in special.items())}",
             "use one of them",
         )
-    revisit = [n for n, m in methods.items() if m.revisits]
-    if len(revisit) > 1:
-        raise ConfigError(
-            f"method.name={name!r}: {' and '.join(revisit)} would each say what is learned of earlier blocks",
-            "use one of them",
-        )
-    if len(histories) > 1:
-        raise ConfigError(
-            f"method.name={name!r}: {' and '.join(histories)} would each keep the earlier blocks", "use one of them"
-        )
-    order = [*methods]
-    for teacher in (n for n, m in methods.items() if m.distils):
-        if other := [n for n, m in methods.items() if m.restarts]:
-            raise ConfigError(
-                f"method.name={name!r}: {other[0]} begins a block with another model than the one before it, from "
-                f"which {teacher} learns",
+    for name, method in methods.items():
+        if len(methods) > 1 and not method.trains:
+            yield f"{name} leaves nothing to train", f"use {name} alone"
+    for flag, claim in _CLAIMS.items():
+        if len(several := having(flag)) > 1:
+            yield f"{' and '.join(several)} would each {claim}", "use one of them"
+    for weigher in having("flattens"):
+        for whole in (name for name, what in special.items() if what == "weights"):
+            yield (
+                f"{weigher} perturbs the factors of an adapter, {whole} learns whole weights",
+                f"use {weigher} with a method that learns low-rank factors",
+            )
+    for weigher in having("by_entry"):
+        for other in having("recasts"):
+            yield (
+                f"{weigher} weighs entries of the factors against those of another block, {other} puts others in "
+                "their place between the two",
                 "use one of them",
             )
-        if late := [n for n in histories if order.index(n) > order.index(teacher)]:
-            raise ConfigError(
-                f"method.name={name!r}: {late[0]} begins a block with other factors, when {teacher} has taken those "
-                "that it learns from",
-                f"write {'+'.join([*(n for n in order if n != teacher), teacher])}",
+    order = [*methods]
+    for teacher in having("distils"):
+        for other in having("restarts"):
+            yield (
+                f"{other} begins a block with another model than the one before it, from which {teacher} learns",
+                "use one of them",
+            )
+        for late in (name for name in having("history") if order.index(name) > order.index(teacher)):
+            yield (
+                f"{late} begins a block with other factors, when {teacher} has taken those that it learns from",
+                f"write {'+'.join([*(name for name in order if name != teacher), teacher])}",
             )
 
 
