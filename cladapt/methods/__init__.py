@@ -13,7 +13,7 @@ from cladapt.methods._compose import Compose
 from cladapt.methods._replay import Replay
 from cladapt.methods._sharpness import Sharpness
 
-__all__ = ["Compose", "Context", "Method", "Replay", "Sharpness", "available", "build"]
+__all__ = ["Compose", "Context", "Method", "Replay", "Sharpness", "available", "build", "conflicts"]
 
 _CLAIMS = {
     "flattens": "weigh the losses",
@@ -53,12 +53,12 @@ def build(config: MethodConfig) -> Method:
     options = _split_options(config.options, names)
     configs = {n: resolve(known[n].Config, options[n], f"method.options of {n}", "methods") for n in names}
     methods = [(n, known[n](config)) for n, config in configs.items()]
-    if conflict := next(_conflicts(dict(methods)), None):
+    if conflict := next(conflicts(dict(methods)), None):
         raise ConfigError(f"method.name={config.name!r}: {conflict[0]}", conflict[1])
     return methods[0][1] if len(methods) == 1 else Compose(methods)
 
 
-def _conflicts(methods: Mapping[str, Method]) -> Iterator[tuple[str, str]]:
+def conflicts(methods: Mapping[str, Method]) -> Iterator[tuple[str, str]]:
     """Why methods cannot share an adapter: (what, hint) for each reason."""
 
     def having(flag: str) -> list[str]:
