@@ -13,7 +13,10 @@ from cladapt.model.observe import See
 
 
 class Compose(Method):
-    """`a+b`: losses add, edits and projections apply in order, state keys carry position and name."""
+    """`a+b`: losses add, edits and projections apply in order, state keys carry position and name.
+
+    A block is begun first by the methods that put other factors into the adapter, then by the others.
+    """
 
     def __init__(self, methods: Sequence[tuple[str, Method]]) -> None:
         super().__init__()
@@ -59,8 +62,11 @@ class Compose(Method):
             method.check(ctx)
 
     def begin_block(self, ctx: Context) -> None:
-        for method in self._in_order(ctx):
-            method.begin_block(ctx)
+        # an anchor is what the block starts from: what puts other factors into the adapter begins first
+        for recasts in (True, False):
+            for method in self._in_order(ctx):
+                if recasts == (method.recasts or method.restarts):
+                    method.begin_block(ctx)
 
     def _in_order(self, ctx: Context) -> Iterator[Method]:
         """Each method while `ctx` says whether those before and after it edit gradients."""

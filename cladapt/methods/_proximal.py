@@ -9,13 +9,19 @@ from cladapt.model.anchors import AdapterVector
 
 
 def join(ctx: Context, name: str, vector: AdapterVector, term: Tensor, grad: Tensor, distance: Tensor) -> None:
-    """Add a term's gradient [n] to the task's, and log what `log_figures` does."""
-    parameters = list(ctx.parameters.values())
-    grads = [p.grad for p in parameters if p.grad is not None]
-    task = vector.flatten(grads)
+    """Add a term's gradient [n] to the task's, and log what `log_figures` does.
+
+    A parameter without a gradient is one that another method holds fixed: it stays without.
+    """
+    grads = [parameter.grad for parameter in ctx.parameters.values()]
+    task = vector.flatten(
+        [torch.zeros_like(p) if g is None else g for p, g in zip(ctx.parameters.values(), grads, strict=True)]
+    )
     norms = torch.linalg.vector_norm(task), torch.linalg.vector_norm(grad)
     _log(ctx, name, term, distance, *norms, torch.dot(task, grad))
-    torch._foreach_add_(grads, [g.to(p.dtype) for g, p in zip(vector.unflatten(grad), grads, strict=True)])
+    learned = [(g, own.to(g.dtype)) for g, own in zip(grads, vector.unflatten(grad), strict=True) if g is not None]
+    if learned:
+        torch._foreach_add_(*map(list, zip(*learned, strict=True)))
 
 
 def log_figures(ctx: Context, name: str, figures: ops.Figures) -> None:

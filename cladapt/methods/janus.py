@@ -66,7 +66,7 @@ class JanusConfig(EnergySettings):
     gauge: Gauge = "sylvester"
     """How a rectified update is shared out between the factors: by the least change of both, in halves, or most to A.
     While B is small, the latter two move A by as much as it is."""
-    damping: Annotated[float, Field(ge=0.0)] = 1e-6
+    damping: PositiveFloat = 1e-6
     """Added to B^T B and A A^T before they are inverted, relative to their mean eigenvalue."""
     margin_weight: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the margin loss; 0 leaves it out."""
@@ -74,6 +74,20 @@ class JanusConfig(EnergySettings):
     """Cosine from which a feature is too near to a class of earlier blocks."""
     temperature: PositiveFloat = 0.1
     """Width of the margin loss's hinge, in cosines."""
+
+    @model_validator(mode="after")
+    def _all_that_is_set_is_read(self) -> "JanusConfig":
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        unread = {
+            f"estimate={self.estimate}": {"memory", "every"} if self.estimate != "online" else set(),
+            f"memory={self.memory}": {"gram": {"directions", "survive"}, "sketch": {"survive"}}.get(self.memory, set()),
+            f"rectify={self.rectify}": {"gauge", "damping"} if self.rectify != "composite" else set(),
+            "margin_weight=0": {"margin", "temperature"} if not self.margin_weight else set(),
+        }
+        for setting, names in unread.items():
+            if ignored := sorted(changed & names):
+                raise ValueError(f"{setting} does not read {', '.join(ignored)}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _form_has_factors(self) -> "JanusConfig":

@@ -167,6 +167,12 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
                 f"train.softmax=vocabulary: {config.method.name} cannot perturb an adapted head over all tokens",
                 "use train.softmax=trie, or leave the head out of adapter.targets",
             )
+        if method.needs_outputs and config.train.softmax == "vocabulary":
+            raise ConfigError(
+                f"train.softmax=vocabulary: {config.method.name} compares what the model makes of the choices among "
+                "items, which the softmax over all tokens does not tell apart",
+                "use train.softmax=trie",
+            )
 
     def plan(self, config: RunConfig, stream: Stream, base: Base, blocks: Sequence[int]) -> list[dict[str, Any]]:
         form, train = form_of(config, base, stream), config.train

@@ -1,14 +1,14 @@
 """Finding methods, building them from a configuration, and several of them as one."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cladapt.config import MethodConfig
+from cladapt.config import AdapterConfig, MethodConfig
 from cladapt.errors import ConfigError
 from cladapt.methods import Compose, Context, Method, available, build
 from cladapt.methods.peso import Peso
@@ -168,3 +168,13 @@ def test_mistakes_in_the_configuration_are_told(config: MethodConfig, message: s
         build(config)
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["peso+janus", "peso+inflora", "inflora+peso", "peso+olora", "peso+sdlora"])
+def test_an_anchor_is_what_the_block_starts_from_in_either_order(make_learner: Callable[..., Any], name: str) -> None:
+    learner = make_learner(name, AdapterConfig(rank=3, targets=("q_proj", "v_proj")))
+    learner.learn(2, 3)
+    for block in (2, 3):
+        steps = [event for event in learner.sink.events if event["kind"] == "step" and event["block"] == block]
+        assert steps[0]["peso/distance"] == 0.0
+        assert steps[-1]["peso/distance"] > 0.0

@@ -24,13 +24,20 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def janus(make_learner: Make) -> Make:
-    return partial(make_learner, "janus", ADAPTER, every=1)
+    return partial(make_learner, "janus", ADAPTER)
 
 
-@pytest.mark.parametrize("memory", ["gram", "sketch", "residual"])
-@pytest.mark.parametrize("estimate", ["online", "after"])
-def test_a_block_leaves_protected_inputs_alone(janus: Make, estimate: str, memory: str) -> None:
-    learner = janus(estimate=estimate, memory=memory, survive=1, energy=0.9)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 1},
+        {"every": 1, "memory": "sketch"},
+        {"every": 1, "memory": "residual", "survive": 1},
+        {"estimate": "after"},
+    ],
+)
+def test_a_block_leaves_protected_inputs_alone(janus: Make, options: dict[str, Any]) -> None:
+    learner = janus(energy=0.9, **options)
     before = learner.learn(2)
     held = learner.protected()
     assert held.keys() == before.keys()
@@ -44,7 +51,7 @@ def test_a_block_leaves_protected_inputs_alone(janus: Make, estimate: str, memor
 
 @pytest.mark.parametrize("gauge", ["zero", "balanced", "sylvester"])
 def test_exact_steps_of_an_evolving_adapter_leave_protected_inputs_alone(janus: Make, gauge: str) -> None:
-    learner = janus(factors="evolving", form="exact", gauge=gauge, energy=0.3)
+    learner = janus(factors="evolving", form="exact", gauge=gauge, energy=0.3, every=1)
     before = learner.learn(2)
     held = learner.protected()
     assert any(v.shape[1] < 3 for v in held.values())  # else B is frozen
@@ -66,7 +73,7 @@ def violation(learner: Any, before: dict[str, Tensor]) -> float:
 def test_rectified_steps_violate_less_than_those_of_one_factor_and_these_less_than_none(janus: Make) -> None:
     found = []
     for rectify in ("composite", "factor", "none"):
-        learner = janus(factors="evolving", form="least_squares", rectify=rectify, energy=0.9)
+        learner = janus(factors="evolving", form="least_squares", rectify=rectify, energy=0.9, every=1)
         before = learner.learn(2)
         held = learner.protected()
         learner.fit(3, epochs=1).run()
@@ -78,7 +85,7 @@ def test_rectified_steps_violate_less_than_those_of_one_factor_and_these_less_th
 
 
 def test_with_fresh_factors_a_rectified_step_is_the_safe_update_itself(janus: Make) -> None:
-    learner = janus(gauge="balanced")
+    learner = janus(gauge="balanced", every=1)
     learner.learn(2)
     fit = learner.fit(3)
     fit.begin()
@@ -114,7 +121,7 @@ def test_without_protection_and_margin_an_evolving_adapter_is_fine_tuned(janus: 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "sketch", "directions": 5}, {"memory": "residual", "survive": 2}])
 def test_memory_is_bounded_by_what_the_docstring_says(janus: Make, options: dict[str, Any]) -> None:
-    learner = janus(energy=0.99, **options)
+    learner = janus(energy=0.99, every=1, **options)
     for block in (2, 3, 4):
         fit = learner.fit(block)
         fit.begin()
@@ -132,7 +139,7 @@ def test_memory_is_bounded_by_what_the_docstring_says(janus: Make, options: dict
 
 
 def test_modules_with_one_input_share_its_memory(janus: Make) -> None:
-    learner = janus()
+    learner = janus(every=1)
     learner.learn(2)
     names = learner.method.subspaces.directions.keys()
     assert not any("v_proj" in name for name in names)
@@ -158,7 +165,7 @@ def test_the_margin_loss_is_its_formula_and_its_gradient_is_right(margin: float)
 
 
 def test_prototypes_are_means_of_normalised_features_at_the_end_of_the_block(janus: Make) -> None:
-    learner = janus(margin_weight=0.1, sample=1.0)
+    learner = janus(margin_weight=0.1, sample=1.0, every=1)
     learner.learn(2)
     fit = learner.fit(2)
     sums: dict[int, list[Tensor]] = {}
@@ -173,6 +180,20 @@ def test_prototypes_are_means_of_normalised_features_at_the_end_of_the_block(jan
     learner.fit(3).run()
     events = [event for event in learner.sink.events if event["kind"] == "step" and event["block"] == 3]
     assert all(event["janus/margin"] > 0 for event in events)
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        ({"estimate": "after", "memory": "sketch", "every": 2}, "estimate=after does not read every, memory"),
+        ({"directions": 8}, "memory=gram does not read directions"),
+        ({"rectify": "factor", "gauge": "zero"}, "rectify=factor does not read gauge"),
+        ({"margin": 0.2}, "margin_weight=0 does not read margin"),
+    ],
+)
+def test_an_option_that_another_makes_idle_is_refused(options: dict[str, Any], unread: str) -> None:
+    with pytest.raises(ConfigError, match=unread):
+        build(MethodConfig(name="janus", options=options))
 
 
 def test_an_invariant_form_of_an_evolving_adapter_is_refused() -> None:

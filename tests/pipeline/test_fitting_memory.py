@@ -147,6 +147,15 @@ def test_an_adapted_head_over_all_tokens_is_refused_where_factors_are_perturbed(
     assert runs.plan(perturbed.model_copy(update={"adapter": without_head}))["blocks"]
 
 
+@pytest.mark.parametrize("name", ["lwf", "peso+lwf"])
+def test_a_method_that_reads_choices_is_refused_where_none_are_told_apart(growth: Path, name: str) -> None:
+    config = config_of(growth, softmax="vocabulary").model_copy(update={"method": MethodConfig(name=name)})
+    with pytest.raises(ConfigError, match=r"^train\.softmax=vocabulary: .*lwf compares what the model makes") as caught:
+        runs.train(config, Path("run"), MemorySink())
+    assert caught.value.hint == "use train.softmax=trie"
+    assert not Path("run").exists()
+
+
 def test_one_process_cuts_nothing_and_packed_weights_are_not_cut(growth: Path) -> None:
     config = config_of(growth).model_copy(update={"sharding": "full"})
     with pytest.raises(
