@@ -25,6 +25,10 @@ class Settings(BaseModel):
     shown_by: ClassVar[str] = "config show"
     """The command that prints every key."""
 
+    def changed(self) -> set[str]:
+        """The names of the fields that have another value than their default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
 
 S = TypeVar("S", bound=Settings)
 

@@ -33,6 +33,10 @@ class Context:
     """The block being learned."""
     step: int = 0
     """Optimiser steps done in this block."""
+    steps: int = 0
+    """Optimiser steps of the whole block: those of the epoch at hand times the epochs."""
+    targets: int = 0
+    """Targets of the micro-batch at hand, this process's: what `out` is a mean over."""
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     """The values of a fresh adapter, by the same names."""
     extra_parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
@@ -118,7 +122,7 @@ class Method:
     factors in the place of those that a block has learned, fresh ones or the same product in other coordinates;
     `by_entry`: whether it weighs entries of the factors against those of another block; `distils`: whether it
     learns from the model before the block, as `begin_block` finds it; `restarts`: whether it begins a block with
-    another model than that one. State is named tensors only.
+    another model than that one; `alters`: whether `end_block` changes the adapter. State is named tensors only.
     """
 
     Config: ClassVar[type[Settings]] = Settings
@@ -132,6 +136,7 @@ class Method:
     by_entry: ClassVar[bool] = False
     distils: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    alters: ClassVar[bool] = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.Config() if config is None else config
@@ -178,7 +183,8 @@ class Method:
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         """Terms beside the mean cross-entropy `out` of one micro-batch, as if it were the whole step.
 
-        The loop weighs them by the micro-batch's share of the step's targets, so that the shares add up to one term.
+        The loop weighs them by the micro-batch's share of the step's targets, so that the shares add up to one term:
+        what is summed over the micro-batch is divided by `ctx.targets`, whatever it counts.
         """
         return {}
 
@@ -189,7 +195,7 @@ class Method:
         """After the optimiser's step: projection, retraction."""
 
     def end_block(self, ctx: Context) -> None:
-        """After the last step of a block: what to remember."""
+        """After the last step of a block: what to remember, and where it `alters`, what to make of the adapter."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors that make an interrupted run continue exactly."""

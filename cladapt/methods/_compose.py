@@ -15,7 +15,8 @@ from cladapt.model.observe import See
 class Compose(Method):
     """`a+b`: losses add, edits and projections apply in order, state keys carry position and name.
 
-    A block is begun first by the methods that put other factors into the adapter, then by the others.
+    A block is begun first by the methods that put other factors into the adapter, and ended first by those that alter
+    it; then by the others.
     """
 
     def __init__(self, methods: Sequence[tuple[str, Method]]) -> None:
@@ -100,8 +101,11 @@ class Compose(Method):
             method.after_step(ctx)
 
     def end_block(self, ctx: Context) -> None:
-        for _, method in self.methods:
-            method.end_block(ctx)
+        # what is measured of a block is measured of the adapter that it leaves
+        for alters in (True, False):
+            for _, method in self.methods:
+                if alters == method.alters:
+                    method.end_block(ctx)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -30,6 +30,7 @@ class Interpolate(Method):
     Config = InterpolateConfig
     config: InterpolateConfig
     by_entry = True
+    alters = True
 
     def __init__(self, config: InterpolateConfig | None = None) -> None:
         super().__init__(config)

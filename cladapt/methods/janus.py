@@ -3,11 +3,13 @@
     V        what the inputs of earlier blocks' layers hold, estimated in the forward passes (OE)
     T        (B dA + dB A)(I - V V^T), the safe update of a step (dA, dB) as the optimiser proposes it
     GR       (dA, dB) <- argmin_{X, Y} ||B X + Y A - T||_F, in closed form (`cladapt.ops.Rectifier`)
-    DML      + weight mean_i T log(1 + sum_c exp((cos(z_i, mu_c) - margin) / T)), c the classes of earlier blocks
+    DML      + weight / N sum_i T log(1 + sum_c exp((cos(z_i, mu_c) - margin) / T)), c the classes of earlier blocks
 
 Re-derived from the abstract, the figures and the tables of arXiv 2605.28495, whose code is not public: which estimate,
 which gauge and which form of the margin loss the authors use is not known. mu_c are means of normalised features at
-the end of the last block that had the class, which in recommendation is the first code of an item's ID.
+the end of the last block that had the class, which in recommendation is the first code of an item's ID; N counts the
+targets that the cross-entropy is a mean over, images or codes. V holds inputs of blocks that an adapter has learned:
+what the base learned before them is not protected.
 form=invariant needs factors=fresh: A starts outside V and stays there, so that delta W V = 0 to rounding, whatever the
 step. factors=evolving goes on with the adapter of the block before, whose A has learned inputs that are protected now:
 `least_squares` then comes as near to T as two factors can, `exact` keeps delta W V = 0 of every step and may freeze B.
@@ -18,6 +20,8 @@ estimate of the running block (gram: 4 n^2 bytes an input, sketch: 4 n l), class
 frozen factors, 4 bytes per adapter parameter and earlier block.
 """
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -37,6 +41,7 @@ from cladapt.model.observe import See
 
 Form = Literal["least_squares", "exact", "invariant"]
 Gauge = Literal["zero", "balanced", "sylvester"]
+LEAST_OBSERVED = 4
 
 
 class JanusConfig(EnergySettings):
@@ -51,7 +56,7 @@ class JanusConfig(EnergySettings):
     survive: PositiveInt = 3
     """Observed steps one after the other in which memory=residual must need a direction."""
     every: PositiveInt = 8
-    """Every which step is observed, from the first one on."""
+    """Every which step is observed, from the first one on; more often where a block would show fewer than four."""
     sample: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the block's examples in passes of their own: those of estimate=after, start=inputs and class means."""
     rectify: Literal["composite", "factor", "none"] = "composite"
@@ -72,12 +77,16 @@ class JanusConfig(EnergySettings):
     """Weight of the margin loss; 0 leaves it out."""
     margin: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
     """Cosine from which a feature is too near to a class of earlier blocks."""
-    temperature: PositiveFloat = 0.1
+    temperature: Annotated[float, Field(ge=1e-3)] = 0.1
     """Width of the margin loss's hinge, in cosines."""
 
     @model_validator(mode="after")
     def _all_that_is_set_is_read(self) -> "JanusConfig":
-        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        if self.estimate == "none" and self.rectify != "none":
+            raise ValueError(
+                f"estimate=none finds no inputs that rectify={self.rectify} could leave alone: add rectify=none"
+            )
+        changed = self.changed()
         unread = {
             f"estimate={self.estimate}": {"memory", "every"} if self.estimate != "online" else set(),
             f"memory={self.memory}": {"gram": {"directions", "survive"}, "sketch": {"survive"}}.get(self.memory, set()),
@@ -179,7 +188,11 @@ class Janus(WithHistory):
         return [down.detach() for down, _ in chosen], [up.detach() for _, up in chosen]
 
     def watch(self, ctx: Context) -> See | None:
-        return self.estimate.add if self.config.estimate == "online" and ctx.step % self.config.every == 0 else None
+        due = self.config.estimate == "online" and ctx.step % self._every(ctx) == 0
+        return self.estimate.add if due else None
+
+    def _every(self, ctx: Context) -> int:
+        return min(self.config.every, max(1, ctx.steps // LEAST_OBSERVED))
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         if not self.config.margin_weight or not len(self.prototypes):
@@ -188,7 +201,7 @@ class Janus(WithHistory):
         loss = margin_loss(
             found.features, found.label, *self.prototypes.of(out.device), self.config.margin, self.config.temperature
         )
-        return {"janus/margin": self.config.margin_weight * loss}
+        return {"janus/margin": self.config.margin_weight * loss / max(1, ctx.targets)}
 
     @torch.no_grad()
     def edit_grads(self, ctx: Context) -> None:
@@ -211,6 +224,14 @@ class Janus(WithHistory):
 
     @torch.no_grad()
     def end_block(self, ctx: Context) -> None:
+        observed = math.ceil(ctx.step / self._every(ctx))
+        if isinstance(self.estimate, Residual) and observed < self.config.survive:
+            warnings.warn(
+                f"janus protects nothing of block {ctx.block}: memory=residual keeps what survive="
+                f"{self.config.survive} observed steps need, and {observed} of {ctx.step} steps were observed; lower "
+                "method.options.survive or method.options.every, or use memory=gram",
+                stacklevel=2,
+            )
         if self.config.estimate == "after":
             self.estimate = Gram.over(ctx, self.config.sample)
         if self.config.estimate != "none":
@@ -234,11 +255,10 @@ class Janus(WithHistory):
 def margin_loss(
     features: Tensor, label: Tensor, classes: Tensor, means: Tensor, margin: float, temperature: float
 ) -> Tensor:
-    """mean_i T log(1 + sum_{c != y_i} exp((cos(z_i, mu_c) - margin) / T)): [n, d], int64 [n], int64 [c], [c, d].
+    """sum_i T log(1 + sum_{c != y_i} exp((cos(z_i, mu_c) - margin) / T)): [n, d], int64 [n], int64 [c], [c, d].
 
     Means carry no gradient; 0 where there is no feature.
     """
     cosine = F.normalize(features.to(means.dtype), dim=1) @ means.mT
     excess = ((cosine - margin) / temperature).masked_fill(label[:, None] == classes[None], -torch.inf)
-    each = temperature * F.pad(excess, (0, 1)).logsumexp(dim=1)
-    return each.sum() / max(1, len(features))
+    return temperature * F.pad(excess, (0, 1)).logsumexp(dim=1).sum()

@@ -50,6 +50,7 @@ class Lsat(WithHistory):
     config: LsatConfig
     recasts = True
     restarts = True
+    alters = True
 
     def learned_with(self, block: int) -> Sequence[int]:
         return range(1, block + 1) if block <= self.config.long_blocks else (block,)

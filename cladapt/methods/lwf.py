@@ -1,9 +1,10 @@
 """LwF: what the adapter before the block makes of the block's examples is learned with them (arXiv 1606.09282).
 
-    L = CE + strength T^2 mean_i KL(softmax(z_i^before / T) || softmax(z_i / T))
+    L = CE + strength T^2 / N sum_i KL(softmax(z_i^before / T) || softmax(z_i / T))
 
 z_i are the logits of a choice between things that may have been learned before: for an image the classes of earlier
-blocks, for an item every code of its ID among its siblings in the catalogue. One more forward pass a step, without
+blocks, for an item every code of its ID among its siblings in the catalogue. N counts the targets that CE is a mean
+over, images or codes: a code without a sibling is one of them, and no choice. One more forward pass a step, without
 gradients and without dropout. Block 1 has no adapter before it and is learned without the term. Re-derived: the paper
 distils whole images' class probabilities; codes as choices are ours. Rows of a classifier belong to the adapter: those
 of earlier classes learn by the term, as in the paper. A method that keeps earlier blocks as frozen factors and begins
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor, nn
 
 from cladapt.config import Settings
@@ -28,7 +29,7 @@ class LwfConfig(Settings):
 
     strength: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the term; 0 is plain fine-tuning, bit for bit."""
-    temperature: PositiveFloat = 2.0
+    temperature: Annotated[float, Field(ge=1e-3)] = 2.0
     """T: above 1, what was nearly as likely counts for more."""
 
 
@@ -55,7 +56,7 @@ class Lwf(Method):
             return {}
         found, before = ctx.outputs(), ctx.outputs_with(self.before, batch)
         term = distillation(found.scores, before.scores, found.choice, self.config.temperature)
-        return {"lwf/term": self.config.strength * term}
+        return {"lwf/term": self.config.strength * term / max(1, ctx.targets)}
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.before)
@@ -68,7 +69,7 @@ class Lwf(Method):
 
 
 def distillation(scores: Tensor, target: Tensor, choice: Tensor, temperature: float) -> Tensor:
-    """T^2 mean_i KL(softmax(target_i / T) || softmax(scores_i / T)) over choices: [e], [e], int64 [e] of 0 to n - 1.
+    """T^2 sum_i KL(softmax(target_i / T) || softmax(scores_i / T)) over choices: [e], [e], int64 [e] of 0 to n - 1.
 
     `target` has no gradient; 0 where there is no choice.
     """
@@ -76,7 +77,7 @@ def distillation(scores: Tensor, target: Tensor, choice: Tensor, temperature: fl
         return scores.sum() * 0.0
     count = int(choice[-1]) + 1
     ours, theirs = (_log_softmax(each / temperature, choice, count) for each in (scores, target.detach()))
-    return temperature**2 * (theirs.exp() * (theirs - ours)).sum() / count
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum()
 
 
 def _log_softmax(scores: Tensor, choice: Tensor, count: int) -> Tensor:

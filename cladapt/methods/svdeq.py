@@ -24,6 +24,7 @@ class Svdeq(Method):
     """Fine-tuning, then all singular values of a module made equal."""
 
     recasts = True
+    alters = True
 
     def check(self, ctx: Context) -> None:
         ups = sum(map(is_up, ctx.parameters))

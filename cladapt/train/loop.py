@@ -192,6 +192,7 @@ class Fit:
             while self.position.epoch < self.settings.epochs:
                 epoch = self.position.epoch
                 steps = self.steps(epoch)
+                self.ctx.steps = len(steps) * self.settings.epochs
                 for index in range(self.position.step, len(steps)):
                     # the middle of the step: a first step at rate 0 would be lost, and blocks are short
                     used += self.step(steps[index], epoch + (index + 0.5) / len(steps))
@@ -280,7 +281,8 @@ class Fit:
         see = self.method.watch(ctx)
         for index, batch in enumerate(micro_batches):
             piece = shard(batch, self.accelerator.process_index, processes)
-            share = self.feed.targets(piece) / targets
+            ctx.targets = self.feed.targets(piece)
+            share = ctx.targets / targets
             local = tuple(t.to(self.accelerator.device) for t in piece)
             last = index == len(micro_batches) - 1
             if twice:

@@ -113,7 +113,7 @@ def test_with_fresh_factors_a_rectified_step_is_the_safe_update_itself(janus: Ma
 
 
 def test_without_protection_and_margin_an_evolving_adapter_is_fine_tuned(janus: Make) -> None:
-    one, other = (janus(factors="evolving", form="least_squares", estimate="none") for _ in range(2))
+    one, other = (janus(factors="evolving", form="least_squares", estimate="none", rectify="none") for _ in range(2))
     other.method = build(MethodConfig(name="finetune"))
     found, expected = one.learn(2, 3), other.learn(2, 3)
     assert all(torch.equal(found[module], expected[module]) for module in expected)
@@ -138,6 +138,32 @@ def test_memory_is_bounded_by_what_the_docstring_says(janus: Make, options: dict
         learner.method.end_block(fit.ctx)
 
 
+def observed_steps(learner: Any, steps: int) -> list[int]:
+    """The steps of a block of so many that the method watches."""
+    fit = learner.fit(2)
+    fit.ctx.steps = steps
+    found = []
+    for fit.ctx.step in range(steps):
+        if learner.method.watch(fit.ctx) is not None:
+            found.append(fit.ctx.step)
+    return found
+
+
+def test_a_short_block_shows_four_steps_where_it_has_them(janus: Make) -> None:
+    assert observed_steps(janus(), 64) == [*range(0, 64, 8)]
+    assert observed_steps(janus(every=3), 64) == [*range(0, 64, 3)]
+    assert observed_steps(janus(), 12) == [0, 3, 6, 9]
+    assert observed_steps(janus(), 3) == [0, 1, 2]
+    assert observed_steps(janus(estimate="after"), 12) == []
+
+
+def test_a_block_too_short_for_a_residual_memory_is_said_to_be_unprotected(janus: Make) -> None:
+    learner = janus(memory="residual", survive=9)
+    with pytest.warns(UserWarning, match=r"protects nothing of block 2: .*survive=9 observed steps need, and \d+ of"):
+        learner.fit(2, epochs=1).run()
+    assert not learner.method.subspaces.directions
+
+
 def test_modules_with_one_input_share_its_memory(janus: Make) -> None:
     learner = janus(every=1)
     learner.learn(2)
@@ -157,7 +183,7 @@ def test_the_margin_loss_is_its_formula_and_its_gradient_is_right(margin: float)
         cosines = [float(z @ mu / z.norm()) for mu, c in zip(means, classes.tolist(), strict=True) if c != y]
         expected += 0.3 * np.log1p(sum(np.exp((c - margin) / 0.3) for c in cosines))
     found = margin_loss(features, label, classes, means, margin, 0.3)
-    assert found.item() == pytest.approx(expected / 7, rel=1e-6)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
     assert torch.autograd.gradcheck(
         lambda x: margin_loss(x, label, classes, means, margin, 0.3), features.requires_grad_()
     )
@@ -189,6 +215,8 @@ def test_prototypes_are_means_of_normalised_features_at_the_end_of_the_block(jan
         ({"directions": 8}, "memory=gram does not read directions"),
         ({"rectify": "factor", "gauge": "zero"}, "rectify=factor does not read gauge"),
         ({"margin": 0.2}, "margin_weight=0 does not read margin"),
+        ({"estimate": "none"}, "estimate=none finds no inputs that rectify=composite could leave alone"),
+        ({"estimate": "none", "rectify": "factor"}, "rectify=factor could leave alone: add rectify=none"),
     ],
 )
 def test_an_option_that_another_makes_idle_is_refused(options: dict[str, Any], unread: str) -> None:

@@ -114,7 +114,7 @@ class Learner:
 
 
 def expected_term(student: Any, teacher: Any, batch: Batch, temperature: float) -> float:
-    """T^2 times the mean divergence over choices, one at a time."""
+    """T^2 times the divergence over choices, one at a time, for each target."""
     ours, theirs = (outputs_of(loss, *batch) for loss in (student, teacher))
     each = [
         F.kl_div(
@@ -125,7 +125,8 @@ def expected_term(student: Any, teacher: Any, batch: Batch, temperature: float) 
         )
         for i in range(int(ours.choice.max()) + 1)
     ]
-    return temperature**2 * float(sum(each)) / len(each)
+    targets = batch[-1][:, 1:] if batch[-1].dim() == 2 else batch[-1]
+    return temperature**2 * float(sum(each)) / int(targets.sum())
 
 
 def scores(sizes: list[int], seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ def scores(sizes: list[int], seed: int, scale: float = 1.0) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("sizes", [[3, 1, 5, 2], [1], [4, 4]])
-def test_the_term_is_the_mean_divergence_over_choices_of_any_size(sizes: list[int], temperature: float) -> None:
+def test_the_term_is_the_divergence_over_choices_of_any_size(sizes: list[int], temperature: float) -> None:
     (ours, choice), (theirs, _) = scores(sizes, 0), scores(sizes, 1)
     each = [
         F.kl_div(
@@ -148,7 +149,7 @@ def test_the_term_is_the_mean_divergence_over_choices_of_any_size(sizes: list[in
         for i in range(len(sizes))
     ]
     found = distillation(ours, theirs, choice, temperature)
-    torch.testing.assert_close(found, temperature**2 * sum(each) / len(sizes))
+    torch.testing.assert_close(found, temperature**2 * torch.stack(each).sum())
     assert distillation(theirs, theirs, choice, temperature).item() == 0.0
     shifted = distillation(ours + 1e4 * (choice + 1), theirs - 1e4, choice, temperature)  # a softmax is blind to it
     torch.testing.assert_close(shifted, found, rtol=1e-6, atol=1e-9)
@@ -194,6 +195,36 @@ def test_the_teacher_is_the_model_that_the_block_before_left(folder: Path, tmp_p
     assert expected[0] == pytest.approx(0.0, abs=1e-9)  # the block begins with the model before it
     assert min(expected[1:]) > 1e-4
     assert learner.terms(3) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lwf", {"strength": 0.7}), ("janus", {"margin_weight": 0.7, "every": 1, "energy": 0.5})],
+)
+def test_a_step_has_one_gradient_however_it_is_cut(name: str, options: dict[str, Any], folder: Path) -> None:
+    learner = Learner(folder, name, **options)
+    for block in (1, 2):
+        learner.fit(block).run()
+    fit = learner.fit(3)
+    fit.begin()
+    noise = torch.Generator().manual_seed(1)  # away from the model before the block, where the term is 0
+    values = {n: p.detach() + 0.05 * torch.randn(p.shape, generator=noise) for n, p in fit.trained.items()}
+    (whole, *_), *_ = fit.steps(0)
+    ragged = tuple(t.clone() for t in whole)
+    ragged[-1][0] = False  # an example of which nothing counts
+    gradients = []
+    fit.optimizer.step = lambda: gradients.append(
+        {n: p.grad.clone() for n, p in fit.trained.items() if p.grad is not None}
+    )
+    for cut in ([len(ragged[0])], [1, len(ragged[0]) - 1]):
+        for parameter, value in zip(fit.trained.values(), values.values(), strict=True):
+            parameter.data.copy_(value)
+        fit.step([tuple(parts) for parts in zip(*(t.split(cut) for t in ragged), strict=True)], 0.5)
+    assert gradients[0].keys() == gradients[1].keys()
+    terms = [event for event in learner.sink.events if event["kind"] == "step"][-2:]
+    assert all(value > 1e-4 for event in terms for key, value in event.items() if "/term" in key or "/margin" in key)
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_the_first_block_has_no_term_and_strength_0_asks_for_nothing(folder: Path) -> None:
@@ -283,7 +314,7 @@ def test_the_state_is_all_that_learns_as_it_was(folder: Path) -> None:
     assert learner.method.state_bytes(fit.ctx.parameters) == 4 * sum(t.numel() for t in state.values())
 
 
-@pytest.mark.parametrize("options", [{"strength": -1.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize("options", [{"strength": -1.0}, {"temperature": 0.0}, {"temperature": 1e-6}])
 def test_settings_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"method.options of lwf: 1 mistake: {next(iter(options))}"):
         build(MethodConfig(name="lwf", options=options))
