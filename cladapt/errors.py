@@ -39,6 +39,10 @@ class EnvironmentProblem(CladaptError):
     exit_code = 4
 
 
+class ExampleWarning(UserWarning):
+    """What the examples of a block leave out, or cannot teach."""
+
+
 class CheckFailed(CladaptError):
     """A verification of a result failed; `result` is what the command has to print nevertheless."""
 

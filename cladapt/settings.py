@@ -41,21 +41,47 @@ def resolve(model: type[S], values: Mapping[str, Any], where: str = "config", sh
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(model, dict(problem)) for problem in error.errors()]
+        found: dict[str, list[str]] = {}  # what each member of a union says of a value is one mistake
+        for problem in error.errors():
+            what, why = _describe(model, dict(problem))
+            found.setdefault(what, []).append(why)
+    problems = [what + " or ".join(why) for what, why in found.items()]
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
     hint = f"`cladapt {shown_by or model.shown_by}` prints every key and default"
     raise ConfigError(f"{where}: {count}: " + "; ".join(problems), hint)
 
 
-def _describe(model: type[BaseModel], problem: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+def _describe(model: type[BaseModel], problem: dict[str, Any]) -> tuple[str, str]:
+    """The key and value of a mistake, and what is wrong with them."""
+    path = ".".join(map(str, _keys(model, problem["loc"])))
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         listed = ", ".join(known) or "none"
-        return f"unknown key {path!r}" + (f", did you mean {near[0]!r}?" if near else f", known: {listed}")
+        return f"unknown key {path!r}", f", did you mean {near[0]!r}?" if near else f", known: {listed}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}={_shown(problem['input'])}: {message}" if problem["loc"] else message
+    return (f"{path}={_shown(problem['input'])}: ", message) if problem["loc"] else ("", message)
+
+
+def _keys(model: type[BaseModel] | None, location: Iterable[Any]) -> list[Any]:
+    """A mistake's location without the members of unions, which are none of the recipe's keys."""
+    found: list[Any] = []
+    of_union = False
+    for part in location:
+        if of_union:
+            of_union = False
+            continue
+        found.append(part)
+        if model is not None and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            members = [each for each in get_args(annotation) if each is not type(None)]
+            of_union = get_origin(annotation) in (Union, UnionType) and len(members) > 1
+            model = next(iter(_models_in(annotation)), None)
+    return found
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    return [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
 
 
 def _shown(value: Any, length: int = 80) -> str:
@@ -66,7 +92,7 @@ def _shown(value: Any, length: int = 80) -> str:
 def _fields_at(model: type[BaseModel], path: Iterable[Any]) -> list[str]:
     for part in path:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        nested = _models_in(annotation)
         if not nested:
             return []
         model = nested[0]

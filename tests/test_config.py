@@ -24,6 +24,7 @@ from cladapt.config import (
     resolve,
 )
 from cladapt.errors import ConfigError, DataError
+from cladapt.methods.lsat import LsatConfig
 
 
 def test_nothing_given_resolves_to_the_defaults() -> None:
@@ -64,6 +65,20 @@ def test_every_mistake_is_told_at_once() -> None:
 def test_one_mistake_is_one() -> None:
     with pytest.raises(ConfigError, match=r"^config: 1 mistake: train\.epochs=0: "):
         resolve(RunConfig, {"train": {"epochs": 0}})
+
+
+def test_a_value_that_no_member_of_a_union_takes_is_one_mistake_of_its_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(LsatConfig, {"weight": 2.0, "fusion": "sum"})
+    assert caught.value.message == (
+        "config: 2 mistakes: weight=2.0: Input should be less than or equal to 1 or Input should be 'validation'; "
+        "fusion='sum': Input should be 'products' or 'factors'"
+    )
+
+
+def test_what_was_changed_is_named() -> None:
+    assert LsatConfig().changed() == set()
+    assert LsatConfig(weight=0.5, fusion="products").changed() == {"weight"}
 
 
 def test_a_key_like_no_other_lists_the_known_ones() -> None:

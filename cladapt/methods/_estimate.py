@@ -186,11 +186,15 @@ def protect(subspaces: Subspaces, estimate: Estimate, ctx: Context, energy: floa
 
 
 def start_outside(ctx: Context, seen: Gram, subspaces: Subspaces) -> None:
-    """Let A of every module span the leading directions of its inputs outside of what is protected.
-
-    `ConfigError` where a rank is larger than the inputs are wide.
-    """
+    """Let A of every module span the leading directions of its inputs outside of what is protected."""
     inputs = ctx.inputs()
+    for module, (down, _) in factor_pairs(ctx.parameters).items():
+        protected = subspaces.directions.get(inputs[module])
+        down.copy_(leading_inputs(seen.kept[inputs[module]], protected, len(down)))
+
+
+def refuse_larger_rank(ctx: Context) -> None:
+    """`ConfigError` where a rank is larger than a layer's inputs are wide: A cannot be directions of them."""
     for module, (down, _) in factor_pairs(ctx.parameters).items():
         rank, width = down.shape
         if rank > width:
@@ -198,8 +202,6 @@ def start_outside(ctx: Context, seen: Gram, subspaces: Subspaces) -> None:
                 f"adapter.rank={rank} exceeds {module} of {width} inputs",
                 f"its directions are to be orthonormal: use a rank of at most {width}, or other targets",
             )
-        protected = subspaces.directions.get(inputs[module])
-        down.copy_(leading_inputs(seen.kept[inputs[module]], protected, rank))
 
 
 def _shrunk(rows: Tensor, most: int) -> Tensor:

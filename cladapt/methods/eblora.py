@@ -66,6 +66,15 @@ class Eblora(WithHistory):
         self.subspaces = Subspaces()
         self._stiefel: ops.Stiefel | None = None
 
+    def check(self, ctx: Context) -> None:
+        for module, (a, u) in factor_pairs(ctx.parameters).items():
+            rank, inputs, outputs = *a.shape, len(u)
+            if rank > min(inputs, outputs):
+                raise ConfigError(
+                    f"adapter.rank={rank} exceeds {module} of {inputs} inputs and {outputs} outputs",
+                    f"eblora needs orthonormal factors: use a rank of at most {min(inputs, outputs)}, or other targets",
+                )
+
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
         last = ctx.factors()
@@ -83,12 +92,6 @@ class Eblora(WithHistory):
         last = max(len(factors) - 1, 1)
         for number, (module, gradient) in enumerate(self._gradients(ctx).items()):
             a, u = factors[module]
-            if len(a) > min(gradient.shape):
-                outputs, inputs = gradient.shape
-                raise ConfigError(
-                    f"adapter.rank={len(a)} exceeds {module} of {inputs} inputs and {outputs} outputs",
-                    f"eblora needs orthonormal factors: use a rank of at most {min(gradient.shape)}, or other targets",
-                )
             right, left = leading_directions(gradient, self.subspaces.directions.get(module), len(a))
             a.copy_(right.T)
             u.copy_(left)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cladapt.methods._base import Context
-from cladapt.methods._estimate import Gram, protect, start_outside
+from cladapt.methods._estimate import Gram, protect, refuse_larger_rank, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._subspace import EnergySettings, Subspaces, refuse_other_parameters
 from cladapt.model.anchors import factor_pairs
@@ -47,6 +47,7 @@ class Inflora(WithHistory):
 
     def check(self, ctx: Context) -> None:
         refuse_other_parameters(ctx, "inflora learns B on a fixed A")
+        refuse_larger_rank(ctx)
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:

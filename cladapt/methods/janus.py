@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from cladapt import ops
 from cladapt.methods._base import Context
-from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect, start_outside
+from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect, refuse_larger_rank, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._prototypes import Prototypes
 from cladapt.methods._subspace import EnergySettings, Subspaces, outside, refuse_other_parameters
@@ -145,6 +145,8 @@ class Janus(WithHistory):
 
     def check(self, ctx: Context) -> None:
         refuse_other_parameters(ctx, "janus rectifies steps of factors A and B")
+        if self.config.factors == "fresh":
+            refuse_larger_rank(ctx)
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:

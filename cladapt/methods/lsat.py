@@ -55,6 +55,10 @@ class Lsat(WithHistory):
     def learned_with(self, block: int) -> Sequence[int]:
         return range(1, block + 1) if block <= self.config.long_blocks else (block,)
 
+    def check(self, ctx: Context) -> None:
+        if ctx.block > self.config.long_blocks:
+            self._long_term(ctx)
+
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
         ctx.set_history({})  # what was served is taken apart

@@ -283,7 +283,8 @@ def _adapted(config: RunSettings, stream: Any, base: FittedBase) -> Iterator[tup
     if (start := work.starts_from(config)) is not None:
         adapter_block(start)
         start_from(model, start, base)
-    method.check(Context.of(model, 1, {}, config.kernels))
+    first = min(work.blocks(config, stream, base), default=1)
+    method.check(Context.of(model, first, {}, config.kernels))
     work.check_model(config, method, model)
     yield method, model
     unload(model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cladapt.errors import ConfigError
+from cladapt.errors import ConfigError, ExampleWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,8 @@ def warn_left_out(read: "Iterable[Prompt | Document]", what: str) -> None:
     """Warn where a token budget has shortened prompts, with how many."""
     found = LeftOut.of(read)
     if found.shortened:
-        warnings.warn(f"{what}: {found}; raise history_tokens or row_tokens to keep more", stacklevel=3)
+        text = f"{what}: {found}; raise history_tokens or row_tokens to keep more"
+        warnings.warn(text, ExampleWarning, stacklevel=3)
 
 
 class PackedForm:

@@ -17,6 +17,7 @@ from torch import nn
 from cladapt import ops, ranks
 from cladapt.artifacts import hash_file, read_tensors, write_tensors
 from cladapt.config import LearningConfig, RunSettings
+from cladapt.errors import ExampleWarning
 from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
 from cladapt.model.saved import (
@@ -122,8 +123,8 @@ def learn_blocks(
         base.settle()
         state, record = method.state_dict(), {**provenance(block), **feed.record}
         if (past := past_blocks(block)) and not any(map(is_cut, model.parameters())):
-            with warnings.catch_warnings():  # what is left out of their prompts was said when they were learned
-                warnings.simplefilter("ignore", UserWarning)
+            with warnings.catch_warnings():  # it was said when they were learned
+                warnings.simplefilter("ignore", ExampleWarning)
                 look = fit.look.at(*examples(model, past))
             record[INTERFERENCE] = interference(model, before, look)
         ranks.once(partial(_finish_block, run, block, model, base, state, record, start, result))

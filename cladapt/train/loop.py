@@ -419,11 +419,15 @@ class Fit:
                 f"block {self.ctx.block}, step {self.ctx.step + 1}: the gradient norm is {norm}",
                 "lower the radius or the largest weight of eisam"
                 if unperturbed is not None and bool(unperturbed.isfinite())
-                else "lower train.lr"
-                if self.ctx.step
-                else _START,
+                else self._remedy(),
             )
         return norm
+
+    def _remedy(self) -> str:
+        for name, value in self.ctx.log.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}: lower its weight among the method's options, or train.lr"
+        return "lower train.lr" if self.ctx.step else _START
 
     @torch.no_grad()
     def score(self) -> float:

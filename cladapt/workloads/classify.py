@@ -1,6 +1,7 @@
 """Classifying: an image transformer meets classes block by block, and a head that is not told the block."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from cladapt import ops, ranks
 from cladapt.artifacts import read_parquet, read_record
 from cladapt.config import ClassEvalConfig, ImageTrainConfig, PositiveFloat, RunSettings, VitConfig
 from cladapt.data.images import ImageStream, digits_stream
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import ConfigError, DataError, ExampleWarning
 from cladapt.eval import classes
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.classes import MEASURES, OF_CLASSIFIERS, known_further
@@ -132,6 +133,13 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[nn.Module, Feed]:
             train = learned_rows(stream, blocks, replay, config.seed)
             own = np.unique(np.concatenate([stream.label[train], *map(stream.classes_of, blocks)]))
+            if len(own) == 1:
+                warnings.warn(
+                    f"block {blocks[-1]} has the class {stream.classes[own[0]]!r} alone: a softmax over one class "
+                    "teaches nothing; cut blocks of two classes and more",
+                    ExampleWarning,
+                    stacklevel=2,
+                )
             feed = ImageFeed(stream, train, stream.rows(blocks[-1], "valid"), config.train.batch_images)
             start = None
             if config.head == "cosine":

@@ -334,3 +334,15 @@ def test_what_does_not_fit_is_told(change: dict[str, object], message: str) -> N
     }
     with pytest.raises(ValueError, match=message):
         rectify(**{**given, **change})  # type: ignore[arg-type]
+
+
+def test_a_solver_that_does_not_converge_says_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    a, b = torch.full((2, 8), torch.nan), torch.eye(6)[:, :2]
+    found = rectify([a], [b], [a], [b], form="least_squares", gauge="sylvester")
+    assert not any(t.isfinite().all() for steps in found for t in steps)  # where it does, they stay visible
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(ValueError, match="factors, steps or subspaces hold values that are not finite"):
+        rectify([a], [b], [a], [b], form="least_squares", gauge="sylvester")

@@ -64,6 +64,33 @@ def test_every_hook_runs_in_the_given_order() -> None:
     assert calls == [f"{name}.{hook}" for hook in hooks for name in ("a", "ab")]
 
 
+def test_what_alters_the_adapter_at_a_blocks_end_comes_before_what_measures_it() -> None:
+    calls: list[str] = []
+    method = two(calls)
+    method.methods[1][1].alters = True  # type: ignore[misc]
+    method.end_block(Context({}))
+    assert calls == ["ab.end_block", "a.end_block"]
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_a_method_alters_the_adapter_at_a_blocks_end_where_it_says_so(
+    name: str, make_learner: Callable[..., Any]
+) -> None:
+    options = {"lsat": {"weight": 0.5}, "eisam": {"strength": 0.0}}.get(name, {})
+    method = build(MethodConfig(name=name))
+    if method.trains and method.parameters != "weights":
+        learner = make_learner(name, AdapterConfig(rank=3, dropout=0.0), **options)
+        learner.learn(2, 3)  # lsat has a long-term adapter by now
+        fit = learner.fit(4, epochs=1)
+        fit.begin()
+        for step in fit.steps(0):
+            fit.step(step, 0.5)
+        before = learner.products()
+        learner.method.end_block(fit.ctx)
+        after = learner.products()
+        assert method.alters == any(not torch.equal(after[module], each) for module, each in before.items())
+
+
 def test_edits_of_the_gradient_apply_one_to_the_others_result() -> None:
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.full((2,), 10.0)

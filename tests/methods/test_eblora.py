@@ -195,7 +195,7 @@ def test_the_released_multiplier_is_that_of_the_released_code(eblora: Make) -> N
 def test_a_rank_without_room_for_orthonormal_factors_is_refused(make_learner: Make) -> None:
     learner = make_learner("eblora", AdapterConfig(rank=65, targets=("q_proj",)))
     with pytest.raises(ConfigError, match=r"adapter\.rank=65 exceeds .*q_proj of 64 inputs and 64 outputs") as caught:
-        learner.fit(2).run()
+        learner.method.check(learner.fit(2).ctx)
     assert "a rank of at most 64" in caught.value.hint
 
 

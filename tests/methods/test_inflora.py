@@ -134,10 +134,11 @@ def test_the_energy_rises_over_the_blocks_before_and_rank_directions_stay_free(i
     assert steps[-1]["inflora/protected"] == pytest.approx(sum(by_module) / len(by_module))
 
 
-def test_a_rank_that_exceeds_a_layers_inputs_is_refused(make_learner: Make) -> None:
-    learner = make_learner("inflora", AdapterConfig(rank=65, targets=("q_proj",)))
+@pytest.mark.parametrize("name", ["inflora", "janus", "inflora+lwf"])
+def test_a_rank_that_exceeds_a_layers_inputs_is_refused(name: str, make_learner: Make) -> None:
+    learner = make_learner(name, AdapterConfig(rank=65, targets=("q_proj",)))
     with pytest.raises(ConfigError, match=r"^adapter\.rank=65 exceeds .*q_proj of 64 inputs") as caught:
-        learner.fit(2).run()
+        learner.method.check(learner.fit(2).ctx)
     assert caught.value.hint == "its directions are to be orthonormal: use a rank of at most 64, or other targets"
 
 

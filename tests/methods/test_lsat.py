@@ -124,7 +124,8 @@ def test_without_a_block_for_the_long_term_module_it_says_what_to_do() -> None:
     world = World()
     world.parameters[B].data.zero_()
     with pytest.raises(ConfigError, match=r"long_blocks=2: the first block to learn is 4, which leaves none") as caught:
-        Lsat(LsatConfig(weight=0.5)).begin_block(world.context(4))
+        Lsat(LsatConfig(weight=0.5)).check(world.context(4))
+    Lsat(LsatConfig(weight=0.5)).check(world.context(2))
     assert caught.value.hint == "use method.options.long_blocks=4 or more, or start from an adapter"
 
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cladapt.config import AdapterConfig, MethodConfig, RunConfig, SimulateConfig, TrainConfig, VitConfig
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
+from cladapt.errors import ExampleWarning
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter, lora_layers
 from cladapt.model.load import Base, load_base, new_model, save_base, trie_softmax
 from cladapt.model.packed import PackedLoss
@@ -158,7 +159,9 @@ def test_a_block_that_learns_nothing_changes_nothing(folder: Path, tmp_path: Pat
 def test_what_is_left_out_is_said_of_the_block_that_is_learned_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cladapt.train.stream.warn_left_out", lambda documents, of: warnings.warn(of, stacklevel=2))
+    monkeypatch.setattr(
+        "cladapt.train.stream.warn_left_out", lambda documents, of: warnings.warn(of, ExampleWarning, stacklevel=2)
+    )
     with pytest.warns(UserWarning, match="^block ") as told:
         learn(tmp_path, folder, "finetune")
     assert [str(each.message) for each in told] == ["block 2", "block 3", "block 4"]

@@ -296,13 +296,13 @@ def test_no_clip_leaves_large_gradients_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*values.values(), strict=True))
 
 
-@pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_is_told_before_the_step(factor: float) -> None:
-    fit = make_fit(method=Probe(factor))
+@pytest.mark.parametrize("in_term", [False, True])
+def test_a_gradient_that_is_not_finite_is_told_before_the_step(in_term: bool) -> None:
+    fit = make_fit(method=Probe(term=lambda ctx, batch, out: out * math.inf) if in_term else Probe(math.nan))
     before = [p.detach().clone() for p in fit.ctx.parameters.values()]
     with pytest.raises(DataError, match=r"^block 3, step 1: the gradient norm is (inf|nan)") as caught:
         fit.run()
-    assert caught.value.hint.startswith("nothing was learned yet: the base, or the adapter it starts from")
+    assert caught.value.hint.startswith("probe/term is inf: lower" if in_term else "nothing was learned yet: the base")
     assert all(torch.equal(a, b) for a, b in zip(before, fit.ctx.parameters.values(), strict=True))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from cladapt.artifacts import read_parquet, read_tensors
 from cladapt.config import AdapterConfig, ImagesConfig, ImageTrainConfig, MethodConfig, VitConfig, resolve
 from cladapt.data.images import ImageStream
-from cladapt.errors import CheckFailed, ConfigError, DataError
+from cladapt.errors import CheckFailed, ConfigError, DataError, ExampleWarning
 from cladapt.eval.classes import Outcomes
 from cladapt.eval.images import BIASES, FURTHER, PROTOTYPES, ROWS, prototypes_of
 from cladapt.model.cosine import CosineHead
@@ -80,6 +80,16 @@ def evaluate(path: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_block_of_one_class_is_said_to_teach_nothing(tmp_path: Path) -> None:
+    draw(tmp_path / "drawings", range(4))
+    images.import_images(tmp_path / "drawings", tmp_path / "stream", IMAGES.model_copy(update={"blocks": 4}))
+    images.make_base(tmp_path / "stream", tmp_path / "base", None, None, TINY, MemorySink())
+    with pytest.warns(ExampleWarning, match=r"^block \d has the class '.*class\d' alone") as found:
+        train(tmp_path, tmp_path / "run")
+    own = [str(each.message)[:7] for each in found if each.category is ExampleWarning]
+    assert sorted(set(own)) == ["block 2", "block 3", "block 4"]
 
 
 @pytest.mark.parametrize("name", ["finetune", "eblora"])

@@ -79,22 +79,31 @@ def _inverse(gram: Tensor, ridge: Tensor, eye: Tensor) -> Tensor:
     # but for rounding no pivot is below the ridge
     if not (failed.any() or (factor.diagonal(dim1=-2, dim2=-1).square() < least).any()):
         return torch.cholesky_inverse(factor)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = _eigh(gram)
     values = values.clamp_(min=0.0).unsqueeze(-2) + ridge
     if (values < SINGULAR * _trace(gram)).any():
         raise ValueError("damping=0 needs factors of full rank, and B^T B or A A^T has no inverse: use 1e-6")
     return (vectors / values) @ vectors.mT
 
 
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; `ValueError` where entries are not finite, by which a solver may not converge."""
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("factors, steps or subspaces hold values that are not finite: expected finite ones") from error
+    return values, vectors
+
+
 def _unconstrained(protected: Tensor, gram_a: Tensor) -> Tensor:
     """N: onto the complement of the columns of A V, whose singular values below AV_ROUNDING ||A||_F are 0."""
-    values, vectors = torch.linalg.eigh(protected)
+    values, vectors = _eigh(protected)
     free = values.unsqueeze(-2) <= AV_ROUNDING**2 * _trace(gram_a)
     return (vectors * free) @ vectors.mT
 
 
 def _sylvester(left: Tensor, left_ridge: Tensor, right: Tensor, right_ridge: Tensor, c: Tensor) -> Tensor:
     """Z of (left + ridge I) Z + Z (right + ridge I) = C, both symmetric."""
-    (first, p), (second, q) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    (first, p), (second, q) = _eigh(left), _eigh(right)
     sums = first.clamp_(min=0.0).unsqueeze(-1) + second.clamp_(min=0.0).unsqueeze(-2) + left_ridge + right_ridge
     return p @ ((p.mT @ c @ q) / sums) @ q.mT
