@@ -25,6 +25,10 @@ class Settings(BaseModel):
     shown_by: ClassVar[str] = "config show"
     """The command that prints every key."""
 
+    def changed(self) -> set[str]:
+        """Names of the fields whose value is not their default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
 
 S = TypeVar("S", bound=Settings)
 

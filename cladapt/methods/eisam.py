@@ -79,7 +79,7 @@ class EisamConfig(Settings):
     def _all_that_is_set_is_read(self) -> "EisamConfig":
         of_weights = {"exponent", "largest", "tail"}
         read = {"tail": {"tail"}, "uniform": set[str]()}.get(self.weights, {"exponent", "largest"})
-        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        changed = self.changed()
         if unread := sorted(changed & of_weights - read):
             raise ValueError(f"weights={self.weights} does not read {', '.join(unread)}: leave it out")
         if not self.perturb and (unread := sorted(changed - of_weights - {"weights", "perturb"})):
