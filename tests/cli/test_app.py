@@ -231,6 +231,17 @@ def test_without_json_it_is_lines_and_tables(command: Callable[[Any], None], cap
         assert text in out
 
 
+@pytest.mark.parametrize(("value", "shown"), [(-9e-18, "0.0000"), (-0.0, "0.0000"), (-2e-5, "-2e-05"), (1.0, "1.0000")])
+def test_what_rounding_leaves_of_a_zero_is_shown_as_one(
+    value: float, shown: str, command: Callable[[Any], None], capsys: Capture
+) -> None:
+    command({"forward transfer": value})
+    assert run(["data", "check", "x"]) == 0
+    assert capsys.readouterr().out.split() == ["forward", "transfer", shown]
+    assert run(["data", "check", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forward transfer"] == value
+
+
 def test_warnings_of_the_engine_are_one_line_others_are_for_debugging(
     command: Callable[[Any], None], capsys: Capture
 ) -> None:
