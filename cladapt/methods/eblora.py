@@ -47,9 +47,9 @@ class EbloraConfig(Settings):
     step_multiplier: Annotated[float, Field(gt=0.0)] | Literal["released"] = 1.0
     """Factor on the steps of U and V beside the learning rate; `released` is sqrt(4096 / r)."""
     start: float = 0.0
-    """Minus the first value of s, at the first module."""
+    """All singular values of the first module's update start at minus this."""
     start_slope: float = 0.0
-    """What is added to it towards the last module."""
+    """What `start` is raised by at the last module; those between lie on a line."""
 
 
 class Eblora(WithHistory):

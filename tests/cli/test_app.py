@@ -348,6 +348,10 @@ def test_methods_and_doctor(capsys: Capture) -> None:
     kernels = json.loads(capsys.readouterr().out)["kernels"]
     assert kernels
     assert all(row["op"] and row["implementation"] and row["reason"] for row in kernels)
+    assert run(["methods", "peso", "--json"]) == 0
+    assert {row["method"] for row in json.loads(capsys.readouterr().out)["options"]} == {"peso"}
+    assert run(["methods", "pesto"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: no method 'pesto'", "hint: did you mean 'peso'?"]
     for name in ("methods", "doctor"):
         assert run([name]) == 0
         assert {"methods": "peso", "doctor": "torch"}[name] in capsys.readouterr().out
