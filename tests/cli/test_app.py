@@ -341,6 +341,13 @@ def test_the_options_of_train_name_the_methods_of_the_folder() -> None:
     assert method_names() == sorted(available())
 
 
+def test_an_option_of_a_method_in_the_wrong_place_is_answered_by_its_spelling(capsys: Capture) -> None:
+    assert run(["train", "--method", "replay", "-o", "size=100"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "unknown key 'size'" in error
+    assert hint == "hint: options of a method are given as -o method.options.size=100"
+
+
 def test_methods_and_doctor(capsys: Capture) -> None:
     assert run(["methods", "--json"]) == 0
     assert {row["method"] for row in json.loads(capsys.readouterr().out)["methods"]} == set(available())
