@@ -82,6 +82,12 @@ class Subspaces:
                     self._take_in(kind, key.removeprefix(kind), kept)
 
 
+def most_protected_bytes(parameters: Mapping[str, Tensor]) -> int:
+    """The most bytes of the protected directions of all adapted modules, each with an input of its own."""
+    widths = [down.shape[1] for down, _ in factor_pairs(parameters).values()]
+    return sum(4 * n * (n // 2) for n in widths)
+
+
 def refuse_other_parameters(ctx: Context, does: str) -> None:
     """`ConfigError` unless an adapter learns A and B of every module; `does`: what a method does with them."""
     pairs = factor_pairs(ctx.parameters)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cladapt import ops
@@ -31,7 +31,7 @@ from cladapt.methods._base import Context
 from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._prototypes import Prototypes
-from cladapt.methods._subspace import EnergySettings, Subspaces, outside, refuse_other_parameters
+from cladapt.methods._subspace import EnergySettings, Subspaces, most_protected_bytes, outside, refuse_other_parameters
 from cladapt.model.anchors import factor_pairs
 from cladapt.model.observe import See
 
@@ -232,6 +232,17 @@ class Janus(WithHistory):
     def state_dict(self) -> dict[str, Tensor]:
         own = (self.subspaces, self.estimate, self.prototypes)
         return {**super().state_dict(), **{key: t for part in own for key, t in part.state_dict().items()}}
+
+    def block_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        """The most bytes that a block adds to the state, were there an input for each module; without class means."""
+        config = self.config
+        frozen = super().block_bytes(parameters) if config.factors == "fresh" else 0
+        if config.estimate == "none":
+            return frozen
+        kind = "gram" if config.estimate == "after" else config.memory
+        widths = [down.shape[1] for down, _ in factor_pairs(parameters).values()]
+        running = sum(4 * n * {"gram": n, "sketch": config.directions, "residual": n + 1}[kind] for n in widths)
+        return frozen + most_protected_bytes(parameters) + running
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for part in (self.subspaces, self.estimate, self.prototypes):

@@ -56,6 +56,7 @@ class Lsat(WithHistory):
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
+        self._begun = True
         ctx.set_history({})  # what was served is taken apart
         if ctx.block > self.config.long_blocks:
             if self.config.weight == "validation":
