@@ -26,7 +26,7 @@ class Settings(BaseModel):
     """The command that prints every key."""
 
     def changed(self) -> set[str]:
-        """The names of the fields that have another value than their default."""
+        """Names of the fields whose value is not their default."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
 

@@ -38,6 +38,20 @@ def real_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base of twelve items with two codes each, k // 3 and k % 3 those of item k."""
+    import numpy as np
+
+    from cladapt.model.load import new_model, save_base
+    from cladapt.tokens.sids import SidTable
+
+    sids = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
+    path = tmp_path_factory.mktemp("twelve") / "base"
+    save_base(path, *new_model("tiny", sids, seed=0), sids, {"fitted_block": 1})
+    return path
+
+
+@pytest.fixture(scope="session")
 def checkpoint() -> Callable[..., Path]:
     """Writes a tiny random checkpoint with a byte-level tokenizer: `checkpoint(folder, family, tied, padding)`."""
     return write_checkpoint

@@ -49,6 +49,12 @@ def test_settings_do_not_change_after_validation() -> None:
         RunConfig().seed = 1
 
 
+def test_what_is_changed_differs_from_its_default_however_it_was_given() -> None:
+    assert BlocksConfig().changed() == set()
+    assert BlocksConfig(min_events=5, k_core=0).changed() == set()
+    assert BlocksConfig(min_events=6, dates=("2020-01-01",)).changed() == {"min_events", "dates"}
+
+
 def test_every_mistake_is_told_at_once() -> None:
     values = {"train": {"lr": -1, "epoch": 3}, "seeed": 1, "adapter": {"rank": "four"}}
     with pytest.raises(ConfigError) as caught:

@@ -14,6 +14,8 @@ from cladapt.errors import DataError
 from cladapt.eval.significance import Effect
 
 Cell = str | int | float | Effect | None
+ROUNDING = 1e-12
+"""What is nearer to 0 is what rounding leaves of a 0, and is shown as one."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +350,8 @@ def _number(value: float | None) -> str:
         return "—"
     if isinstance(value, int):
         return str(value)
+    if abs(value) < ROUNDING:
+        value = 0.0
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
 
 

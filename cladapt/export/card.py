@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from cladapt.artifacts import read_record
 from cladapt.config import RunSettings
 from cladapt.data.schema import MANIFEST, ManifestRecord, home_of
+from cladapt.model.card import CARD
 from cladapt.model.load import LEFT_OUT
 
-CARD = "README.md"
+__all__ = ["CARD", "Facts", "adapter_card", "facts_of", "merged_card"]
 UNKNOWN = "unknown: fill in"
 TAGS = ["continual-learning", "recommendation", "semantic-ids", "cladapt"]
 

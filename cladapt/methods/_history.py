@@ -18,6 +18,7 @@ class WithHistory(Method):
         super().__init__(config)
         self.frozen: dict[str, Tensor] = {}
         self._ctx: Context | None = None
+        self._begun = False
 
     @torch.no_grad()
     def begin_fresh(self, ctx: Context) -> None:
@@ -31,7 +32,7 @@ class WithHistory(Method):
 
     def install(self, ctx: Context) -> None:
         """Put the frozen factors beside the adapter of this block."""
-        self._ctx = ctx
+        self._ctx, self._begun = ctx, True
         ctx.set_history(self.frozen)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -43,4 +44,11 @@ class WithHistory(Method):
             self.install(self._ctx)
 
     def state_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        """Bytes of `state_dict`; before the first block begins, the most that a block adds to them."""
+        if not self._begun:
+            return self.block_bytes(parameters)
         return sum(4 * tensor.numel() for tensor in self.state_dict().values())
+
+    def block_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        """The most bytes that a block adds to the state: its factors, frozen."""
+        return 4 * sum(p.numel() for p in parameters.values())

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from cladapt.config import Settings
 from cladapt.errors import ConfigError
@@ -80,6 +80,12 @@ class Subspaces:
             for key, kept in state.items():
                 if key.startswith(kind):
                     self._take_in(kind, key.removeprefix(kind), kept)
+
+
+def most_protected_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+    """The most bytes of the protected directions of all adapted modules, each with an input of its own."""
+    widths = [down.shape[1] for down, _ in factor_pairs(parameters).values()]
+    return sum(4 * n * (n // 2) for n in widths)
 
 
 def refuse_other_parameters(ctx: Context, does: str) -> None:

@@ -19,14 +19,14 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cladapt import ops
 from cladapt.config import Settings
 from cladapt.errors import ConfigError
 from cladapt.methods._base import Context
 from cladapt.methods._history import WithHistory
-from cladapt.methods._subspace import Subspaces, outside
+from cladapt.methods._subspace import Subspaces, most_protected_bytes, outside
 from cladapt.model.anchors import factor_pairs, is_learned, is_up, joined, module_of, scales
 
 RELEASED_WIDTH = 4096.0
@@ -47,9 +47,9 @@ class EbloraConfig(Settings):
     step_multiplier: Annotated[float, Field(gt=0.0)] | Literal["released"] = 1.0
     """Factor on the steps of U and V beside the learning rate; `released` is sqrt(4096 / r)."""
     start: float = 0.0
-    """Minus the first value of s, at the first module."""
+    """All singular values of the first module's update start at minus this."""
     start_slope: float = 0.0
-    """What is added to it towards the last module."""
+    """What `start` is raised by at the last module; those between lie on a line."""
 
 
 class Eblora(WithHistory):
@@ -139,6 +139,9 @@ class Eblora(WithHistory):
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), **self.subspaces.state_dict()}
+
+    def block_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return super().block_bytes(parameters) + most_protected_bytes(parameters)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.subspaces.load_state_dict(state)

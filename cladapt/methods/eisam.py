@@ -51,15 +51,17 @@ class EisamConfig(Settings):
     radius_exponent: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Rarer items are perturbed farther: radius_i = radius (f_i / mean)^-exponent; CC-SAM has 0.25."""
     weights: Literal["power", "focal", "max_focal", "tail", "uniform"] = "power"
-    """How an item's share depends on its frequency."""
+    """How an item's weight falls with its training events f. `power`: f^-exponent; `focal`: (1 - f / sum)^exponent;
+    `max_focal`: (1 - f / max)^exponent; `tail`: 1 up to `tail` events, else 0; `uniform`: 1."""
     exponent: Annotated[float, Field(ge=0.0)] = 0.5
-    """Of the weights `power`, `focal` and `max_focal`."""
+    """Exponent of the weights `power`, `focal` and `max_focal`."""
     largest: Annotated[float, Field(gt=0.0)] = 5.0
     """No weight is above this."""
     tail: Annotated[int, Field(ge=1)] = 20
     """Items with at most so many training events are the tail."""
     groups: Groups = "sample"
-    """Whose losses are perturbed in one direction."""
+    """Whose losses are perturbed in one direction: those of an `item`, of a `sample` (a history, or with targets=exact
+    one target), or of the whole `batch`."""
     targets: Literal["packed", "exact"] = "packed"
     """`exact`: an example for each target. `packed`: targets share their history. There a history moves in one piece
     (groups=sample), or a token for the target that comes next (groups=item), and later targets see it so."""

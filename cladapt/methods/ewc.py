@@ -36,9 +36,10 @@ class EwcConfig(Settings):
     strength: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the penalty; 0 is plain fine-tuning, bit for bit."""
     decay: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    """What stays of F when a block adds its own: 1 sums over all blocks, 0 knows the last one alone."""
+    """What stays of the Fisher information of earlier blocks when a block adds its own: 1 sums over all blocks, 0 knows
+    the last one alone."""
     sample: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the block's examples behind F."""
+    """Share of the block's examples that its Fisher information is taken of."""
     place: Literal["auto", "optimiser", "eager"] = "auto"
     """Where the term's gradient joins the task's: inside the optimiser's step, or before it by plain torch."""
 

@@ -17,12 +17,12 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cladapt.methods._base import Context
 from cladapt.methods._estimate import Gram, protect, refuse_larger_rank, start_outside
 from cladapt.methods._history import WithHistory
-from cladapt.methods._subspace import EnergySettings, Subspaces, refuse_other_parameters
+from cladapt.methods._subspace import EnergySettings, Subspaces, most_protected_bytes, refuse_other_parameters
 from cladapt.model.anchors import factor_pairs
 
 
@@ -71,6 +71,9 @@ class Inflora(WithHistory):
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), **self.subspaces.state_dict()}
+
+    def block_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return super().block_bytes(parameters) + most_protected_bytes(parameters)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.subspaces.load_state_dict(state)

@@ -21,7 +21,7 @@ class InterpolateConfig(Settings):
     """Options of interpolation."""
 
     weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """w, the share of the newly learned adapter; 1 is plain fine-tuning."""
+    """Share of the newly learned adapter in the average; 1 is plain fine-tuning."""
 
 
 class Interpolate(Method):

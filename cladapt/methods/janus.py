@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cladapt import ops
@@ -35,7 +35,7 @@ from cladapt.methods._base import Context
 from cladapt.methods._estimate import Estimate, Gram, Residual, Sketch, protect, refuse_larger_rank, start_outside
 from cladapt.methods._history import WithHistory
 from cladapt.methods._prototypes import Prototypes
-from cladapt.methods._subspace import EnergySettings, Subspaces, outside, refuse_other_parameters
+from cladapt.methods._subspace import EnergySettings, Subspaces, most_protected_bytes, outside, refuse_other_parameters
 from cladapt.model.anchors import factor_pairs
 from cladapt.model.observe import See
 
@@ -48,9 +48,11 @@ class JanusConfig(EnergySettings):
     """Options of Janus-LoRA."""
 
     estimate: Literal["online", "after", "none"] = "online"
-    """Where protected inputs come from: forward passes of training, a pass behind the block's end, or nothing is."""
+    """Where protected inputs are seen. `online`: in the forward passes of training; `after`: in a pass of their own
+    when the block has ended; `none`: nowhere, nothing is protected."""
     memory: Literal["gram", "sketch", "residual"] = "gram"
-    """How they are collected: exactly, by frequent directions, or as directions that steps need again and again."""
+    """How they are collected by estimate=online. `gram`: exactly; `sketch`: by frequent directions, in less memory;
+    `residual`: as directions that steps need again and again."""
     directions: PositiveInt = 64
     """Directions that memory=sketch keeps of an input, and that memory=residual takes from a step."""
     survive: PositiveInt = 3
@@ -60,25 +62,33 @@ class JanusConfig(EnergySettings):
     sample: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of the block's examples in passes of their own: those of estimate=after, start=inputs and class means."""
     rectify: Literal["composite", "factor", "none"] = "composite"
-    """What is made safe: the update of both factors together, the step of A alone, or nothing."""
+    """What is made safe. `composite`: the update that the steps of both factors make together; `factor`: the step of A
+    alone; `none`: nothing."""
     factors: Literal["fresh", "evolving"] = "fresh"
-    """Whether a block has factors of its own, with earlier ones frozen, or goes on with those of the block before."""
+    """`fresh`: a block has factors of its own beside those of earlier blocks, which are frozen; `evolving`: it goes on
+    with the factors of the block before."""
     start: Literal["inputs", "random"] = "inputs"
-    """Where fresh factors start: A at the leading directions of the block's inputs outside of V, found by a pass over
-    `sample` of its examples, or at random directions outside of V, which may meet little of the inputs."""
+    """Where A of fresh factors starts, always outside of the protected inputs. `inputs`: at the leading directions of
+    what is left of the block's inputs, found by a pass over `sample` of its examples; `random`: at random directions,
+    which may meet little of the inputs."""
     form: Form = "invariant"
-    """How near to the safe update a step comes; see above."""
+    """What a rectified step is. `invariant`: A stays outside of the protected inputs, so that no step of whatever size
+    changes what they make (needs factors=fresh). `least_squares`: the step of both factors that comes nearest to the
+    safe update. `exact`: the nearest of those that change nothing for protected inputs; with factors=evolving it may
+    leave B no step at all."""
     gauge: Gauge = "sylvester"
-    """How a rectified update is shared out between the factors: by the least change of both, in halves, or most to A.
-    While B is small, the latter two move A by as much as it is."""
+    """Which of the steps of A and B that make the same update is taken. `sylvester`: that of the least change of both;
+    `balanced`: each factor brings half of it; `zero`: A brings all that it can. With the last two A grows many times
+    over while B is small, as it is when a block begins with fresh factors."""
     damping: PositiveFloat = 1e-6
     """Added to B^T B and A A^T before they are inverted, relative to their mean eigenvalue."""
     margin_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the margin loss; 0 leaves it out."""
+    """Weight of the margin loss, which pushes features away from the mean features of earlier blocks' classes; 0 leaves
+    it out. In recommending an item's class is the first code of its ID."""
     margin: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
     """Cosine from which a feature is too near to a class of earlier blocks."""
     temperature: Annotated[float, Field(ge=1e-3)] = 0.1
-    """Width of the margin loss's hinge, in cosines."""
+    """How soft the margin is, in cosines: the smaller, the more the nearest class alone counts."""
 
     @model_validator(mode="after")
     def _all_that_is_set_is_read(self) -> "JanusConfig":
@@ -245,6 +255,17 @@ class Janus(WithHistory):
     def state_dict(self) -> dict[str, Tensor]:
         own = (self.subspaces, self.estimate, self.prototypes)
         return {**super().state_dict(), **{key: t for part in own for key, t in part.state_dict().items()}}
+
+    def block_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        """The most bytes that a block adds to the state, were there an input for each module; without class means."""
+        config = self.config
+        frozen = super().block_bytes(parameters) if config.factors == "fresh" else 0
+        if config.estimate == "none":
+            return frozen
+        kind = "gram" if config.estimate == "after" else config.memory
+        widths = [down.shape[1] for down, _ in factor_pairs(parameters).values()]
+        running = sum(4 * n * {"gram": n, "sketch": config.directions, "residual": n + 1}[kind] for n in widths)
+        return frozen + most_protected_bytes(parameters) + running
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for part in (self.subspaces, self.estimate, self.prototypes):

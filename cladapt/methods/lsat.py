@@ -36,9 +36,9 @@ class LsatConfig(Settings):
     """Options of LSAT."""
 
     long_blocks: PositiveInt = 2
-    """m: the long-term adapter learns blocks 1 to this one, each later block a short-term one."""
+    """The long-term adapter learns the blocks up to this one, each later block a short-term one."""
     weight: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["validation"] = "validation"
-    """lambda, the long-term adapter's share; `validation`: the one of 0, 0.1, ..., 1 with the best log-likelihood."""
+    """The long-term adapter's share; `validation`: the one of 0, 0.1, ..., 1 with the best log-likelihood."""
     fusion: Literal["products", "factors"] = "products"
     """What is averaged: the two updates of the weights, or the factors as in the released code."""
 
@@ -61,6 +61,7 @@ class Lsat(WithHistory):
 
     @torch.no_grad()
     def begin_block(self, ctx: Context) -> None:
+        self._begun = True
         ctx.set_history({})  # what was served is taken apart
         if ctx.block > self.config.long_blocks:
             if self.config.weight == "validation":

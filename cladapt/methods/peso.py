@@ -39,9 +39,11 @@ class PesoConfig(Settings):
     """Options of PESO."""
 
     strength: Annotated[float, Field(ge=0.0)] = 0.1
-    """lambda; 0 is plain fine-tuning, bit for bit."""
+    """Weight of the term; 0 is plain fine-tuning, bit for bit."""
     regulariser: Literal["literal", "code", "scaled", "l2"] = "scaled"
-    """Which proximal term."""
+    """Which proximal term. `literal`: the paper's KL of softmaxes of the factors' entries; `code`: that over the number
+    of adapted modules, as in the released code; `scaled`: that of entries divided by their spread; `l2`: half the
+    squared distance."""
     groups: Grouping = "factor"
     """Softmax groups: each factor, each module (A and B together), or each rank-1 vector."""
     place: Literal["auto", "optimiser", "epilogue", "eager"] = "auto"

@@ -71,7 +71,7 @@ class Sdlora(WithHistory):
         self.install(ctx)
 
     def install(self, ctx: Context) -> None:
-        self._ctx = ctx
+        self._ctx, self._begun = ctx, True
         ctx.set_history(self.frozen, self.magnitudes)
         ctx.learn({f"{module}.magnitudes": a for module, a in self.magnitudes.items()})
 
@@ -91,6 +91,9 @@ class Sdlora(WithHistory):
             for module, a in self.magnitudes.items():
                 a.copy_(found[module])
         super().load_state_dict(state)
+
+    def block_bytes(self, parameters: Mapping[str, nn.Parameter]) -> int:
+        return super().block_bytes(parameters) + 4 * len({*map(module_of, parameters)})
 
 
 def sizes(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from cladapt.model.adapter import (
     use_kernel,
 )
 from cladapt.model.anchors import joined
+from cladapt.model.card import CARD, short_card
 from cladapt.model.history import history_of, unload
 from cladapt.model.load import PROVENANCE
 from cladapt.model.packed import Softmax
@@ -93,9 +94,10 @@ class LoraRecord(BaseModel):
 
 
 def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance: Mapping[str, Any]) -> None:
-    """Write PEFT's own files and, beside them, `cladapt.json`; a history becomes the first ranks of the adapter.
+    """Write PEFT's own files and, beside them, `cladapt.json` and a card.
 
-    A classifier that has learned goes with it, and PEFT puts it in the place of the base's.
+    A history becomes the first ranks of the adapter. A classifier that has learned goes with it, and PEFT puts it in
+    the place of the base's.
     """
     with atomic_dir(folder) as temporary, quiet():
         model.save_pretrained(str(temporary), selected_adapters=[NAME], save_embedding_layers=False)
@@ -113,6 +115,8 @@ def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance
         config.inference_mode = True
         config.save_pretrained(str(temporary))
         write_factors(temporary, tensors, record)
+        kind = "AutoModelForImageClassification" if base.extra_tensors else "AutoModelForCausalLM"
+        (temporary / CARD).write_text(short_card(record, kind), encoding="utf-8")
 
 
 def write_factors(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:

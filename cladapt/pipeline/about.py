@@ -1,5 +1,6 @@
 """What this installation offers: the machine, the kernels in use, the methods."""
 
+import difflib
 import shutil
 import sys
 import warnings
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cladapt import ops
 from cladapt.config import describe
+from cladapt.errors import ConfigError
 from cladapt.methods import available
 from cladapt.run import environment
 
@@ -47,10 +49,17 @@ def _attention(dtype: "torch.dtype") -> dict[str, str]:
     return {"precision": str(dtype).removeprefix("torch."), "implementation": kind, "reason": reason}
 
 
-def list_methods() -> dict[str, Any]:
-    """Every method, its summary and its options."""
+def list_methods(asked: str | None = None) -> dict[str, Any]:
+    """Every method, or those of `asked` joined by +, with summary and options; `ConfigError` for an unknown name."""
+    known = available()
     methods, options = [], []
-    for name, kind in available().items():
+    for name in known if asked is None else asked.split("+"):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"no method {name!r}", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            )
+        kind = known[name]
         doc = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
         methods.append({"method": name, "trains": kind.trains, "what": doc})
         shown = ("key", "default", "allowed", "meaning")

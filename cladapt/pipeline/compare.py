@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import polars as pl
@@ -16,8 +17,9 @@ from cladapt.export.place import refuse_existing
 from cladapt.methods import Compose, build
 from cladapt.model.load import PROVENANCE
 from cladapt.pipeline.evaluation import Evaluated
-from cladapt.pipeline.report import REPORT
+from cladapt.pipeline.report import INTERFERENCE_NOTE, INTERFERENCE_TITLE, REPORT, interference_log
 from cladapt.run import Run, open_run
+from cladapt.train.interference import FIGURES, INTERFERENCE
 from cladapt.workloads._base import Comparison, Group, Workload, effect_lines
 
 TAILS = "tails"
@@ -56,6 +58,8 @@ def compare_runs(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
         ],
         **tables(comparison, pooled[0].name),
     }
+    if changes := interference_table(pooled):
+        result[INTERFERENCE] = changes
     if out is not None:
         write_comparison(out, comparison, result, _workload(pooled).note)
         result = {"out": str(out), **result}
@@ -112,6 +116,18 @@ def tables(comparison: Comparison[Any], reference: str) -> dict[str, list[dict[s
     return found
 
 
+def interference_table(pooled: Sequence[Pooled]) -> list[dict[str, Any]]:
+    """A row per group that has adapted to more than one block: means over blocks and seeds of what each has changed
+    for the inputs of those before it; see `cladapt.train.interference`."""
+    lines = []
+    for group in pooled:
+        known = [log for each in group.by_seed.values() if (log := interference_log(each.run))]
+        means = {figure: [fmean(row[figure] for row in log) for log in known] for figure in FIGURES}
+        if known:
+            lines.append({"model": group.name, "seeds": len(known), **{name: fmean(v) for name, v in means.items()}})
+    return lines
+
+
 def tail_differences(comparison: Comparison[Any], reference: str) -> list[dict[str, Any]]:
     """Each other line minus the reference by head and tail: a row per group."""
     pairs = [(name, reference) for name in comparison.names if name != reference]
@@ -127,17 +143,23 @@ def write_comparison(out: Path, comparison: Comparison[Any], result: Mapping[str
         for prefix, title in titles.items()
     ]
     tails = [name for name in (TAILS, f"{TAILS}_differences") if result.get(name)]
+    changes = [INTERFERENCE] if INTERFERENCE in result else []
     tail_titles = ("Head and tail of the items", "Head and tail of the items: paired differences")
     sections: list[Section] = [
         *(table for pair in zip(summaries, differences, strict=True) for table in pair),
         *(rows_table(t, result[n], comparison.tails_note) for t, n in zip(tail_titles, tails, strict=False)),
+        *(rows_table(INTERFERENCE_TITLE, result[name], INTERFERENCE_NOTE) for name in changes),
         *comparison.charts(),
         KeyValues("Runs", {group["name"]: ", ".join(group["runs"]) for group in result["groups"]}),
         KeyValues("Provenance", {"stream": result["stream"], "evaluation": comparison.config.model_dump(mode="json")}),
     ]
     title = "cladapt: " + " against ".join(group.name for group in comparison.groups)
     with atomic_dir(out) as folder:
-        for name in (*(f"{prefix}{table}" for prefix in titles for table in ("summary", "differences")), *tails):
+        for name in (
+            *(f"{prefix}{table}" for prefix in titles for table in ("summary", "differences")),
+            *tails,
+            *changes,
+        ):
             table = pl.DataFrame(result[name], infer_schema_length=None).write_csv(float_precision=6)
             (folder / f"{name}.csv").write_text(table, encoding="utf-8")
         (folder / REPORT).write_text(render_report(title, sections), encoding="utf-8")

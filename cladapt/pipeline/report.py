@@ -25,10 +25,11 @@ SPECTRUM = (
     "(exponential of the entropy of their shares in the sum), largest over mean of those above 0 (1: all are equal), "
     "largest, smallest. own: of what the block itself has learned, without the history in its adapter."
 )
+INTERFERENCE_TITLE = "What blocks change for earlier inputs"
 INTERFERENCE_NOTE = (
     "Of what a block adds to a layer, delta W, on inputs x of earlier blocks' examples. change: root mean square of "
     "||delta W x||, by which the layer's output moves. alignment: ||delta W X||_F / (||delta W||_F ||X||_F), 0 where "
-    "no earlier input meets the update. Means over the modules."
+    "no earlier input meets the update. Means over the modules. The lower, the better earlier inputs are protected."
 )
 TEXT_NOTE = (
     "perplexity: exp of the mean negative log-likelihood of a token, over the whole vocabulary. bits_per_byte: the "
@@ -92,7 +93,7 @@ def interference_sections(run: Run) -> list[Section]:
     ]
     trace = Trace("change", lines, labels=[m.removeprefix("base_model.model.") for m in modules], log=True)
     return [
-        rows_table("What blocks change for earlier inputs", interference_log(run), INTERFERENCE_NOTE),
+        rows_table(INTERFERENCE_TITLE, interference_log(run), INTERFERENCE_NOTE),
         Traces("Change for earlier inputs by layer", [trace], "block", "One line per module; what is 0 is left out."),
     ]
 

@@ -127,11 +127,11 @@ def matrix_lines(rows: pl.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def matrix_of(figures: Mapping[str, Any], name: str, title: str = "") -> HeatMap:
+def matrix_of(figures: Mapping[str, Any], name: str, title: str = "", note: str = "") -> HeatMap:
     """One figure of `matrix` with a row per model and a column per block."""
     models, blocks = (list(dict.fromkeys(cell[key] for cell in figures["matrix"])) for key in ("model_block", "block"))
     found = {(cell["model_block"], cell["block"]): cell[name] for cell in figures["matrix"]}
-    return HeatMap(title, models, blocks, [[found[m, b] for b in blocks] for m in models], "model / block")
+    return HeatMap(title, models, blocks, [[found[m, b] for b in blocks] for m in models], "model / block", note)
 
 
 def finite(value: float) -> float | None:

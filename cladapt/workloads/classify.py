@@ -62,6 +62,13 @@ CLASSIFIERS = (
 )
 
 
+MATRIX = (
+    "Framed: a block when it was just learned, from where forgetting is counted; the last has none yet. A dash: the "
+    "head does not know the block's classes. The validation log-likelihood of a run's log is among the block's own "
+    "classes alone: it chooses epochs and does not compare methods or classifiers, which ACC does."
+)
+
+
 class ClassifyConfig(RunSettings):
     """A whole run of `cladapt train --task classify`."""
 
@@ -247,7 +254,7 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
         return [
             rows_table("Measures", figures["table"], self.note),
             rows_table("Classifiers of the same models", figures["classifiers"], CLASSIFIERS),
-            matrix_of(figures, "accuracy", "R[t][s]: accuracy after block t on block s"),
+            matrix_of(figures, "accuracy", "R[t][s]: accuracy after block t on block s", MATRIX),
             *(matrix_of(figures, name, f"R[t][s]: {name}") for name in known_further(measures.rows)),
             matrix_of(figures, "probe", "P[t][s]: accuracy of the probe"),
         ]

@@ -188,7 +188,9 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             found = LeftOut.of(documents)
             left_out = {"items_left_out": found.items, "titles_cut": found.titles} if found.shortened else {}
             rows = pack(documents, train.row_tokens, None)
-            batches = math.ceil(len(rows.tokens) / max(1, train.batch_tokens // train.row_tokens))
+            feed = PackedFeed(documents, [], train.batch_tokens, train.row_tokens)
+            # an epoch's own order decides into how many rows its documents go
+            batches = [len(feed.epoch([config.seed, epoch])) for epoch in range(train.epochs)]
             lines.append(
                 {
                     "block": block,
@@ -197,7 +199,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
                     "targets": int(sum(d.loss.sum() for d in documents)) // base.sids.levels,
                     "tokens_per_epoch": int((rows.document > 0).sum()),
                     "filled": float((rows.document > 0).mean()),
-                    "steps": train.epochs * math.ceil(batches / train.accumulation),
+                    "steps": sum(math.ceil(count / train.accumulation) for count in batches),
                     **left_out,
                 }
             )

@@ -1,6 +1,6 @@
 """`cladapt doctor` and `cladapt methods`."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +20,12 @@ def doctor() -> dict[str, Any]:
     return about.doctor()
 
 
-def methods() -> dict[str, Any]:
-    """List the continual methods with their options."""
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one alone, or several joined by +; default: all.")
+    ] = None,
+) -> dict[str, Any]:
+    """List the continual methods with their options, each set by `train -o method.options.KEY=VALUE`."""
     from cladapt.pipeline import about
 
-    return about.list_methods()
+    return about.list_methods(name)

@@ -68,8 +68,9 @@ def train(
 ) -> dict[str, Any]:
     """Adapt a base to every new block of a stream; reads both, writes a run with one LoRA adapter per block."""
     from cladapt import workloads
-    from cladapt.config import load_recipe, merge_overrides, resolve
+    from cladapt.config import load_recipe, merge_overrides
     from cladapt.pipeline import runs
+    from cladapt.pipeline.asked import resolve_run
 
     flags = {
         "method.name": method,
@@ -113,7 +114,7 @@ def train(
         _refuse("--resume continues a run as it was configured, where it lies", others)
         places = {key: Path(values.pop(key)) for key in ("data", "base") if values.get(key)}
         return runs.resume(resume, Progress(), values, task, **places)
-    config = resolve(kind, values, str(recipe) if recipe else "train")
+    config = resolve_run(kind, values, str(recipe) if recipe else "train")
     return runs.plan(config) if dry_run else runs.train(config, out, Progress())
 
 

@@ -231,6 +231,17 @@ def test_without_json_it_is_lines_and_tables(command: Callable[[Any], None], cap
         assert text in out
 
 
+@pytest.mark.parametrize(("value", "shown"), [(-9e-18, "0.0000"), (-0.0, "0.0000"), (-2e-5, "-2e-05"), (1.0, "1.0000")])
+def test_what_rounding_leaves_of_a_zero_is_shown_as_one(
+    value: float, shown: str, command: Callable[[Any], None], capsys: Capture
+) -> None:
+    command({"forward transfer": value})
+    assert run(["data", "check", "x"]) == 0
+    assert capsys.readouterr().out.split() == ["forward", "transfer", shown]
+    assert run(["data", "check", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forward transfer"] == value
+
+
 def test_warnings_of_the_engine_are_one_line_others_are_for_debugging(
     command: Callable[[Any], None], capsys: Capture
 ) -> None:
@@ -330,6 +341,13 @@ def test_the_options_of_train_name_the_methods_of_the_folder() -> None:
     assert method_names() == sorted(available())
 
 
+def test_an_option_of_a_method_in_the_wrong_place_is_answered_by_its_spelling(capsys: Capture) -> None:
+    assert run(["train", "--method", "replay", "-o", "size=100"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "unknown key 'size'" in error
+    assert hint == "hint: options of a method are given as -o method.options.size=100"
+
+
 def test_methods_and_doctor(capsys: Capture) -> None:
     assert run(["methods", "--json"]) == 0
     assert {row["method"] for row in json.loads(capsys.readouterr().out)["methods"]} == set(available())
@@ -337,6 +355,10 @@ def test_methods_and_doctor(capsys: Capture) -> None:
     kernels = json.loads(capsys.readouterr().out)["kernels"]
     assert kernels
     assert all(row["op"] and row["implementation"] and row["reason"] for row in kernels)
+    assert run(["methods", "peso", "--json"]) == 0
+    assert {row["method"] for row in json.loads(capsys.readouterr().out)["options"]} == {"peso"}
+    assert run(["methods", "pesto"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: no method 'pesto'", "hint: did you mean 'peso'?"]
     for name in ("methods", "doctor"):
         assert run([name]) == 0
         assert {"methods": "peso", "doctor": "torch"}[name] in capsys.readouterr().out

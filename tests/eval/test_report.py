@@ -81,6 +81,18 @@ def test_a_full_report_is_well_formed_and_shows_every_number():
         assert title in text
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(-9e-18, "0.0000"), (-0.0, "0.0000"), (9e-18, "0.0000"), (-2e-5, "-2e-05"), (1e-3, "0.0010"), (1.5e5, "1.5e+05")],
+)
+def test_what_rounding_leaves_of_a_zero_is_one(value: float, shown: str):
+    for section in (Table("t", ["x"], [[value]]), HeatMap("t", [1], [2], [[value]])):
+        assert shown in read(section).text
+    assert f"{shown} [{shown}, {shown}]" in " ".join(
+        " ".join(read(Table("t", ["x"], [[Effect(value, value, value, 3)]])).text).split()
+    )
+
+
 def test_the_file_stands_alone():
     html = render_report("Report", FULL)
     assert not re.search(r"https?:|<script|<link|<img|@import|url\(", html)

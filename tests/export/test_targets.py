@@ -96,7 +96,7 @@ def test_a_peft_export_is_the_adapter_itself_pointing_to_its_base(base: Path, ad
     original = json.loads(before.pop("adapter_config.json"))
     original.pop("base_model_name_or_path")
     assert config == original
-    assert after.pop("README.md") != before.pop("README.md")  # PEFT's template becomes a card
+    assert after.pop("README.md") != before.pop("README.md")  # the short card becomes an export's
     assert after == before
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert report == {

@@ -14,7 +14,7 @@ from cladapt.methods import Context, build
 from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter
 from cladapt.model.anchors import is_up, joined
 from cladapt.model.history import history_of
-from cladapt.model.load import load_base, new_model, save_base, trie_softmax
+from cladapt.model.load import load_base, trie_softmax
 from cladapt.model.observe import Outputs
 from cladapt.model.packed import PackedLoss
 from cladapt.tokens.prompts import Document
@@ -26,14 +26,6 @@ from cladapt.train.sinks import MemorySink
 
 OutputsAt = Callable[[Mapping[str, Tensor]], dict[str, Any]]
 SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base of twelve items with two codes each."""
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
 
 
 class Learner:

@@ -18,7 +18,7 @@ from cladapt.methods.sdlora import Sdlora
 from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter, lora_layers, quiet
 from cladapt.model.anchors import is_up, module_of
 from cladapt.model.history import HISTORY
-from cladapt.model.load import Base, load_base, new_model, save_base, trie_softmax
+from cladapt.model.load import Base, load_base, trie_softmax
 from cladapt.model.packed import PackedLoss
 from cladapt.model.saved import read_adapter, save_adapter
 from cladapt.tokens.prompts import Document
@@ -32,13 +32,6 @@ SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, dropout=0.0, targets=("q_proj", "down_proj", "lm_head"))
 SCALE = 2.0
 PROBE = torch.tensor([[1, 4, 9, 5, 8, 6, 10, 7, 8]])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
 
 
 class Learner:

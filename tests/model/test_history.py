@@ -14,7 +14,7 @@ from cladapt.methods import Context, build
 from cladapt.model import lora_layer
 from cladapt.model.adapter import adapted_lm, adapter_parameters, adapter_tensors, create_adapter, lora_layers
 from cladapt.model.history import history_of
-from cladapt.model.load import load_base, new_model, save_base, trie_softmax
+from cladapt.model.load import load_base, trie_softmax
 from cladapt.model.packed import PackedLoss
 from cladapt.tokens.prompts import Document
 from cladapt.tokens.sids import SidTable
@@ -25,13 +25,6 @@ from cladapt.train.sinks import MemorySink
 
 SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
 ADAPTER = AdapterConfig(rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "down_proj"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
 
 
 class Calls:

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from cladapt import __version__, ops
+from cladapt.errors import ConfigError
 from cladapt.methods import available
 from cladapt.methods.peso import PesoConfig
 from cladapt.pipeline import about
@@ -43,6 +45,26 @@ def test_every_method_of_the_folder_is_listed_with_its_first_line() -> None:
     assert all(row["what"] for row in listed.values())
 
 
+def test_one_method_is_listed_alone_and_several_by_what_joins_them() -> None:
+    whole = about.list_methods()
+    for asked in ("janus", "peso+eisam"):
+        found, names = about.list_methods(asked), asked.split("+")
+        assert [row["method"] for row in found["methods"]] == names
+        for key in ("methods", "options"):
+            assert found[key] == [row for name in names for row in whole[key] if row["method"] == name]
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "hint"),
+    [("januss", "januss", "did you mean 'janus'?"), ("peso+zzz", "zzz", "known: cumulative, ")],
+)
+def test_a_method_that_no_file_has_is_named_with_the_nearest(asked: str, name: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        about.list_methods(asked)
+    assert caught.value.message == f"no method '{name}'"
+    assert caught.value.hint.startswith(hint)
+
+
 def test_every_option_has_its_default_and_meaning() -> None:
     options = [row for row in about.list_methods()["options"] if row["method"] == "peso"]
     assert [row["key"] for row in options] == list(PesoConfig.model_fields)
@@ -50,6 +72,12 @@ def test_every_option_has_its_default_and_meaning() -> None:
     for row in options:
         assert row["default"] == getattr(defaults, row["key"])
         assert row["meaning"]
+    # a text is read alone: neither the file's equations nor its neighbours are there
+    texts = {(row["method"], row["key"]): row for row in about.list_methods()["options"]}
+    assert not [key for key, row in texts.items() if re.search("see (above|below)", row["meaning"])]
+    for option in ("form", "gauge", "estimate", "memory", "rectify", "factors", "start"):
+        row = texts["janus", option]
+        assert all(f"`{value}`" in row["meaning"] for value in row["allowed"].split(" | "))
     allowed = {(row["method"], row["key"]): row["allowed"] for row in about.list_methods()["options"]}
     assert allowed["peso", "regulariser"] == "literal | code | scaled | l2"
     assert allowed["peso", "strength"] == ">= 0.0"

@@ -64,6 +64,34 @@ def likelihood(run: Path, model: int | None = None) -> float:
     return fmean(frame["log_likelihood"].mean() for frame in kept)  # type: ignore[misc]
 
 
+def test_what_blocks_change_for_earlier_inputs_stands_in_a_table_of_every_method(world: Path, tmp_path: Path) -> None:
+    result = compare_runs(paths(world, "peso", "finetune", "frozen"), tmp_path / "out")
+    expected = []
+    for name in ("peso", "finetune"):  # the frozen base changes nothing
+        line = {"model": name, "seeds": 2}
+        for figure in ("change", "alignment"):
+            by_seed = []
+            for run in paths(world, name):
+                records = [read_json(run / "adapters" / f"block_00{b}" / "cladapt.json") for b in (2, 3)]
+                each = [fmean(module[figure] for module in r["interference"].values()) for r in records]
+                by_seed.append(fmean(each))
+            line[figure] = pytest.approx(fmean(by_seed))
+        expected.append(line)
+    assert result["interference"] == expected
+    written = pl.read_csv(tmp_path / "out" / "interference.csv")
+    assert written["model"].to_list() == ["peso", "finetune"]
+    assert written["change"].to_list() == pytest.approx([line["change"] for line in result["interference"]], abs=1e-6)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What blocks change for earlier inputs" in page
+    assert "The lower, the better earlier inputs are protected." in page
+
+
+def test_where_no_run_has_adapted_twice_there_is_no_such_table(world: Path, tmp_path: Path) -> None:
+    result = compare_runs(paths(world, "frozen"), tmp_path / "out")
+    assert "interference" not in result
+    assert not (tmp_path / "out" / "interference.csv").exists()
+
+
 def test_seeds_are_pooled_and_groups_named_by_what_differs(world: Path) -> None:
     result = compare_runs(paths(world, "peso", "weak", "finetune"))
     names = ["peso strength=0.1", "peso strength=0.001", "finetune"]
@@ -134,6 +162,7 @@ def test_the_tables_and_a_page_are_written(world: Path, tmp_path: Path) -> None:
     result = compare_runs(paths(world, "peso", "finetune"), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "differences.csv",
+        "interference.csv",
         "new_items_differences.csv",
         "new_items_summary.csv",
         "next_block_differences.csv",

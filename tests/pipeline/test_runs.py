@@ -319,6 +319,7 @@ def test_a_plan_counts_what_a_run_does_and_writes_nothing(world: Path, tmp_path:
         targets = sum(len(split.training(i)[0]) - split.training(i)[1] for i in range(len(split.user)))
         assert block["targets"] == targets
         assert block["tokens_per_epoch"] * TRAIN.epochs == done[block["block"]]["tokens"]
+        assert block["steps"] == done[block["block"]]["steps"]
         assert 0.0 < block["filled"] <= 1.0
     tensors = load_file(tmp_path / "run" / "adapters" / "block_002" / "adapter_model.safetensors")
     assert plan["trained_parameters"] == sum(t.numel() for t in tensors.values())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cladapt.config import AdapterConfig, MethodConfig
 from cladapt.methods import Compose, Context, Method, build
 from cladapt.model.adapter import adapted_lm, adapter_parameters, create_adapter
-from cladapt.model.load import load_base, new_model, save_base, trie_softmax
+from cladapt.model.load import load_base, trie_softmax
 from cladapt.model.observe import Outputs, See, outputs_of
 from cladapt.model.packed import PackedLoss
 from cladapt.tokens.prompts import Document
@@ -26,13 +26,6 @@ from cladapt.train.targets import PackedTargets
 
 SIDS = SidTable(tuple(f"i{k}" for k in range(12)), np.array([[k // 3, k % 3] for k in range(12)]), (4, 3))
 TARGETS = ("q_proj", "v_proj", "down_proj", "lm_head")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    save_base(path, *new_model("tiny", SIDS, seed=0), SIDS, {"fitted_block": 1})
-    return path
 
 
 class Watcher(Method):

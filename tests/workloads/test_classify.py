@@ -126,7 +126,9 @@ def test_a_run_leaves_adapters_rows_measures_and_a_report(name: str, world: Path
         assert of_classifier.get("ACC - head", 0.0) == pytest.approx(last - line["ACC"])
         assert "FWT" not in of_classifier
     assert [line["block"] for line in metrics["spectrum"]] == [2, 3]
-    assert "Spectrum of the adapters" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Spectrum of the adapters" in page
+    assert page.count("it chooses epochs and does not compare methods or classifiers, which ACC does.") == 1
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     spectra = [e for e in events if e["kind"] == "spectrum"]
     assert [e["block"] for e in spectra] == [2, 3]
