@@ -23,6 +23,7 @@ from cladapt.tokens.build import SIDS, index_sids, load_sids, save_index, save_s
 from cladapt.tokens.encoder import encoder_settings
 from cladapt.tokens.extend import extend_sids, extend_with_index
 from cladapt.tokens.sids import SidTable, read_index
+from cladapt.tokens.versions import FOLDER, VERSIONS, folder_of, version_folder
 
 
 def import_data(source: str, out: Path, format: str, options: ReadOptions, config: BlocksConfig) -> dict[str, Any]:
@@ -218,7 +219,13 @@ def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict
         if (folder / SIDS).exists():
             raise ConfigError(
                 f"{folder / SIDS} exists: bases were made for it",
-                f"give new items IDs with `cladapt tokens extend {folder}`, or remove it to give all items new IDs",
+                f"give new items IDs with `cladapt tokens extend {folder}`, all of them new codes in the same tokens "
+                f"with `cladapt tokens refresh {folder}`, or remove it to give all items new IDs",
+            )
+        if (folder / VERSIONS).exists():
+            raise ConfigError(
+                f"{folder / VERSIONS} has later versions of the IDs, which begin with a {SIDS} that is not there",
+                f"restore it, or remove {VERSIONS} and {FOLDER}/ too: what was made with them is lost then",
             )
         if index is not None:
             table = save_index(folder, stream, read_index(index), config)
@@ -234,7 +241,8 @@ def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
         done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
     drift = done.drift or {}
     return {
-        "sids": str(folder / SIDS),
+        "sids": str(folder_of(folder, done.table.version) / SIDS),
+        "version": done.table.version,
         "fingerprint": done.table.fingerprint,
         "items": len(done.table.items),
         "new_items": done.new,
@@ -254,13 +262,19 @@ def inspect_tokens(folder: Path) -> dict[str, Any]:
 
 def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:
     texts = shared_texts(stream.items["text"].to_list())
-    report = {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **_room(folder, table)}
+    report = {
+        "sids": str(folder_of(folder, table.version) / SIDS),
+        "version": table.version,
+        "fingerprint": table.fingerprint,
+        **texts,
+        **_room(folder, table),
+    }
     return {**report, **collision_report(table)}
 
 
 def _room(folder: Path, table: SidTable) -> dict[str, int]:
     """Codes of the last level, and items in the fullest group of equal codes before it; none without such a level."""
-    settings = encoder_settings(folder)
+    settings = encoder_settings(version_folder(folder))
     if settings is not None and not settings.deduplicate:
         return {}
     groups = np.unique(table.codes[:, :-1], axis=0, return_counts=True)[1] if table.levels > 1 else [len(table.items)]

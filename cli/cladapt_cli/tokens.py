@@ -8,7 +8,7 @@ import typer
 from cladapt_cli._verb import verb
 from cladapt_cli.options import Overrides, StreamDir, overrides_of
 
-app = typer.Typer(no_args_is_help=True, help="Build, extend and inspect semantic IDs.")
+app = typer.Typer(no_args_is_help=True, help="Build, extend, refresh and inspect semantic IDs.")
 
 
 @verb(app)
@@ -65,6 +65,41 @@ def extend(
     from cladapt.pipeline import streams
 
     return streams.extend_tokens(stream, index)
+
+
+@verb(app)
+def refresh(
+    stream: StreamDir,
+    through: Annotated[
+        int | None,
+        typer.Option(
+            "--through",
+            show_default="the last block",
+            help="Fit on what is known by this block; later items are encoded as new ones are.",
+        ),
+    ] = None,
+    align: Annotated[
+        bool,
+        typer.Option(
+            "--align/--no-align",
+            help="Name new codes so that as few items as possible move, or leave them under numbers of their own: the "
+            "control of a study.",
+        ),
+    ] = True,
+    back: Annotated[
+        bool, typer.Option("--back", help="Go back to the version that the present one was refreshed from.")
+    ] = False,
+    override: Overrides = None,
+) -> dict[str, Any]:
+    """Fit semantic IDs anew in the same tokens, as the next version of the table; earlier versions stay readable."""
+    from cladapt.errors import ConfigError
+    from cladapt.pipeline import refresh as pipeline
+
+    if not back:
+        return pipeline.refresh_tokens(stream, overrides_of(override, "tokens"), through, align)
+    if through is not None or not align or override:
+        raise ConfigError("--back goes to a version that is there: other options do not fit", "leave them out")
+    return pipeline.take_back(stream)
 
 
 @verb(app)

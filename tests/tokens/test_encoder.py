@@ -31,6 +31,12 @@ def test_numbers_count_equal_codes_in_order_modulo_the_capacity(rows: list[tuple
     assert number.tolist() == [rows[:i].count(row) % capacity for i, row in enumerate(rows)]
 
 
+def test_numbers_are_the_lowest_that_no_equal_row_has() -> None:
+    before = np.array([[0, 1, 0], [0, 1, 3], [2, 2, 1]])
+    codes = np.array([[0, 1], [2, 2], [0, 1], [0, 1], [3, 3]])
+    assert number_in_group(codes, 4, before).tolist() == [1, 0, 2, 0, 0]
+
+
 @settings(max_examples=100)
 @given(CODES, st.lists(st.integers(0, 30), max_size=5))
 def test_ids_do_not_depend_on_how_items_arrive(rows: list[tuple[int, int]], cuts: list[int]) -> None:
