@@ -418,6 +418,8 @@ class RunConfig(RunSettings):
     """Base+tokens directory; empty = the embedded tiny base."""
     from_adapter: str = ""
     """Adapter directory that the first block starts from; empty = a fresh adapter."""
+    ids: Annotated[int, Field(ge=0)] = 0
+    """Version of the stream's IDs to learn by; 0 = the current one, which base and adapter must be made with."""
     quantisation: Literal["none", "4bit"] = "none"
     """`4bit`: the frozen base in bitsandbytes' NF4 while adapters learn and are measured (QLoRA); adapters are as
     ever, and merging takes the base as it was saved. Needs the `quant` extra."""

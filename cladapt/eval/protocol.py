@@ -84,23 +84,26 @@ def measure_run(
     note: Callable[[str], None],
     earlier: "Earlier[Measures] | None" = None,
     asked: Collection[int] | None = None,
+    others: Mapping[int, Evaluator] | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Rows of the base, then of each adapted model, on the held-out events of `blocks`, and on the first events of
     those of them that come next.
 
-    What `earlier` has of these is kept; of the rest the blocks in `asked`, by default all, are measured.
+    What `earlier` has of these is kept; of the rest the blocks in `asked`, by default all, are measured. `others`: the
+    evaluators of models, by their block, that read other IDs than the first.
     """
     config = evaluator.config
     earlier, asked = earlier or Earlier(), blocks if asked is None else asked
     found: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
     for index, model in enumerate(models):
+        own = (others or {}).get(model.block, evaluator)
         with ExitStack() as stack:
             lm: PreTrainedModel | None = None
             for block, first in _cells(config, model.block, blocks, base=index == 0):
                 rows = _kept(earlier, model.block, block, first)
                 if rows is None and block in asked:
                     lm = stack.enter_context(model.open()) if lm is None else lm
-                    rows = evaluator.rows(lm, model.block, block, first)
+                    rows = own.rows(lm, model.block, block, first)
                     earlier.measured += 1
                     what = "and on the first events of" if first else f"tested the model of block {model.block} on"
                     note(f"{what} block {block}: {rows.height} users")

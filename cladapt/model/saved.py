@@ -30,9 +30,10 @@ from cladapt.model.adapter import (
 )
 from cladapt.model.anchors import joined
 from cladapt.model.history import history_of, unload
-from cladapt.model.load import PROVENANCE
+from cladapt.model.load import PROVENANCE, Base
 from cladapt.model.packed import Softmax
 from cladapt.model.weights import check_finite
+from cladapt.tokens.sids import SidTable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,6 +64,19 @@ class PromptRecord(BaseModel):
     template: TemplateRecord
 
 
+class IdsRecord(BaseModel):
+    """The IDs that an adapter has learned by: the version, and the content of the rows of the items known then."""
+
+    version: PositiveInt
+    items: PositiveInt
+    fingerprint: str
+
+    @classmethod
+    def of(cls, table: SidTable) -> "IdsRecord":
+        """What a table of the items known by a block is recorded as."""
+        return cls(version=table.version, items=len(table.items), fingerprint=table.fingerprint)
+
+
 class AdapterRecord(BaseModel):
     """What an adapter's `cladapt.json` must hold; the others where they are known, and then meaningful."""
 
@@ -78,6 +92,7 @@ class AdapterRecord(BaseModel):
     weights: str = ""
     held_out_blocks: list[PositiveInt] = []
     head: Literal["linear", "cosine"] = "linear"
+    ids: IdsRecord | None = None
 
 
 class LoraRecord(BaseModel):
@@ -205,6 +220,26 @@ def adapter_provenance(folder: Path) -> dict[str, Any]:
     if not (folder / PROVENANCE).is_file():
         raise DataError(f"{folder} has no {PROVENANCE}", "give an adapter directory that cladapt wrote")
     return read_record(folder / PROVENANCE, AdapterRecord, RESTORE)
+
+
+def ids_version(folder: Path) -> int:
+    """The version of the IDs that an adapter has learned by; adapters that do not say have known the first alone."""
+    return int((adapter_provenance(folder).get("ids") or {"version": 1})["version"])
+
+
+def read_by(base: Base, table: SidTable, folder: Path) -> Base:
+    """The base with the IDs that an adapter has learned by; `DataError` where `table` is not of that content."""
+    record = adapter_provenance(folder).get("ids")
+    if record is None:
+        return base.with_sids(table)
+    found = IdsRecord.of(table.first(record["items"])).model_dump()
+    if found != record:
+        raise DataError(
+            f"{folder} has learned by version {record['version']} of the IDs with the hash {record['fingerprint']}, "
+            f"these are of version {found['version']} with the hash {found['fingerprint']}",
+            "name the stream that it has learned, with all versions of its IDs",
+        )
+    return base.with_version(table)
 
 
 def adapter_block(folder: Path) -> int:

@@ -26,7 +26,15 @@ from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, Base, load_base
-from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
+from cladapt.model.saved import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_provenance,
+    adapter_settings,
+    ids_version,
+    load_adapter,
+    read_by,
+)
 from cladapt.ops import compute_device
 from cladapt.pipeline.promote import current_block, read_current
 from cladapt.pipeline.report import METRICS
@@ -79,7 +87,7 @@ def _run_of(adapter: Path) -> Run | None:
 
 
 def offered_of(source: Source, data: Path | None = None) -> Offered | None:
-    """The IDs and the catalogue as of the newest block of the stream that an adapter has learned.
+    """The IDs and the catalogue as of the newest block of the stream that an adapter has learned, by its own version.
 
     That is the run's stream, or `data` where it is given. An export outside a run brings them along; None for one of
     before it did.
@@ -97,7 +105,7 @@ def offered_of(source: Source, data: Path | None = None) -> Offered | None:
             f"{source.adapter} has learned the stream {learned}, {folder} is the stream {stream.fingerprint}",
             "name the stream that it has learned: --data DIR",
         )
-    return Offered.of(stream, load_sids(folder, stream), names_by_text(record))
+    return Offered.of(stream, load_sids(folder, stream, ids_version(source.adapter)), names_by_text(record))
 
 
 def export(
@@ -129,15 +137,19 @@ def export(
         for source in sources:
             refuse(str(source.adapter), [f for f in check_vllm(source.adapter, source.base) if f.server == "vllm"])
     facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"), data)
-    offered = offered_of(last, data)
-    results = [_export_one(target, source, out, facts, offered, rank, overwrite) for source in sources]
+    of_version = {ids_version(source.adapter): source for source in sources}
+    offered = {version: offered_of(source, data) for version, source in of_version.items()}
+    results = [
+        _export_one(target, source, out, facts, offered[ids_version(source.adapter)], rank, overwrite)
+        for source in sources
+    ]
     return results[0] if not all_blocks else {**results[-1], "block": [result["block"] for result in results]}
 
 
 def _export_one(
     target: str, source: Source, out: Path, facts: Facts, offered: Offered | None, rank: int | None, replace: bool
 ) -> dict[str, Any]:
-    found = {} if offered is None else {"offered_items": len(offered.items)}
+    found = {} if offered is None else {"offered_items": len(offered.items), "ids": offered.sids.version}
     if rank is None:
         return {**export_to(target, source.adapter, source.base, out, facts, offered, replace), **found}
     with compressed(source.adapter, source.base, rank) as (adapter, lost):
@@ -216,7 +228,7 @@ def recommend(
         raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
     model = load_adapter(base, source.adapter)
     offered = _offered(source, data)
-    base, allowed, withdrawn = _catalogue(offered, base, listed, catalogue)
+    base, allowed, withdrawn = _catalogue(offered, base, source.adapter, listed, catalogue)
     form = recorded_form(record, base, None if offered is None else offered.texts)
     frame, counts = recommend_items(
         adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, width, exclude_seen
@@ -241,15 +253,15 @@ def _offered(source: Source, data: Path | None) -> Offered | None:
 
 
 def _catalogue(
-    offered: Offered | None, base: Base, listed: list[str] | None, file: Path | None
+    offered: Offered | None, base: Base, adapter: Path, listed: list[str] | None, file: Path | None
 ) -> tuple[Base, list[str] | None, int]:
     """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
     if offered is None:
-        return base, listed, 0
+        return read_by(base, base.sids, adapter), listed, 0
     allowed, withdrawn = offered.chosen(listed)
     if not allowed:
         raise DataError(f"all {withdrawn} items of {file} are withdrawn", "list items that are offered")
-    return base.with_sids(offered.sids), allowed, withdrawn
+    return read_by(base, offered.sids, adapter), allowed, withdrawn
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -41,6 +41,7 @@ def update(
     items: Path | None = None,
     index: Path | None = None,
     held_out: str = "next",
+    ids: int | None = None,
     promotion: PromoteConfig | None = None,
     target: str = "peft",
     out: Path | None = None,
@@ -49,20 +50,22 @@ def update(
 
     `least`: users that must be tested in a new block; with fewer its rows wait in the stream for the next log. The
     outcome is `promoted`, `refused`, `waiting`, `nothing new` or `all late`; `CheckFailed`, after all is written, where
-    the adapter is refused, or every row is older than the stream's end and not in it. `items`,
-    `index`: texts and IDs of new items. `data`, `base`: where the run's stream and base are now.
+    the adapter is refused, or every row is older than the stream's end and not in it. `items`, `index`: texts and IDs
+    of new items. `ids`: the version of the IDs that new blocks are learned by, see `continue_run`. `data`, `base`:
+    where the run's stream and base are now.
     """
     began = time.monotonic()
     path = latest_run() if path is None else path
     run = open_run(path, data, base)
     _check(run, target, held_out, index, out)
+    runs.check_version(run, ids)
     stream = Path(run.config.data)
     with locked(path / ".update"):  # the stages lock run and stream for themselves
         # another stream or base is refused before the log is in it
         verify_inputs(run, open_inputs(run, learning=True)[1])
         appended = growth.append_data(stream, source, dates=dates, late=late, rejects=rejects, least=least, items=items)
         extended = streams.extend_tokens(stream, index)
-        learned = runs.continue_run(path, sink, data=data, base=base, held_out=held_out)
+        learned = runs.continue_run(path, sink, data=data, base=base, held_out=held_out, ids=ids)
         report: dict[str, Any] = {
             "run": str(path),
             "stream": str(stream),

@@ -224,6 +224,18 @@ class Workload(ABC, Generic[C, S, B, M]):
         """Identity of what the outputs of the base stand for in the blocks up to `block`."""
         return base.fingerprint
 
+    def settled(self, config: C, base: B) -> C:
+        """The settings of a run that begins, with what they leave to its inputs."""
+        return config
+
+    def version(self, config: C) -> int:
+        """Version of the names that the stream's items have now; 0 where they never change."""
+        return 0
+
+    def base_of(self, config: C, stream: S, base: B, adapter: Path | None) -> B:
+        """The base as one of its adapters reads it, or (None) alone."""
+        return base
+
     @abstractmethod
     def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
         """Make the embedded stream and base where they are missing."""
@@ -237,6 +249,10 @@ class Workload(ABC, Generic[C, S, B, M]):
 
     def provenance(self, config: C, block: int) -> Mapping[str, Any]:
         """What the `cladapt.json` of a block's adapter says beside stream, configuration, method and seed."""
+        return {}
+
+    def reading(self, config: C, stream: S, base: B, block: int) -> Mapping[str, Any]:
+        """What a block's adapter says of how its outputs are read; mistakes in the settings show here."""
         return {}
 
     def check_adapter(self, config: C, adapter: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,11 +48,12 @@ from cladapt.methods import Method, build
 from cladapt.model.adapter import adapted_lm, adapted_weights, lora_layers
 from cladapt.model.load import Base, base_provenance, check_form, check_home, load_base
 from cladapt.model.packed import PackedLoss
-from cladapt.model.saved import LEARNED, adapter_provenance
+from cladapt.model.saved import LEARNED, IdsRecord, adapter_provenance, ids_version, read_by
 from cladapt.model.sharding import refuse_one_process
 from cladapt.model.source import check_reach
 from cladapt.tokens.build import load_sids, save_sids
 from cladapt.tokens.prompts import Form, LeftOut, one_target_each, pack
+from cladapt.tokens.versions import versions_of
 from cladapt.train.bases import make_base
 from cladapt.train.blocks import Examples
 from cladapt.train.feeds import PackedFeed, shard
@@ -108,7 +110,32 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             check_start(start, stream, config.data)
             self.check_adapter(config, start)
         check_form(base, config.train.form, config.train.history)
-        return stream, base.with_sids(load_sids(Path(config.data), stream))
+        made, now = (base.version if start is None else ids_version(start)), self.version(config)
+        if not config.ids and made != now:
+            raise other_version(str(start or config.base), made, config.data, now)
+        base = base.with_sids(load_sids(Path(config.data), stream, base.version))
+        return stream, self._by_version(config.model_copy(update={"ids": config.ids or now}), stream, base)
+
+    def _by_version(self, config: RunConfig, stream: Stream, base: Base) -> Base:
+        """The base with the version of the IDs that a configuration names, if any."""
+        if config.ids in (0, base.sids.version):
+            return base
+        return base.with_version(load_sids(Path(config.data), stream, config.ids))
+
+    def settled(self, config: RunConfig, base: Base) -> RunConfig:
+        return config.model_copy(update={"ids": base.sids.version})
+
+    def version(self, config: RunConfig) -> int:
+        return versions_of(Path(config.data)).current
+
+    def base_of(self, config: RunConfig, stream: Stream, base: Base, adapter: Path | None) -> Base:
+        version = base.version if adapter is None else ids_version(adapter)
+        known = self._by_version(config.model_copy(update={"ids": version}), stream, base)
+        return known if adapter is None else read_by(base, known.sids, adapter)
+
+    def reading(self, config: RunConfig, stream: Stream, base: Base, block: int) -> dict[str, Any]:
+        table = self._by_version(config, stream, base).sids
+        return {"ids": IdsRecord.of(table.first(len(stream.known(block)))).model_dump()}
 
     def prefix(self, stream: Stream, fingerprint: str) -> Stream | None:
         home = stream.home_of(fingerprint)
@@ -150,9 +177,11 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         return str(made.pop("fingerprint")), {key: value for key, value in made.items() if key != "cladapt"}
 
     def examples(self, config: RunConfig, stream: Stream, base: Base) -> Examples:
+        base = self._by_version(config, stream, base)
         form, by_item = form_of(config, base, stream), build(config.method).flattens
 
         def of_blocks(model: "PeftModel", blocks: Sequence[int]) -> tuple[PackedLoss, PackedFeed]:
+            warn_of_later(config, base, blocks[-1])
             loss = PackedLoss(adapted_lm(model), catalogue_softmax(base, stream, blocks[-1], config.train.softmax))
             again = again_with(config, stream, blocks)
             return loss, make_feed(stream, blocks, form, config.train, by_item, again)
@@ -238,12 +267,18 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         earlier: Earlier[Measures],
         sink: Sink,
     ) -> Measures:
-        form = form_of(config, base, stream)
-        evaluator = Evaluator(stream, base, form, settings, config.train.softmax, config.seed)
+        evaluators = self._evaluators(config, settings, stream, base, models)
+        evaluator = evaluators[models[0].block]
         blocks = range(1, stream.n_blocks + 1)
         asked = blocks if block is None else [block]
         rows, first = measure_run(
-            evaluator, models, blocks, lambda text: sink.emit({"kind": "note", "text": text}), earlier, asked
+            evaluator,
+            models,
+            blocks,
+            lambda text: sink.emit({"kind": "note", "text": text}),
+            earlier,
+            asked,
+            evaluators,
         )
         name, after, learned = config.method.name, None, models[0].block
         later = [b for b in sorted(rows["block"].unique()) if b > learned]
@@ -262,6 +297,21 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
         places = tails.measure_places(evaluator, later, earlier)
         return Measures(name, rows, counts, learned, settings, best, next=after, learned=leaks, places=places)
 
+    def _evaluators(
+        self, config: RunConfig, settings: EvalConfig, stream: Stream, base: Base, models: Sequence[Candidate]
+    ) -> dict[int, Evaluator]:
+        """The evaluator of each model by its block; models that read the same IDs share one."""
+        by_version: dict[int, Evaluator] = {}
+        found = {}
+        for model in models:
+            known = model.base or base
+            if known.sids.version not in by_version:
+                form = form_of(config, known, stream)
+                made = Evaluator(stream, known, form, settings, config.train.softmax, config.seed)
+                by_version[known.sids.version] = made
+            found[model.block] = by_version[known.sids.version]
+        return found
+
     def judge(
         self,
         config: RunConfig,
@@ -273,15 +323,14 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
     ) -> dict[str, dict[str, Effect]]:
         changes = {"targets": "valid", "next_block": False, "bootstrap": settings.bootstrap}
         asked = config.eval.model_copy(update=changes)
-        form = form_of(config, base, stream)
-        evaluator = Evaluator(stream, base, form, asked, config.train.softmax, config.seed)
+        evaluators = self._evaluators(config, asked, stream, base, [*models.values()])
         rows = {}
         for name, model in models.items():
             with model.open() as lm:
-                rows[name] = evaluator.rows(lm, block, block)
+                rows[name] = evaluators[model.block].rows(lm, block, block)
         *others, challenger = rows
         popularity = COUNTS[0]
-        rows[popularity] = measure_counts(evaluator, [block])[popularity]
+        rows[popularity] = measure_counts(evaluators[block], [block])[popularity]
         metrics = (f"HR@{max(asked.top_k)}", LOG_LIKELIHOOD)
         found = {name: effects(rows[challenger], rows[name], asked, metrics) for name in (*others, popularity)}
         return {name: {m: e for m, e in by_metric.items() if e is not None} for name, by_metric in found.items()}
@@ -329,7 +378,7 @@ class Recommend(Workload[RunConfig, Stream, Base, Measures]):
             rows_table("Slices of the current blocks", figures["slices"]),
             rows_table("Head and tail of the items", figures["tails"], tails.NOTE),
             *next_block_tables(figures["next_block"]),
-            KeyValues("Semantic IDs", base.sids.collisions()),
+            KeyValues("Semantic IDs", {"version": base.sids.version, **base.sids.collisions()}),
         ]
 
     def question(self, measures: Measures) -> dict[str, Any]:
@@ -355,6 +404,27 @@ def check_start(adapter: Path, stream: Stream, data: str) -> None:
             f"{adapter} has learned up to block {record.get('block')} of the stream {made_of}, {data} is the stream "
             f"{stream.fingerprint}, which does not begin with it",
             "use the stream that it has learned, so that no test event is in its training data",
+        )
+
+
+def other_version(made: str, version: int, data: str, now: int) -> ConfigError:
+    """The error of a base or an adapter that was made with other IDs than the stream has now."""
+    return ConfigError(
+        f"{made} was made with version {version} of the IDs, {data} is at version {now}",
+        f"-o ids={version} goes on by the IDs it knows, -o ids={now} learns the new ones from it; or make a base for "
+        f"them, or go back: cladapt tokens refresh {data} --back",
+    )
+
+
+def warn_of_later(config: RunConfig, base: Base, block: int) -> None:
+    """Warn where a block is learned by IDs that were fitted on later ones."""
+    version = base.sids.version
+    fitted = 1 if version == 1 else versions_of(Path(config.data)).through(version)
+    if fitted > block:
+        warnings.warn(
+            f"block {block} is learned by version {version} of the IDs, which was fitted on blocks 1 to {fitted}: its "
+            "figures know what came later",
+            stacklevel=3,
         )
 
 
