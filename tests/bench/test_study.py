@@ -68,6 +68,32 @@ def made(
     return done, study.tables(one.recipe, done)
 
 
+def test_a_study_of_refreshed_ids(study: Any, tmp_path: Path) -> None:
+    recipe = {
+        **INTERACTIONS,
+        "simulate": {**INTERACTIONS["simulate"], "users": 90},
+        "refreshes": [{"through": 2}, {"through": 2, "align": False}],
+        "after": 2,
+        "run": {**INTERACTIONS["run"], "method": {"name": "finetune"}, "eval": {"bootstrap": 100}},
+        "cells": {"frozen IDs": {"ids": 1}, "aligned": {"ids": 2}, "not aligned": {"ids": 3}},
+        "references": [],
+        "pairs": [["aligned", "not aligned"]],
+        "seeds": [0],
+    }
+    done, tables = made(study, recipe, tmp_path)
+    starts = {cell.config.from_adapter for cell, _ in done}
+    assert len(starts) == 1
+    assert starts.pop().endswith("block_002")
+    ids = {line["cell"]: line for line in tables["ids"].to_dicts()}
+    assert [ids[name]["ids"] for name in recipe["cells"]] == [1, 2, 3]
+    assert ids["frozen IDs"]["moved"] is None
+    assert ids["aligned"]["moved"] < ids["not aligned"]["moved"]
+    versions = [read_json(folder / "adapters" / "block_003" / "cladapt.json")["ids"]["version"] for _, folder in done]
+    assert versions == [1, 2, 3]
+    assert tables["cells"]["backward transfer"].null_count() == 0
+    assert "difference" in tables["differences"].columns
+
+
 def test_a_study_of_recommendations(
     study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
