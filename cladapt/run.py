@@ -242,7 +242,7 @@ def open_run(path: Path, data: Path | None = None, base: Path | None = None) -> 
         key: _place(path / where, getattr(config, key, "")) for key, where in record.get("paths", {}).items()
     }
     places |= {key: str(where) for key, where in (("data", data), ("base", base)) if where is not None}
-    if getattr(config, "ids", None) == 0:  # older runs have known one version alone
+    if hasattr(config, "ids") and "ids" not in record["config"]:  # older runs have known one version alone
         places["ids"] = 1
     held_out, ids = ({int(block): value for block, value in record.get(key, {}).items()} for key in ("held_out", "ids"))
     return Run(path, config.model_copy(update=places), record.get("inputs", {}), held_out, ids)

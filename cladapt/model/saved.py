@@ -242,6 +242,17 @@ def read_by(base: Base, table: SidTable, folder: Path) -> Base:
     return base.with_version(table)
 
 
+def read_alone(base: Base, folder: Path) -> Base:
+    """The base with its own IDs, for an adapter that came without any; `DataError` where it has learned by others."""
+    if (version := ids_version(folder)) != base.sids.version:
+        raise DataError(
+            f"{folder} has learned by version {version} of the IDs and came without them, its base has version "
+            f"{base.sids.version}",
+            "name the stream with --data DIR, or export the adapter again",
+        )
+    return base
+
+
 def adapter_block(folder: Path) -> int:
     """The block that an adapter has learned; without it, learning the block again would be testing on training data."""
     record = adapter_provenance(folder)

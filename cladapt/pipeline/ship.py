@@ -33,6 +33,7 @@ from cladapt.model.saved import (
     adapter_settings,
     ids_version,
     load_adapter,
+    read_alone,
     read_by,
 )
 from cladapt.ops import compute_device
@@ -257,7 +258,7 @@ def _catalogue(
 ) -> tuple[Base, list[str] | None, int]:
     """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
     if offered is None:
-        return read_by(base, base.sids, adapter), listed, 0
+        return read_alone(base, adapter), listed, 0
     allowed, withdrawn = offered.chosen(listed)
     if not allowed:
         raise DataError(f"all {withdrawn} items of {file} are withdrawn", "list items that are offered")

@@ -11,6 +11,7 @@ from cladapt.artifacts import read_json, write_json
 from cladapt.config import AdapterConfig, MethodConfig, RunConfig, TrainConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
+from cladapt.export.merge import merge
 from cladapt.model.load import base_provenance, load_base
 from cladapt.model.saved import adapter_provenance
 from cladapt.pipeline import bases, evaluation, promote, refresh, runs, ship
@@ -131,6 +132,13 @@ def test_recommendations_and_exports_have_the_ids_of_their_adapter(world: Path, 
     (out / "sids.parquet").write_bytes((tmp_path / "peft-2" / "sids.parquet").read_bytes())
     with pytest.raises(DataError, match=r"has learned by version 2 of the IDs .* these are of version 1"):
         recommended(out, tmp_path)
+    for name in ("sids.parquet", "catalogue.parquet"):
+        (out / name).unlink()
+    without = "has learned by version 2 of the IDs and came without them"
+    with pytest.raises(DataError, match=without), pytest.warns(UserWarning, match=r"has no sids\.parquet"):
+        recommended(out, tmp_path)
+    with pytest.raises(DataError, match=without):
+        merge(out, tmp_path / "base", tmp_path / "alone")
     served = tmp_path / "served"
     ship.export(run, "vllm", served, tmp_path / "base", None, all_blocks=True)
     for block, version in ((2, 1), (3, 2), (4, 2)):
