@@ -190,12 +190,12 @@ JSON_TEXTS = {
 
 JSON_KEYS = {  # what each file is asked for
     "stream/manifest.json": ("schema_version", "hashes", "config", "withdrawn", "cuts", "earlier"),
-    "grown/tokens.json": ("schema_version", "config", "block_1", "files"),
+    "grown/tokens.json": ("schema_version", "config", "block_1", "through", "files"),
     "bare/manifest.json": ("schema_version", "hashes", "cuts", "appended", "notes"),
-    "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "stream"),
-    f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream"),
+    "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "ids", "stream"),
+    f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream", "ids"),
     f"{BLOCKS}/adapter_config.json": ("r", "lora_alpha", "target_modules", "peft_type"),
-    "run/config.json": ("schema_version", "config", "inputs", "paths", "held_out"),
+    "run/config.json": ("schema_version", "config", "inputs", "paths", "held_out", "ids"),
     "*/environment.json": ("packages",),
     "run/metrics.json": ("base_block", "config", "ceiling", "table", "matrix"),
     "runs/latest.json": ("run",),
@@ -238,6 +238,8 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
         if not call.startswith("merge") and call != FROM
     },
     f"{BLOCKS}/cladapt.json: history_rank missing": "an adapter without a history has none",
+    f"{BLOCKS}/cladapt.json: ids missing": "older adapters do not say: theirs is version 1",
+    f"{BLOCKS}/cladapt.json: ids null": "older adapters do not say: theirs is version 1",
     f"{BLOCKS}/cladapt.json: stream missing": "compared where a stream is given",
     f"{BLOCKS}/cladapt.json: stream text": "compared where a stream is given",
     **{
@@ -246,6 +248,9 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
     },
     "run/config.json: paths missing": "older runs do not have them: the places as they were given hold",
     "run/config.json: held_out missing": "it never changed",
+    "run/config.json: ids missing": "they never changed",
+    "base/cladapt.json: ids missing": "older bases do not say: theirs is version 1",
+    "grown/tokens.json: through missing": "older IDs do not say: they were fitted on block 1",
     "run/config.json: inputs missing": "older runs do not have them; --resume says that they are not compared",
     "*/environment.json: missing: export run": "a model card tells what is known of the machine",
     "*/environment.json: missing: train --resume": "killed before it: recorded when the run goes on",
