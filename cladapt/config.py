@@ -20,6 +20,8 @@ Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Weight = Annotated[float, Field(ge=0.0, le=100.0)]
+COOCCURRENCE = "cooccurrence"
+"""The embedding that takes no texts."""
 _TRACKER = "(tensorboard|wandb|trackio|mlflow)"
 Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
@@ -80,9 +82,27 @@ class TokensConfig(Settings):
 
     shown_by = "config show --for tokens"
     embedding: str = "tfidf"
-    """`tfidf`, or the name or path of a sentence-transformers model."""
+    """Of the items' texts `tfidf`, the name or path of a sentence-transformers model, or the path of a causal LM (the
+    mean of its last hidden states); `cooccurrence` takes no texts but what users have together."""
     dimensions: Positive = 64
-    """Dimensions kept of a TF-IDF embedding."""
+    """Dimensions kept of a TF-IDF or co-occurrence embedding."""
+    reduce: Literal["none", "pca", "whiten", "rec-pca"] = "none"
+    """How the embedding of texts is reduced, fitted on the items of block 1. `whiten` is PCA with columns of variance
+    1; `rec-pca` keeps what varies and is smooth over the graph of items that the same users have in block 1."""
+    components: Positive = 64
+    """Dimensions that the reduction keeps."""
+    smoothness: Weight = 1.0
+    """lambda of Rec-PCA: weight of the smoothness over the graph. 0 is PCA; most changes between 0.9 and 1.5."""
+    whitening: Fraction = 0.0
+    """Exponent a of Rec-PCA's partial whitening, singular values s become s^(1 - a); at 1 the graph alone decides."""
+    balance: bool = False
+    """Give variance and smoothness equal traces before Rec-PCA weighs them."""
+    window: Annotated[int, Field(ge=0)] = 0
+    """Items among this many events of a user in a row count as had together (2: neighbours); 0: all of a history."""
+    neighbours: Annotated[int, Field(ge=0)] = 50
+    """Strongest edges of an item that the graph keeps; 0 keeps all."""
+    weighting: Literal["count", "log1p"] = "count"
+    """Weight of an edge by the number of users: itself, or log(1 + count)."""
     levels: Positive = 3
     """Levels of the residual k-means."""
     codes: Annotated[int, Field(ge=2, le=10**6)] = 64
@@ -94,7 +114,16 @@ class TokensConfig(Settings):
     have equal codes, they share IDs. Costs `capacity` rows of the model's embedding and as many of its head, width x
     capacity parameters each, and nothing in the trie softmax."""
     seed: Seed = 0
-    """Seed of k-means."""
+    """Seed of k-means, and of where the eigenvectors of a large matrix are looked for."""
+
+    @model_validator(mode="after")
+    def _reduces_texts(self) -> "TokensConfig":
+        if self.embedding == COOCCURRENCE and self.reduce != "none":
+            raise ValueError(
+                f"reduce={self.reduce!r} reduces an embedding of texts, and embedding={COOCCURRENCE!r} has no texts: "
+                "choose its width by dimensions"
+            )
+        return self
 
 
 class StartConfig(Settings):

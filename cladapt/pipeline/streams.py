@@ -79,7 +79,8 @@ def _next_step(stream: Stream, out: Path) -> str:
         return f"none yet: cladapt tokens build {out}"
     return (
         "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the "
-        f"log) or --items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
+        "log) or --items TABLE, or make them of what users have together: cladapt tokens build "
+        f"{out} --embedding cooccurrence, or take those of an index: cladapt tokens build {out} --index FILE"
     )
 
 
@@ -232,7 +233,6 @@ def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
     with writing(folder):
         stream = Stream.load(folder)
         done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
-    drift = done.drift or {}
     return {
         "sids": str(folder / SIDS),
         "fingerprint": done.table.fingerprint,
@@ -240,9 +240,9 @@ def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
         "new_items": done.new,
         "result": "extended" if done.new else "nothing to do: every item has a semantic ID",
         "items_sharing_an_id": done.sharing,
-        **({} if done.without_text is None else {"items_without_text": done.without_text}),
+        **{f"items_without_{what}": count for what, count in done.without.items()},
         **_room(folder, done.table),
-        "drift": [{"items": items, **fit.model_dump()} for items, fit in drift.items()],
+        "drift": [{"items": items, **fit.model_dump()} for items, fit in done.drift.items()],
     }
 
 

@@ -24,8 +24,9 @@ PROBE = "a text by which a model is recognised"
 _NOTHING = 1e-6
 _RESTORE = "restore this file: it belongs to the IDs of the stream"
 NO_TEXT = (
-    "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or take the IDs of an index with "
-    '`cladapt tokens build --index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'
+    "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or build IDs from what users have "
+    "together, `cladapt tokens build --embedding cooccurrence`, or take those of an index, `--index FILE`, FILE being "
+    '{"item": ["<a_1>", "<b_7>"], …}'
 )
 
 
@@ -62,9 +63,13 @@ def load_embedding(folder: Path, method: str) -> Embedding:
 
 def embed(embedding: Embedding, texts: Sequence[str]) -> np.ndarray:
     """Unit vectors of `texts`, float32 [n, d]; zero where a text has nothing that the embedding knows."""
-    vectors = embedding.vectors(texts)
+    return unit(embedding.vectors(texts))
+
+
+def unit(vectors: np.ndarray, least: float = _NOTHING) -> np.ndarray:
+    """Rows of `vectors` [n, d] at length 1, float32; those that are no longer than `least` become zero."""
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    empty = norm <= _NOTHING
+    empty = norm <= least
     return np.where(empty, 0.0, vectors / np.where(empty, 1.0, norm)).astype(np.float32)
 
 

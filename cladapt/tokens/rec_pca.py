@@ -68,7 +68,7 @@ def fit(
     x: np.ndarray,
     graph: sparse.csr_array | None,
     dimensions: int,
-    strength: float = 1.0,
+    smoothness: float = 1.0,
     whitening: float = 0.0,
     balance: bool = False,
     standardise: bool = False,
@@ -82,9 +82,9 @@ def fit(
             embedding and count neither for the mean nor for M.
         graph: S^ of `cooccurrence.item_graph`, [n, n]; None leaves M = C, which is PCA.
         dimensions: k; fewer, with a warning, where the embeddings do not vary in as many directions.
-        strength: lambda. 0 is PCA; above 1 variance that is not smooth over the graph counts against a direction.
+        smoothness: lambda. 0 is PCA; above 1 variance that is not smooth over the graph counts against a direction.
         whitening: exponent a; singular values s of X~ become s^(1 - a) before M is made. At 1, C = I and the result is
-            the same for every strength above 0.
+            the same for every smoothness above 0.
         balance: divide C and K by their traces, that of K being far smaller as a rule.
         standardise: scale the columns of Z to variance 1, which with M = C is PCA whitening.
         solver: `dense` makes C and K in float64 and decomposes M, n D^2 + n D k' operations; `lanczos` multiplies by M
@@ -104,7 +104,7 @@ def fit(
     from threadpoolctl import threadpool_limits
 
     table = _Table.of(np.ascontiguousarray(x))
-    weight = 0.0 if graph is None else strength
+    weight = 0.0 if graph is None else smoothness
     smoother = graph.astype(x.dtype) if graph is not None and weight else None
     kept = min(dimensions, x.shape[1])
     with threadpool_limits(1):  # several threads add up in varying order
@@ -194,7 +194,7 @@ class _Table:
 
 
 def _leading(
-    variance: np.ndarray, smooth: np.ndarray | None, k: int, strength: float, whitening: float, balance: bool
+    variance: np.ndarray, smooth: np.ndarray | None, k: int, smoothness: float, whitening: float, balance: bool
 ) -> np.ndarray:
     """P [D, k] from the D x D matrices, the columns in the order of their eigenvalues."""
     turn = None
@@ -214,14 +214,14 @@ def _leading(
                 "opposite embeddings",
                 "leave the balance out",
             )
-        mixed = (1 - strength) / traces[0] * variance + strength / traces[1] * smooth
+        mixed = (1 - smoothness) / traces[0] * variance + smoothness / traces[1] * smooth
     size = len(mixed)
     vectors = linalg.eigh(mixed, subset_by_index=[max(0, size - k), size - 1])[1][:, ::-1]
     return vectors if turn is None else turn @ vectors
 
 
 def _leading_by_products(
-    table: _Table, graph: sparse.csr_array | None, k: int, strength: float, seed: int
+    table: _Table, graph: sparse.csr_array | None, k: int, smoothness: float, seed: int
 ) -> np.ndarray:
     """P [D, k] from products with M alone: two passes over the embeddings for each."""
     size = table.x.shape[1]
@@ -229,7 +229,7 @@ def _leading_by_products(
     def product(vector: np.ndarray) -> np.ndarray:
         image = table.times(vector.reshape(size, -1))
         if graph is not None:
-            image = (1 - strength) * image + strength * (graph @ image)
+            image = (1 - smoothness) * image + smoothness * (graph @ image)
         return table.transposed_times(image)
 
     operator = LinearOperator((size, size), matvec=product, matmat=product, dtype=np.float64)

@@ -33,13 +33,34 @@ def build(
             "its head, width x capacity parameters each, and nothing in the trie softmax.",
         ),
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            show_default="tfidf",
+            help="Where the items' vectors come from: `tfidf` of their texts; a sentence-transformers model (name or "
+            "directory) or the directory of a causal LM, whose vectors are kept in ~/.cache/cladapt/vectors; or "
+            "`cooccurrence`, what users have together in block 1, for a catalogue without texts.",
+        ),
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(
+            "--reduce",
+            show_default="none",
+            help="How an embedding of texts is reduced, fitted on block 1 and frozen: none, pca, whiten, or rec-pca "
+            "(-o smoothness, whitening, components, window, neighbours), which favours what is alike in items that "
+            "users have together.",
+        ),
+    ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1."""
+    """Write a semantic ID for every item into a stream: vectors, and residual k-means fitted on block 1."""
     from cladapt.config import TokensConfig, resolve
     from cladapt.pipeline import streams
 
-    values = overrides_of(override, "tokens") | ({} if capacity is None else {"capacity": capacity})
+    named = {"capacity": capacity, "embedding": embedding, "reduce": reduce}
+    values = overrides_of(override, "tokens") | {key: value for key, value in named.items() if value is not None}
     return streams.build_tokens(stream, resolve(TokensConfig, values, "tokens build"), index)
 
 

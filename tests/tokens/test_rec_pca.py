@@ -27,7 +27,7 @@ def case(n: int = 60, d: int = 12, seed: int = 0, dtype: Any = np.float64) -> tu
 
 
 def closed_form(
-    x: np.ndarray, graph: sparse.csr_array, k: int, strength: float, whitening: float = 0.0, balance: bool = False
+    x: np.ndarray, graph: sparse.csr_array, k: int, smoothness: float, whitening: float = 0.0, balance: bool = False
 ) -> np.ndarray:
     """Z = X~ P, P the top k eigenvectors of X~^T (I - lambda L) X~, by whole matrices."""
     centred = x - x.mean(axis=0)
@@ -36,7 +36,7 @@ def closed_form(
     c, kk = centred.T @ centred, centred.T @ graph.toarray() @ centred
     if balance:
         c, kk = c / np.trace(c), kk / np.trace(kk)
-    return centred @ np.linalg.eigh((1 - strength) * c + strength * kk)[1][:, ::-1][:, :k]
+    return centred @ np.linalg.eigh((1 - smoothness) * c + smoothness * kk)[1][:, ::-1][:, :k]
 
 
 def same_up_to_sign(found: np.ndarray, expected: np.ndarray, scaled: bool = False) -> None:
@@ -46,16 +46,16 @@ def same_up_to_sign(found: np.ndarray, expected: np.ndarray, scaled: bool = Fals
     np.testing.assert_allclose(found, expected * sign, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 1.3])
+@pytest.mark.parametrize("smoothness", [0.0, 0.5, 1.0, 1.3])
 @pytest.mark.parametrize("solver", ["dense", "lanczos"])
 def test_the_leading_eigenvectors_of_the_closed_form(
-    strength: float, solver: Any, monkeypatch: pytest.MonkeyPatch
+    smoothness: float, solver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rec_pca, "_CHUNK", 7)
     x, graph = case()
-    projection = fit(x, graph, 4, strength, solver=solver)
+    projection = fit(x, graph, 4, smoothness, solver=solver)
     np.testing.assert_allclose(projection.matrix.T @ projection.matrix, np.eye(4), atol=1e-10)
-    same_up_to_sign(projection.apply(x), closed_form(x, graph, 4, strength))
+    same_up_to_sign(projection.apply(x), closed_form(x, graph, 4, smoothness))
 
 
 @pytest.mark.parametrize("whitening", [0.2, 0.5, 1.0])
@@ -69,7 +69,7 @@ def test_whitening_and_balance_are_those_of_the_closed_form(whitening: float, ba
 def test_without_smoothness_it_is_pca() -> None:
     x, graph = case()
     expected = PCA(3, svd_solver="full").fit_transform(x)
-    for projection in (fit(x, graph, 3, strength=0.0), fit(x, None, 3, strength=1.0)):
+    for projection in (fit(x, graph, 3, smoothness=0.0), fit(x, None, 3, smoothness=1.0)):
         same_up_to_sign(projection.apply(x), expected)
     white = PCA(3, whiten=True, svd_solver="full").fit_transform(x) * np.sqrt(len(x) / (len(x) - 1))
     same_up_to_sign(fit(x, None, 3, standardise=True).apply(x), white)
@@ -77,7 +77,7 @@ def test_without_smoothness_it_is_pca() -> None:
 
 def test_of_whitened_embeddings_the_strength_does_not_matter() -> None:
     x, graph = case()
-    one, other = (fit(x, graph, 3, strength, whitening=1.0).matrix for strength in (0.1, 3.0))
+    one, other = (fit(x, graph, 3, smoothness, whitening=1.0).matrix for smoothness in (0.1, 3.0))
     np.testing.assert_allclose(one, other, atol=1e-9)
     centred = x - x.mean(axis=0)
     k = centred.T @ graph.toarray() @ centred
@@ -93,8 +93,8 @@ def test_neighbours_come_closer_as_the_strength_grows() -> None:
     x += 0.3 * rng.standard_normal(x.shape)
     graph = item_graph(sparse.csr_array((group[:, None] == group[None]) & ~np.eye(200, dtype=bool)), 0)
     shares = []
-    for strength in (0.0, 1.0, 1.3):
-        z = fit(x, graph, 3, strength).apply(x)
+    for smoothness in (0.0, 1.0, 1.3):
+        z = fit(x, graph, 3, smoothness).apply(x)
         near = ((z[:, None] - z[None]) ** 2).sum(axis=2).argsort(axis=1)[:, 1:11]
         shares.append((group[near] == group[:, None]).mean())
     assert shares[0] < shares[1] < shares[2]
