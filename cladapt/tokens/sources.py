@@ -76,6 +76,8 @@ class TextVectors:
                 f"IDs cannot be built from text: all {len(texts)} items known at block 1 have an empty text", NO_TEXT
             )
         embedding = fit_embedding(texts, config.embedding, config.dimensions, config.seed)
+        if config.reduce == "none":
+            return cls(embedding)
         return cls(embedding, fit_projection(stream, embed(embedding, texts), config))
 
     @property
@@ -104,10 +106,8 @@ class TextVectors:
         return cls(load_embedding(folder, config.embedding), projection)
 
 
-def fit_projection(stream: Stream, x: np.ndarray, config: TokensConfig) -> Projection | None:
+def fit_projection(stream: Stream, x: np.ndarray, config: TokensConfig) -> Projection:
     """The reduction that the settings ask for, of the embeddings x [n, D] of the items known at block 1, in order."""
-    if config.reduce == "none":
-        return None
     if config.reduce != "rec-pca":
         return rec_pca.fit(x, None, config.components, standardise=config.reduce == "whiten", seed=config.seed)
     counts = Cooccurrence.of(stream, 1, config.window).counts

@@ -23,7 +23,8 @@ from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
 from cladapt.tokens.cooccurrence import Cooccurrence, item_graph
-from cladapt.tokens.embed import EMBEDDING, unit
+from cladapt.tokens.embed import unit
+from cladapt.tokens.language import EMBEDDING
 
 ITEMS_OF_GRAPH = "embedding_items.parquet"
 _SCHEMA = {"item": pl.String()}
