@@ -19,7 +19,8 @@ from cladapt.data.schema import MANIFEST, PARTS, Stream, read_manifest
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.lock import locked
-from cladapt.tokens.build import SIDS, index_sids, load_sids, save_index, save_sids, shared_texts
+from cladapt.tokens.build import SIDS, index_sids, load_sids, read_sids, save_index, save_sids, shared_texts
+from cladapt.tokens.diagnostics import by_popularity, churn, kept_neighbours
 from cladapt.tokens.encoder import encoder_settings
 from cladapt.tokens.extend import extend_sids, extend_with_index
 from cladapt.tokens.sids import SidTable, read_index
@@ -246,10 +247,21 @@ def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
     }
 
 
-def inspect_tokens(folder: Path) -> dict[str, Any]:
-    """The collision report of a stream directory's IDs."""
+def inspect_tokens(folder: Path, neighbours: int = 0, against: Path | None = None) -> dict[str, Any]:
+    """What a stream directory's IDs keep and lose: collisions, also by popularity, and the use of each level.
+
+    With `neighbours` above 0, how many of an item's nearest ones the IDs keep near. `against`: another stream
+    directory, or a file of IDs, from which on it is counted what moved.
+    """
     stream = Stream.load(folder)
-    return _about_tokens(folder, stream, load_sids(folder, stream))
+    table = load_sids(folder, stream)
+    report = {**_about_tokens(folder, stream, table), "popularity": by_popularity(folder, stream, table)}
+    if neighbours:
+        report["neighbours"] = kept_neighbours(folder, stream, table, neighbours)
+    if against is not None:
+        other = read_sids(against) if against.is_dir() else SidTable.load(against)
+        report["churn"] = churn(table, other, str(against))
+    return report
 
 
 def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:

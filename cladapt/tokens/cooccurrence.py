@@ -104,7 +104,7 @@ def item_graph(
     if weighting == "log1p":
         weights = weights.log1p()
     if neighbours:
-        weights = _strongest(weights, neighbours)
+        weights = strongest(weights, neighbours)
     weights = sparse.csr_array(weights.maximum(weights.T))
     weights.sort_indices()
     degree = weights.sum(axis=1)
@@ -114,7 +114,8 @@ def item_graph(
     return weights
 
 
-def _strongest(weights: sparse.csr_array, k: int) -> sparse.csr_array:
+def strongest(weights: sparse.csr_array, k: int) -> sparse.csr_array:
+    """The k largest entries of each row of a CSR matrix, of equal ones those of the first columns."""
     row = _rows(weights)
     order = np.lexsort((weights.indices, -weights.data, row))
     kept = np.sort(order[np.arange(len(order)) - weights.indptr[row] < k])

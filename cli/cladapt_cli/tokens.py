@@ -89,8 +89,28 @@ def extend(
 
 
 @verb(app)
-def inspect(stream: StreamDir) -> dict[str, Any]:
-    """Print the collision report of a stream's semantic IDs."""
+def inspect(
+    stream: StreamDir,
+    neighbours: Annotated[
+        int,
+        typer.Option(
+            "--neighbours",
+            min=0,
+            max=1000,
+            help="Of how many nearest items of an item, by text and by what users have together, to count those that "
+            "the IDs keep near; 0 leaves that out, with the embedding that it reads.",
+        ),
+    ] = 10,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            help="Another version of the IDs, a stream directory or a sids.parquet: the share of items that moved, by "
+            "level; default: none.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Print what a stream's semantic IDs keep and lose: use of each level, collisions, neighbours, what moved."""
     from cladapt.pipeline import streams
 
-    return streams.inspect_tokens(stream)
+    return streams.inspect_tokens(stream, neighbours, against)
