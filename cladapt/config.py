@@ -89,8 +89,8 @@ class TokensConfig(Settings):
     reduce: Literal["none", "pca", "whiten", "rec-pca"] = "none"
     """How the embedding of texts is reduced, fitted on the items of block 1. `whiten` is PCA with columns of variance
     1; `rec-pca` keeps what varies and is smooth over the graph of items that the same users have in block 1."""
-    components: Positive = 64
-    """Dimensions that the reduction keeps."""
+    components: Positive = 32
+    """Dimensions that the reduction keeps; as many as the embedding has leave all distances as they are."""
     smoothness: Weight = 1.0
     """lambda of Rec-PCA: weight of the smoothness over the graph. 0 is PCA; most changes between 0.9 and 1.5."""
     whitening: Fraction = 0.0

@@ -81,7 +81,8 @@ def fit(
         x: embeddings [n, D], float32 or float64, read in chunks and never copied; rows of zeros are items without an
             embedding and count neither for the mean nor for M.
         graph: S^ of `cooccurrence.item_graph`, [n, n]; None leaves M = C, which is PCA.
-        dimensions: k; fewer, with a warning, where the embeddings do not vary in as many directions.
+        dimensions: k; fewer, with a warning, where the embeddings do not vary in as many directions. Where it is all
+            of them the result is X~ turned, of which a warning tells too.
         smoothness: lambda. 0 is PCA; above 1 variance that is not smooth over the graph counts against a direction.
         whitening: exponent a; singular values s of X~ become s^(1 - a) before M is made. At 1, C = I and the result is
             the same for every smoothness above 0.
@@ -121,6 +122,12 @@ def fit(
         warnings.warn(
             f"the reduced embedding has {matrix.shape[1]} dimensions instead of {dimensions}: {len(x)} embeddings of "
             f"{x.shape[1]} columns vary in no more",
+            stacklevel=2,
+        )
+    if matrix.shape[1] == x.shape[1] and not whitening and not standardise:
+        warnings.warn(
+            f"all {x.shape[1]} columns of the embeddings are kept: they are turned, and no distance changes; keep "
+            "fewer, or make the embedding wider",
             stacklevel=2,
         )
     if standardise:

@@ -140,6 +140,14 @@ def test_directions_without_variance_are_left_out() -> None:
         assert fit(flat, graph, 6, whitening=1.0).matrix.shape == (7, 5)
 
 
+def test_what_keeps_all_columns_only_turns_them() -> None:
+    x, graph = case()
+    with pytest.warns(UserWarning, match="all 12 columns of the embeddings are kept: they are turned"):
+        z = fit(x, graph, 12, 1.2).apply(x)
+    centred = x - x.mean(axis=0)
+    np.testing.assert_allclose(z @ z.T, centred @ centred.T, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
