@@ -84,7 +84,7 @@ def open_model(name: str) -> Encode:
     if not folder.exists():
         return _SentenceTransformer(name)
     kind = _CausalLM if _is_causal(folder) else _SentenceTransformer
-    return Cached(kind(str(folder)), model_identity(folder))
+    return Cached(kind(str(folder)), model_identity(folder), uncounted=[PROBE])
 
 
 def _encoded(encode: Encode, texts: Sequence[str]) -> np.ndarray:
@@ -131,6 +131,9 @@ class _SentenceTransformer:
                 f"tokens.embedding={self.name!r} needs the package sentence-transformers",
                 "pip install cladapt[embed], give the directory of a causal LM, or use tokens.embedding=tfidf",
             ) from error
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
             return SentenceTransformer(self.name)
         except (OSError, ValueError) as error:

@@ -38,14 +38,14 @@ def model_identity(folder: Path) -> str:
 class Cached:
     """An encoder of texts, float32 [n, d], that asks the cache first; warnings count what was taken from there."""
 
-    def __init__(self, encode: Encode, model: str) -> None:
+    def __init__(self, encode: Encode, model: str, uncounted: Sequence[str] = ()) -> None:
         """`encode` is called for texts that the cache lacks; `model` is its `model_identity`."""
         self.encode = encode
         self.folder = cache_folder() / model
-        self._own: set[str] = set()
+        self._own = {_key(text) for text in uncounted}
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        keys = [_key(text) for text in texts]
         found = self._read(set(keys))
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
         if taken := len(found.keys() - self._own):
@@ -80,3 +80,7 @@ class Cached:
             )
         except EnvironmentProblem as error:
             warnings.warn(f"the vectors of {len(keys)} texts are not kept: {error.message}", stacklevel=3)
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
