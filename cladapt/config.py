@@ -1,6 +1,6 @@
 """Settings of cladapt, each with its meaning, default and check; `cladapt.settings` resolves them.
 
-Those of a method stand in its file, and those of a run that classifies in the workload's.
+Those of a method stand in its file, those of a run that classifies in the workload's, those of item vectors in `embedding`.
 """
 
 from collections.abc import Mapping
@@ -8,20 +8,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cladapt.settings import Settings, describe, load_recipe, merge_overrides, resolve
+from cladapt.embedding import EmbeddingConfig
+from cladapt.settings import (
+    Codes,
+    Dropout,
+    Fraction,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Settings,
+    Weight,
+    Width,
+    describe,
+    load_recipe,
+    merge_overrides,
+    resolve,
+)
 
 __all__ = ["Settings", "describe", "load_recipe", "merge_overrides", "resolve"]
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Width = Annotated[int, Field(ge=1, le=2**16)]
-Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Weight = Annotated[float, Field(ge=0.0, le=100.0)]
-COOCCURRENCE = "cooccurrence"
-"""The embedding that takes no texts."""
 _TRACKER = "(tensorboard|wandb|trackio|mlflow)"
 Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
@@ -77,32 +82,10 @@ class SimulateConfig(Settings):
     """Probability that a user is active in a later block; block 1 has all users but the late-comers."""
 
 
-class TokensConfig(Settings):
+class TokensConfig(EmbeddingConfig):
     """How items get semantic IDs."""
 
     shown_by = "config show --for tokens"
-    embedding: str = "tfidf"
-    """Of the items' texts `tfidf`, the name or path of a sentence-transformers model, or the path of a causal LM (the
-    mean of its last hidden states); `cooccurrence` takes no texts but what users have together."""
-    dimensions: Positive = 64
-    """Dimensions kept of a TF-IDF or co-occurrence embedding."""
-    reduce: Literal["none", "pca", "whiten", "rec-pca"] = "none"
-    """How the embedding of texts is reduced, fitted on the items of block 1. `whiten` is PCA with columns of variance
-    1; `rec-pca` keeps what varies and is smooth over the graph of items that the same users have in block 1."""
-    components: Positive = 32
-    """Dimensions that the reduction keeps; as many as the embedding has leave all distances as they are."""
-    smoothness: Weight = 1.0
-    """lambda of Rec-PCA: weight of the smoothness over the graph. 0 is PCA; most changes between 0.9 and 1.5."""
-    whitening: Fraction = 0.0
-    """Exponent a of Rec-PCA's partial whitening, singular values s become s^(1 - a); at 1 the graph alone decides."""
-    balance: bool = False
-    """Give variance and smoothness equal traces before Rec-PCA weighs them."""
-    window: Annotated[int, Field(ge=0)] = 0
-    """Items among this many events of a user in a row count as had together (2: neighbours); 0: all of a history."""
-    neighbours: Annotated[int, Field(ge=0)] = 50
-    """Strongest edges of an item that the graph keeps; 0 keeps all."""
-    weighting: Literal["count", "log1p"] = "count"
-    """Weight of an edge by the number of users: itself, or log(1 + count)."""
     levels: Positive = 3
     """Levels of the residual k-means."""
     codes: Annotated[int, Field(ge=2, le=10**6)] = 64
@@ -115,15 +98,6 @@ class TokensConfig(Settings):
     capacity parameters each, and nothing in the trie softmax."""
     seed: Seed = 0
     """Seed of k-means, and of where the eigenvectors of a large matrix are looked for."""
-
-    @model_validator(mode="after")
-    def _reduces_texts(self) -> "TokensConfig":
-        if self.embedding == COOCCURRENCE and self.reduce != "none":
-            raise ValueError(
-                f"reduce={self.reduce!r} reduces an embedding of texts, and embedding={COOCCURRENCE!r} has no texts: "
-                "choose its width by dimensions"
-            )
-        return self
 
 
 class StartConfig(Settings):

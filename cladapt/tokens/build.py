@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cladapt.config import COOCCURRENCE, TokensConfig
+from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
+from cladapt.embedding import COOCCURRENCE
 from cladapt.errors import DataError
 from cladapt.tokens.encoder import ENCODER, Encoder
 from cladapt.tokens.sids import SidTable

@@ -9,8 +9,9 @@ from typing import ClassVar, Protocol
 import numpy as np
 import polars as pl
 
-from cladapt.config import COOCCURRENCE, TokensConfig
+from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
+from cladapt.embedding import COOCCURRENCE
 from cladapt.errors import DataError
 from cladapt.tokens import rec_pca
 from cladapt.tokens.cooccurrence import Cooccurrence, item_graph
