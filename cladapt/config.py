@@ -1,6 +1,7 @@
 """Settings of cladapt, each with its meaning, default and check; `cladapt.settings` resolves them.
 
-Those of a method stand in its file, those of a run that classifies in the workload's, those of item vectors in `embedding`.
+Those of a method stand in its file, those of a run that classifies in the workload's, and those of item vectors in
+`cladapt.embedding`.
 """
 
 from collections.abc import Mapping
