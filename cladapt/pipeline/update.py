@@ -129,9 +129,10 @@ def _export(run: Path, target: str, out: Path | None, data: Path, base: Path | N
 def _warnings(extended: Mapping[str, Any], differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is worth a look: items whose IDs say nothing, and lines of the table that are shown better."""
     found = []
-    without, new = extended.get("items_without_text", 0), extended["new_items"]
-    if without:
-        found.append(f"{without} of {new} new items have no text: their IDs say nothing of them, and stay")
+    for lacking in ("text", "neighbours"):
+        if without := extended.get(f"items_without_{lacking}", 0):
+            new = extended["new_items"]
+            found.append(f"{without} of {new} new items have no {lacking}: their IDs say nothing of them, and stay")
     for line in differences:
         hits = next(key for key in line if key.startswith("HR@") and not key.endswith(" shown"))
         shown = line.get(f"{hits} shown", NO_DIFFERENCE)

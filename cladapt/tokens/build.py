@@ -1,6 +1,6 @@
-"""Semantic IDs of a stream's items: text, embedding, residual k-means, and a level that tells equal codes apart.
+"""Semantic IDs of a stream's items: vectors of them, residual k-means, and a level that tells equal codes apart.
 
-Embedding, codebooks and the sizes of all levels are fixed by the items known at block 1; later items are encoded with
+Vectors, codebooks and the sizes of all levels are fixed by the items known at block 1; later items are encoded with
 them, in order of first appearance, so that IDs are the same however the stream has grown.
 """
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
+from cladapt.embedding import COOCCURRENCE
 from cladapt.errors import DataError
-from cladapt.tokens.encoder import ENCODER, Encoder, warn_of_empty
+from cladapt.tokens.encoder import ENCODER, Encoder
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.versions import folder_of, version_folder
 
@@ -64,11 +65,10 @@ def save_index(folder: Path, stream: Stream, index: SidTable, config: TokensConf
 
 def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, Encoder]:
     """The ID table in the order of the stream's items, and the frozen encoder behind it."""
-    _check_texts(stream)
+    if config.embedding != COOCCURRENCE:
+        _check_texts(stream)
     encoder = Encoder.fit(stream, config)
-    vectors = encoder.vectors(stream.items)
-    warn_of_empty(vectors)
-    codes = encoder.quantizer.encode(vectors)
+    codes = encoder.quantizer.encode(encoder.vectors(stream, stream.items))
     ids = encoder.ids(codes, np.empty((0, len(encoder.sizes)), dtype=np.int32))
     return SidTable(tuple(stream.items["item"]), ids, encoder.sizes), encoder
 

@@ -1,4 +1,4 @@
-"""The frozen way from texts to codes: embedding and codebooks, kept in the stream directory.
+"""The frozen way from items to codes: their vectors and codebooks, kept in the stream directory.
 
 They are fitted on block 1, those of a refreshed table on the blocks up to a later one. `tokens.json` has the settings,
 the figures of the items they were fitted on, which drift is measured against, and the hashes of the files.
@@ -9,7 +9,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +20,8 @@ from cladapt.artifacts import hash_file, read_record, write_json
 from cladapt.config import TokensConfig, resolve
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
-from cladapt.tokens.embed import NO_TEXT, Embedding, embed, fit_embedding, load_embedding
 from cladapt.tokens.quantize import ResidualKMeans
+from cladapt.tokens.sources import Vectors, fit_vectors, load_vectors
 
 ENCODER = "tokens.json"
 CODEBOOKS = "codebooks.safetensors"
@@ -33,7 +32,7 @@ _RESTORE = "restore the stream directory; new IDs need a new base: remove sids.p
 class Fit(BaseModel, frozen=True):
     """How well codebooks fit some items.
 
-    `quantisation_error`: mean squared residual / mean squared norm of the items with a text, None where there is none;
+    `quantisation_error`: mean squared residual / mean squared norm of the items with a vector, None without any;
     `collisions`: share of the items whose codes another item has.
     """
 
@@ -53,13 +52,13 @@ class EncoderRecord(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """Embedding and codebooks of a stream, and how well they fit the items that they were fitted on.
+    """Vectors and codebooks of a stream, and how well they fit the items that they were fitted on.
 
     Those are the items of block 1, or of the blocks up to `through` where the IDs were refreshed.
     """
 
     config: TokensConfig
-    embedding: Embedding
+    source: Vectors
     quantizer: ResidualKMeans
     block_1: Fit
     through: int = 1
@@ -69,19 +68,12 @@ class Encoder:
         cls, stream: Stream, config: TokensConfig, through: int = 1, most: Sequence[int] | None = None
     ) -> "Encoder":
         """Fit on the items known at block `through`, with at most `config.codes` codes a level, or `most` of each."""
-        items = stream.items.filter(pl.col("first_block") <= through)
-        texts = items["text"].to_list()
-        if not any(text.strip() for text in texts):
-            raise DataError(
-                f"IDs cannot be built from text: all {len(texts)} items known at block {through} have an empty text",
-                NO_TEXT,
-            )
-        embedding = fit_embedding(texts, config.embedding, config.dimensions, config.seed)
-        vectors = vectors_of(embedding, items)
+        source = fit_vectors(stream, config, through)
+        vectors = source.vectors(stream, stream.items.filter(pl.col("first_block") <= through))
         quantizer = ResidualKMeans.fit(vectors, config.levels, config.codes if most is None else most, config.seed)
         codes = quantizer.encode(vectors)
         fitted = Fit(quantisation_error=quantizer.error(vectors, codes), collisions=collisions(codes))
-        return cls(config, embedding, quantizer, fitted, through)
+        return cls(config, source, quantizer, fitted, through)
 
     @property
     def fitted_on(self) -> str:
@@ -94,9 +86,14 @@ class Encoder:
         last = (self.config.capacity,) if self.config.deduplicate else ()
         return (*(len(centres) for centres in self.quantizer.codebooks), *last)
 
-    def vectors(self, items: pl.DataFrame) -> np.ndarray:
-        """Unit vectors of items of a stream, float32 [n, d]."""
-        return vectors_of(self.embedding, items)
+    def vectors(self, stream: Stream, items: pl.DataFrame) -> np.ndarray:
+        """Unit vectors of items of a stream, float32 [n, d]; a warning counts those of which nothing is known."""
+        vectors = self.source.vectors(stream, items)
+        if empty := int((~vectors.any(axis=1)).sum()):
+            warnings.warn(
+                f"{empty} of {len(vectors)} items have {self.source.lack}: they get a zero vector", stacklevel=3
+            )
+        return vectors
 
     def ids(self, codes: np.ndarray, before: np.ndarray) -> np.ndarray:
         """The IDs of items with these `codes` [n, levels] that come after those with the IDs `before`: int32."""
@@ -106,15 +103,15 @@ class Encoder:
         return np.column_stack([codes, number_in_group(codes, self.config.capacity, earlier)])
 
     def save(self, folder: Path) -> None:
-        """Write embedding, codebooks and `tokens.json`."""
+        """Write vectors, codebooks and `tokens.json`."""
         self.quantizer.save(folder / CODEBOOKS)
-        self.embedding.save(folder)
+        self.source.save(folder)
         record = {
             "schema_version": SCHEMA_VERSION,
             "config": self.config.model_dump(mode="json"),
             "block_1": self.block_1.model_dump(),
             "through": self.through,
-            "files": {name: hash_file(folder / name) for name in (CODEBOOKS, *self.embedding.files)},
+            "files": {name: hash_file(folder / name) for name in (CODEBOOKS, *self.source.files)},
         }
         write_json(folder / ENCODER, record)
 
@@ -123,11 +120,11 @@ class Encoder:
         """Read what `save` wrote; `DataError` when a file is missing, malformed or another one."""
         record = _record(folder)
         config = _settings(folder, record)
-        quantizer, embedding = ResidualKMeans.load(folder / CODEBOOKS), load_embedding(folder, config.embedding)
-        for name in (CODEBOOKS, *embedding.files):
+        quantizer, source = ResidualKMeans.load(folder / CODEBOOKS), load_vectors(folder, config)
+        for name in (CODEBOOKS, *source.files):
             if hash_file(folder / name) != record.files.get(name):
                 raise DataError(f"{folder / name} is not the file that {ENCODER} was written for", _RESTORE)
-        return cls(config, embedding, quantizer, record.block_1, record.through)
+        return cls(config, source, quantizer, record.block_1, record.through)
 
 
 def encoder_settings(folder: Path) -> TokensConfig | None:
@@ -141,15 +138,6 @@ def _record(folder: Path) -> EncoderRecord:
 
 def _settings(folder: Path, record: EncoderRecord) -> TokensConfig:
     return resolve(TokensConfig, record.config, str(folder / ENCODER))
-
-
-def vectors_of(embedding: Embedding, items: pl.DataFrame) -> np.ndarray:
-    """Unit vectors of items of a stream, float32 [n, d].
-
-    Block by block: what a model computes for a text may depend on the texts that are given with it.
-    """
-    groups = groupby(items.select("first_block", "text").iter_rows(), key=lambda row: row[0])
-    return np.concatenate([embed(embedding, [text for _, text in rows]) for _, rows in groups])
 
 
 def number_in_group(codes: np.ndarray, capacity: int, before: np.ndarray | None = None) -> np.ndarray:
@@ -185,13 +173,3 @@ def shared(codes: np.ndarray) -> np.ndarray:
     """Whether each row of `codes` equals another row: bool [n]."""
     _, group, count = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
     return count[group.reshape(-1)] > 1
-
-
-def warn_of_empty(vectors: np.ndarray) -> None:
-    """Count the items whose vector is zero."""
-    if empty := int((~vectors.any(axis=1)).sum()):
-        warnings.warn(
-            f"{empty} of {len(vectors)} items have no text, or none that shares a word with block 1: they get a zero "
-            "vector",
-            stacklevel=3,
-        )

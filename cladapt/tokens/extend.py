@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
@@ -28,15 +28,16 @@ _OTHER = "use the index that the stream's IDs came from, with rows for the new i
 class Extension:
     """The whole ID table, and what is to be said of the new rows.
 
-    `sharing`: new items whose ID another item has; `without_text` and `drift`, the fit by "block 1" (or the blocks that
-    refreshed IDs were fitted on) and "new items", where the IDs came from texts.
+    `sharing`: new items whose ID another item has; `without`: those of which nothing is known, by what they lack;
+    `drift`: the fit by "block 1" (or the blocks that refreshed IDs were fitted on) and "new items". The last two are
+    empty where the IDs came from an index.
     """
 
     table: SidTable
     new: int
     sharing: int = 0
-    without_text: int | None = None
-    drift: Mapping[str, Fit] | None = None
+    without: Mapping[str, int] = field(default_factory=dict)
+    drift: Mapping[str, Fit] = field(default_factory=dict)
 
 
 def extend_sids(folder: Path, stream: Stream) -> Extension:
@@ -75,7 +76,7 @@ def _encode(folder: Path, version: int, stream: Stream, warn: bool = False) -> E
             f"{place / SIDS} has levels of {list(table.sizes)} codes, {ENCODER} was written for {list(encoder.sizes)}",
             "restore the stream directory",
         )
-    vectors = encoder.vectors(items)
+    vectors = encoder.vectors(stream, items)
     codes = encoder.quantizer.encode(vectors)
     extended = table.with_rows(items["item"].to_list(), encoder.ids(codes, table.codes), "restore the stream directory")
     extended.save(place / SIDS)
@@ -89,7 +90,7 @@ def _encode(folder: Path, version: int, stream: Stream, warn: bool = False) -> E
         extended,
         items.height,
         _sharing(extended, items.height),
-        int((~vectors.any(axis=1)).sum()),
+        {encoder.source.lacking: int((~vectors.any(axis=1)).sum())},
         {encoder.fitted_on: encoder.block_1, "new items": fit},
     )
 

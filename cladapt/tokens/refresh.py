@@ -18,7 +18,7 @@ from cladapt.config import TokensConfig, resolve
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.tokens.build import SIDS, load_sids
-from cladapt.tokens.churn import Churn
+from cladapt.tokens.diagnostics import churn
 from cladapt.tokens.encoder import Encoder, encoder_settings
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.versions import Version, Versions, folder_of, save_versions, version_folder, versions_of
@@ -60,28 +60,31 @@ def refresh_sids(
     levels = config.levels
     encoder = Encoder.fit(stream, config, through, [min(config.codes, size) for size in old.sizes[:levels]])
     known = old.first(stream.n_items - waiting)
-    vectors = encoder.vectors(stream.items)
+    vectors = encoder.vectors(stream, stream.items)
     first = vectors[: len(known.items)]
     names: Sequence[np.ndarray] = [np.arange(len(centres)) for centres in encoder.quantizer.codebooks]
     if align:
         names = aligned(known.codes[:, :levels], encoder.quantizer.encode(first), [len(each) for each in names], old)
     quantizer = encoder.quantizer.renamed(names, old.sizes[:levels])
-    encoder = Encoder(config, encoder.embedding, quantizer, encoder.block_1, through)
+    encoder = Encoder(config, encoder.source, quantizer, encoder.block_1, through)
     codes = encoder.quantizer.encode(vectors)
     ids = renumbered(encoder, known, codes[: len(first)], align)
     ids = np.concatenate([ids, encoder.ids(codes[len(first) :], ids)])
     table = SidTable(old.items, ids, old.sizes, versions.newest + 1)
+    levels_moved = churn(known, table, "the new table")
     before = None if built is None else Encoder.load(place)
     report = {
-        **Churn.between(known, table).report(),
+        "items": len(known.items),
+        "moved": levels_moved.pop()["moved"],
+        "levels": levels_moved,
         "shared_items": {"before": _shared(known), "after": _shared(table.first(len(known.items)))},
         "quantisation_error": {"before": None, "after": encoder.quantizer.error(first, codes[: len(first)])},
-        "items_without_text": {"before": None, "after": int((~first.any(axis=1)).sum())},
+        "items_without_vector": {"before": None, "after": int((~first.any(axis=1)).sum())},
     }
     if before is not None:
-        then = before.vectors(stream.items[: len(first)])
+        then = before.source.vectors(stream, stream.items[: len(first)])
         report["quantisation_error"]["before"] = before.quantizer.error(then, known.codes[:, : before.config.levels])
-        report["items_without_text"]["before"] = int((~then.any(axis=1)).sum())
+        report["items_without_vector"]["before"] = int((~then.any(axis=1)).sum())
     made = Version(
         version=table.version,
         parent=versions.current,

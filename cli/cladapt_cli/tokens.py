@@ -33,13 +33,34 @@ def build(
             "its head, width x capacity parameters each, and nothing in the trie softmax.",
         ),
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            show_default="tfidf",
+            help="Where the items' vectors come from: `tfidf` of their texts; a sentence-transformers model (name or "
+            "directory) or the directory of a causal LM, whose vectors are kept in ~/.cache/cladapt/vectors; or "
+            "`cooccurrence`, what users have together in block 1, for a catalogue without texts.",
+        ),
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(
+            "--reduce",
+            show_default="none",
+            help="How an embedding of texts is reduced, fitted on block 1 and frozen: none, pca, whiten, or rec-pca "
+            "(-o smoothness, whitening, components, window, neighbours), which favours what is alike in items that "
+            "users have together.",
+        ),
+    ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1."""
+    """Write a semantic ID for every item into a stream: vectors, and residual k-means fitted on block 1."""
     from cladapt.config import TokensConfig, resolve
     from cladapt.pipeline import streams
 
-    values = overrides_of(override, "tokens") | ({} if capacity is None else {"capacity": capacity})
+    named = {"capacity": capacity, "embedding": embedding, "reduce": reduce}
+    values = overrides_of(override, "tokens") | {key: value for key, value in named.items() if value is not None}
     return streams.build_tokens(stream, resolve(TokensConfig, values, "tokens build"), index)
 
 
@@ -103,8 +124,28 @@ def refresh(
 
 
 @verb(app)
-def inspect(stream: StreamDir) -> dict[str, Any]:
-    """Print the collision report of a stream's semantic IDs."""
+def inspect(
+    stream: StreamDir,
+    neighbours: Annotated[
+        int,
+        typer.Option(
+            "--neighbours",
+            min=0,
+            max=1000,
+            help="Of how many nearest items of an item, by text and by what users have together, to count those that "
+            "the IDs keep near; 0 leaves that out, with the embedding that it reads.",
+        ),
+    ] = 10,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            help="A version of the IDs by its number, another stream directory or a sids.parquet: the share of items "
+            "that moved, by level; default: none.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Print what a stream's semantic IDs keep and lose: use of each level, collisions, neighbours, what moved."""
     from cladapt.pipeline import streams
 
-    return streams.inspect_tokens(stream)
+    return streams.inspect_tokens(stream, neighbours, against)

@@ -115,7 +115,8 @@ def test_the_answers_tell_what_was_done(world: World) -> None:
     found = {name: answer.json for name, answer in world.answers.items()}
     assert found["simulate"]["users"] == 60
     assert found["blocks"]["blocks"] == found["check"]["blocks"]
-    assert found["inspect"] == found["tokens"]
+    assert found["inspect"].items() >= found["tokens"].items()
+    assert [row["graph"] for row in found["inspect"]["neighbours"]] == ["semantic", "collaborative"]
     assert found["pretrain"]["base"] == "base"
     assert found["plan"]["trained_parameters"] > 0
     assert [row["block"] for row in found["train"]["blocks"]] == [2, 3]
@@ -326,6 +327,14 @@ BAD: list[tuple[str, int, str]] = [
     ("tokens build stream", 2, "sids.parquet exists"),
     ("tokens build bare --index index.json", 3, "39 of 40 items have no semantic ID"),
     ("tokens build bare --index binary.csv", 3, "cannot read binary.csv"),
+    (
+        "tokens build bare --embedding stream",
+        3,
+        "tokens.embedding='stream' holds no model: found codebooks",
+    ),
+    ("tokens build bare --embedding cooccurrence --reduce pca", 2, "reduce='pca' reduces an embedding of texts"),
+    ("tokens build bare --reduce svd", 2, "reduce='svd': Input should be 'none', 'pca', 'whiten' or 'rec-pca'"),
+    ("tokens inspect stream --against bare", 3, "bare has no sids.parquet"),
     ("tokens extend bare", 3, "bare has no sids.parquet"),
     ("tokens extend stream --index index.json", 3, "the index has the ID <a_1> for item 'i01', the stream has <a_"),
     ("tokens extend stream --index binary.csv", 3, "cannot read binary.csv"),

@@ -8,13 +8,13 @@ import polars as pl
 import pytest
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import AdapterConfig, MethodConfig, RunConfig, TrainConfig
+from cladapt.config import AdapterConfig, MethodConfig, PretrainConfig, RunConfig, TrainConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.export.merge import merge
 from cladapt.model.load import base_provenance, load_base
 from cladapt.model.saved import adapter_provenance
-from cladapt.pipeline import bases, evaluation, promote, refresh, runs, ship
+from cladapt.pipeline import bases, evaluation, promote, refresh, runs, ship, streams
 from cladapt.run import open_run
 from cladapt.tokens.build import load_sids
 from cladapt.train.sinks import MemorySink
@@ -52,8 +52,6 @@ def world(growth: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grow(stream: Path, growth: Path) -> None:
-    from cladapt.pipeline import streams
-
     whole = Stream.load(growth / "whole")
     Stream(whole.interactions, whole.items, Stream.load(stream).manifest).save_after(stream, 2)
     streams.extend_tokens(stream)
@@ -181,6 +179,15 @@ def test_blocks_that_the_ids_were_fitted_on_are_told(world: Path, tmp_path: Path
     assert {str(each.message)[:7] for each in caught} == {"block 2", "block 3"}
 
 
+def test_an_inspection_against_an_earlier_version_counts_what_moved(world: Path) -> None:
+    stream = world / "stream"
+    report = streams.inspect_tokens(stream, 3, Path("1"))
+    assert (report["version"], report["sids"]) == (2, str(stream / "ids" / "00002" / "sids.parquet"))
+    old, new = (load_sids(stream, Stream.load(stream), version) for version in (1, 2))
+    assert report["churn"][-1]["moved"] == pytest.approx((old.codes != new.codes).any(axis=1).mean())
+    assert streams.inspect_tokens(stream, 0, Path("2"))["churn"][-1]["moved"] == 0.0
+
+
 def test_going_back_lets_old_runs_go_on(world: Path, tmp_path: Path) -> None:
     run = copied(world, tmp_path)
     assert refresh.take_back(tmp_path / "stream")["version"] == 1
@@ -190,8 +197,6 @@ def test_going_back_lets_old_runs_go_on(world: Path, tmp_path: Path) -> None:
 
 def test_a_base_of_the_new_ids_names_them(world: Path, tmp_path: Path) -> None:
     copied(world, tmp_path)
-    from cladapt.config import PretrainConfig
-
     bases.pretrain_base(tmp_path / "stream", tmp_path / "second", PretrainConfig(epochs=1), MemorySink())
     assert load_base(tmp_path / "second").version == 2
     with pytest.raises(DataError, match=r"the base has version 1 of the IDs, the stream's are of version 2"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cladapt.artifacts import read_json, write_json
-from cladapt.config import TokensConfig
+from cladapt.config import TokensConfig, resolve
 from cladapt.data.schema import INTERACTIONS, ITEMS, Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.tokens.build import load_sids, read_sids, save_index, save_sids
@@ -35,21 +36,22 @@ BLOCKS = 4
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "the quantisation error|.* of the new items|.* items have no text|.* instead of"
-        )
+        warnings.filterwarnings("ignore", "the quantisation error|.* of the new items|.* items have no |.* instead of")
         yield
 
 
 def make_stream() -> Stream:
-    """Four blocks of twelve items; the words of later ones are partly new."""
+    """Four blocks of twelve items; the words of later ones are partly new, and users have earlier ones too."""
     rng = np.random.default_rng(1)
     rows = [
         (f"i{t}-{k}", " ".join(rng.choice([*WORDS, f"new{t}", f"more{t}"], 2)), t)
         for t in range(1, BLOCKS + 1)
         for k in range(12)
     ]
-    events = [("u", item, None, position, t) for position, (item, _, t) in enumerate(rows)]
+    events = []
+    for user in range(10):
+        used = [row for t in range(1, BLOCKS + 1) for row in (*rng.permutation(12 * t)[:6], 12 * t - 1 - user)]
+        events += [(f"u{user}", rows[row][0], None, n, n // 7 + 1) for n, row in enumerate(used)]
     items = pl.DataFrame(rows, schema=ITEMS, orient="row")
     return Stream(pl.DataFrame(events, schema=INTERACTIONS, orient="row"), items, {"config": {}})
 
@@ -122,8 +124,8 @@ def test_the_error_and_the_collisions_before_and_after_are_of_the_same_items(tmp
     report = done.version.report
     for place, key in ((tmp_path, "before"), (version_folder(tmp_path, 2), "after")):
         encoder = Encoder.load(place)
-        x = encoder.vectors(stream.items[:36]).astype(np.float64)
-        assert report["items_without_text"][key] == (~x.any(axis=1)).sum()
+        x = encoder.source.vectors(stream, stream.items[:36]).astype(np.float64)
+        assert report["items_without_vector"][key] == (~x.any(axis=1)).sum()
         x = x[x.any(axis=1)]
         residual = x.copy()
         for centres in encoder.quantizer.codebooks:
@@ -162,11 +164,20 @@ def test_items_that_do_not_move_keep_their_number_and_others_get_one_that_is_lef
 
 
 @pytest.mark.parametrize("align", [True, False])
-@pytest.mark.parametrize("deduplicate", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"deduplicate": False},
+        {"embedding": "cooccurrence", "window": 2},
+        {"reduce": "rec-pca", "window": 3, "components": 3},
+    ],
+    ids=["numbers", "plain", "cooccurrence", "rec-pca"],
+)
 def test_a_stream_that_grows_after_a_refresh_has_the_ids_of_the_whole_one(
-    align: bool, deduplicate: bool, tmp_path: Path
+    align: bool, change: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = CONFIG.model_copy(update={"deduplicate": deduplicate})
+    config = resolve(TokensConfig, {**CONFIG.model_dump(), **change}, "tokens")
     whole = built(tmp_path / "whole", config=config)
     refresh_sids(tmp_path / "whole", whole, {}, through=2, align=align)
     refresh_sids(tmp_path / "whole", whole, {}, through=3, align=align)
