@@ -183,16 +183,14 @@ def _refuse_late_change(run: Run[Any], stream: Any, base: FittedBase, held_out: 
         return
     left = [block for block in run.workload.blocks(run.config, stream, base) if block not in run.adapters]
     own = [run.config_at(block) for block in left]
-    then: tuple[str, Any, Sequence[Any]]
-    for then in (
-        ("--held-out", held_out, [config.train.held_out for config in own] if held_out else []),
-        ("--ids", ids, [config.ids for config in own] if ids else []),
-    ):
-        option, asked, values = then
-        if any(value != asked for value in values):
-            key = {"--held-out": "train.held_out", "--ids": "ids"}[option]
+    changes: Sequence[tuple[str, str, Any, Sequence[Any]]] = (
+        ("--held-out", "train.held_out", held_out, [config.train.held_out for config in own] if held_out else ()),
+        ("--ids", "ids", ids, [config.ids for config in own] if ids else ()),
+    )
+    for option, key, asked, then in changes:
+        if any(value != asked for value in then):
             raise ConfigError(
-                f"{option} {asked}: {run.path} was to learn {_named(left)} with {key}={values[0]}",
+                f"{option} {asked}: {run.path} was to learn {_named(left)} with {key}={then[0]}",
                 f"finish it first: cladapt train --resume {run.path}",
             )
 

@@ -188,6 +188,17 @@ def test_an_inspection_against_an_earlier_version_counts_what_moved(world: Path)
     assert streams.inspect_tokens(stream, 0, Path("2"))["churn"][-1]["moved"] == 0.0
 
 
+def test_blocks_that_are_left_are_learned_by_the_ids_they_were_to_be(world: Path, tmp_path: Path) -> None:
+    run = copied(world, tmp_path)
+    runs.continue_run(run, MemorySink(), ids=2)
+    shutil.rmtree(run / "adapters" / "block_004")
+    with pytest.raises(ConfigError, match=r"--ids 1: .* was to learn block 4 with ids=2") as caught:
+        runs.continue_run(run, MemorySink(), ids=1)
+    assert caught.value.hint == f"finish it first: cladapt train --resume {run}"
+    assert [b["block"] for b in runs.resume(run, MemorySink())["blocks"]] == [4]
+    assert adapter_provenance(run / "adapters" / "block_004")["ids"]["version"] == 2
+
+
 def test_going_back_lets_old_runs_go_on(world: Path, tmp_path: Path) -> None:
     run = copied(world, tmp_path)
     assert refresh.take_back(tmp_path / "stream")["version"] == 1
