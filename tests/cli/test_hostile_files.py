@@ -190,7 +190,7 @@ JSON_TEXTS = {
 
 JSON_KEYS = {  # what each file is asked for
     "stream/manifest.json": ("schema_version", "hashes", "config", "withdrawn", "cuts", "earlier"),
-    "grown/tokens.json": ("schema_version", "config", "block_1", "through", "files"),
+    "grown/tokens.json": ("schema_version", "config", "block_1", "files"),
     "bare/manifest.json": ("schema_version", "hashes", "cuts", "appended", "notes"),
     "base/cladapt.json": ("fingerprint", "fitted_block", "sids", "ids", "stream"),
     f"{BLOCKS}/cladapt.json": ("base", "block", "form", "window", "softmax", "history_rank", "stream", "ids"),
@@ -250,7 +250,6 @@ MAY_BE_TAKEN = {  # how the name of a case begins -> why its damage is harmless
     "run/config.json: held_out missing": "it never changed",
     "run/config.json: ids missing": "they never changed",
     "base/cladapt.json: ids missing": "older bases do not say: theirs is version 1",
-    "grown/tokens.json: through missing": "older IDs do not say: they were fitted on block 1",
     "run/config.json: inputs missing": "older runs do not have them; --resume says that they are not compared",
     "*/environment.json: missing: export run": "a model card tells what is known of the machine",
     "*/environment.json: missing: train --resume": "killed before it: recorded when the run goes on",
