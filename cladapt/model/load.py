@@ -59,6 +59,7 @@ class BaseRecord(BaseModel):
 class Made:
     """What the `cladapt.json` of a base says of it."""
 
+    model: "PreTrainedModel"
     provenance: Mapping[str, Any]
 
     @property
@@ -70,6 +71,11 @@ class Made:
     def fitted_block(self) -> int:
         """Last block that the weights have learned; 0 for none."""
         return int(self.provenance["fitted_block"])
+
+    @property
+    def weights(self) -> str:
+        """Identity of the weights as they are loaded."""
+        return weights_hash(self.model)
 
 
 @dataclass(frozen=True)

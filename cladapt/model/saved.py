@@ -16,7 +16,8 @@ from cladapt import __version__
 from cladapt.artifacts import atomic_dir, hash_file, read_record, read_tensors, write_json, write_tensors
 from cladapt.errors import DataError
 from cladapt.model.adapter import (
-    CLASSIFIER,
+    BESIDE,
+    ITEMS,
     NAME,
     AdaptedBase,
     adapted_lm,
@@ -110,7 +111,7 @@ class LoraRecord(BaseModel):
 def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance: Mapping[str, Any]) -> None:
     """Write PEFT's own files and, beside them, `cladapt.json`; a history becomes the first ranks of the adapter.
 
-    A classifier that has learned goes with it, and PEFT puts it in the place of the base's.
+    What has learned beside it, a classifier or rows of an item table, goes with it in the same file.
     """
     with atomic_dir(folder) as temporary, quiet():
         model.save_pretrained(str(temporary), selected_adapters=[NAME], save_embedding_layers=False)
@@ -123,7 +124,7 @@ def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance
             config.r += record["history_rank"]
             config.lora_alpha, config.use_rslora = scale_of(model) * config.r, False
         if base.extra_tensors:
-            config.modules_to_save = [CLASSIFIER]
+            config.modules_to_save = [m for m in BESIDE if any(f".{m}." in name for name in base.extra_tensors)]
             tensors |= {name: tensor.detach() for name, tensor in base.extra_tensors.items()}
         config.inference_mode = True
         config.save_pretrained(str(temporary))
@@ -290,18 +291,27 @@ def load_adapter(base: AdaptedBase, folder: Path) -> "PeftModel":
 @contextmanager
 def adapted(base: AdaptedBase, folder: Path) -> "Iterator[PreTrainedModel]":
     """The base with a saved adapter, loaded anew: ranks may differ; at the end the base is as it was."""
+    beside = {name: tensor.detach().clone() for name, tensor in base.extra_tensors.items()}
     model = load_adapter(base, folder)
     try:
         yield adapted_lm(model)
     finally:
         unload(model)
+        with torch.no_grad():
+            for name, own in base.extra_tensors.items():
+                own.copy_(beside[name])
 
 
 def place(model: "PeftModel", base: AdaptedBase, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a saved adapter into the adapter, and a classifier's into the base's own."""
+    """Copy the tensors of a saved adapter into the adapter, and what has learned beside it into the base's own.
+
+    Of an item table an adapter has the rows of the items known to it; those of later items stay what they are.
+    """
     set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.extra_tensors})
     with torch.no_grad():
         for name, own in base.extra_tensors.items():
-            if name not in tensors or tensors[name].shape != own.shape:
+            saved = tensors.get(name)
+            rows = len(own) if saved is None or f".{ITEMS}." not in name else min(len(own), len(saved))
+            if saved is None or saved.shape != own[:rows].shape:
                 raise DataError(f"the adapter has no {name} of shape {tuple(own.shape)}", RESTORE)
-            own.copy_(tensors[name])
+            own[:rows].copy_(saved)

@@ -221,10 +221,10 @@ def _finish(
 def plan(config: RunSettings) -> dict[str, Any]:
     """What a run would do: everything validated, examples and parameters counted, memory estimated, nothing written."""
     if not config.data or not config.base:
-        folder = RUNS / workloads.get(config.task).embedded_folder
+        stream, base = _embedded(config)
         raise ConfigError(
             "--dry-run needs --data and --base",
-            f"name them; a run without makes embedded ones: --data {folder / 'stream'} --base {folder / 'base'}",
+            f"name them; a run without makes embedded ones: --data {stream} --base {base}",
         )
     config = settled(config)
     work = workloads.get(config.task)
@@ -273,10 +273,16 @@ def with_embedded(config: RunSettings, sink: Sink) -> RunSettings:
         )
     if config.data:
         return config
-    folder = RUNS / work.embedded_folder
-    stream, base = folder / "stream", folder / "base"
-    work.make_embedded(stream, base, sink)
+    stream, base = _embedded(config)
+    work.make_embedded(config, stream, base, sink)
     return config.model_copy(update={"data": str(stream), "base": str(base)})
+
+
+def _embedded(config: RunSettings) -> tuple[Path, Path]:
+    """Where the embedded stream and base of a configuration are kept."""
+    work = workloads.get(config.task)
+    folder = RUNS / work.embedded_folder
+    return folder / "stream", folder / work.embedded_base(config)
 
 
 def settled(config: RunSettings) -> RunSettings:

@@ -40,10 +40,16 @@ class Blocks(Protocol):
 
 
 class FittedBase(AdaptedBase, Protocol):
-    """A base that says which blocks its weights have learned."""
+    """A base that says how it was made, and which blocks its weights have learned."""
 
     @property
     def fitted_block(self) -> int: ...
+
+    @property
+    def weights(self) -> str: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
 
 
 class Measured(Protocol):
@@ -236,8 +242,12 @@ class Workload(ABC, Generic[C, S, B, M]):
         """The base as one of its adapters reads it, or (None) alone."""
         return base
 
+    def embedded_base(self, config: C) -> str:
+        """Name of the embedded base's folder beside the embedded stream."""
+        return "base"
+
     @abstractmethod
-    def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
+    def make_embedded(self, config: C, stream: Path, base: Path, sink: Sink) -> None:
         """Make the embedded stream and base where they are missing."""
 
     def check_model(self, config: C, method: Method, model: "PeftModel") -> None:
