@@ -1,10 +1,10 @@
 """Sequence encoders of recommenders: SASRec, BERT4Rec and GRU4Rec over the vectors of a history's items.
 
-SASRec (arXiv 1808.09781, 3.1-3.2) and BERT4Rec (arXiv 1904.06690, 3.3-3.5) are one transformer, causal with norms before
-its branches and ReLU, or bidirectional with norms behind them and GELU; positions are learned. BERT4Rec's bias per item
-and the layer before it are left out, so that all backbones score alike: by the product with an item's vector. GRU4Rec
+SASRec (arXiv 1808.09781, 3.1-3.2) and BERT4Rec (arXiv 1904.06690, 3.3-3.5) are one transformer: causal, norms before
+its branches and ReLU, or bidirectional, norms behind them and GELU. Positions are learned. BERT4Rec's bias per item
+and the layer before it are left out, so that all backbones score alike, by the product with an item's vector. GRU4Rec
 (arXiv 1511.06939) has a dense layer behind its last state. All layers but GRU4Rec's recurrent weights are `nn.Linear`,
-which is what adapters are put on: those see one state at a time, and stay the base's.
+which is what adapters are put on; those weights see one state at a time, and stay the base's.
 """
 
 from typing import cast

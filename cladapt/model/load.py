@@ -223,7 +223,7 @@ def extend_model(
     return model, tokenizer, new
 
 
-def check_home(base: Base, stream: Stream, base_name: str, stream_name: str) -> None:
+def check_home(base: Made, stream: Stream, base_name: str, stream_name: str) -> None:
     """`DataError` where the base has learned events of another stream than this one and its prefixes."""
     recorded = base.provenance.get("stream")
     learned = base.fitted_block or (1 if base.provenance.get("form") else 0)

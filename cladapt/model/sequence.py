@@ -19,45 +19,48 @@ from cladapt.model.backbones import make_encoder
 from cladapt.model.items import ItemPasses
 from cladapt.model.observe import Observable, Outputs
 from cladapt.sequential import BackboneConfig
-
-PAD, START, MASK = -1, -2, -3
-"""What stands in a sequence beside items: padding behind it, its beginning, and an item that is hidden."""
+from cladapt.tokens.sequences import PAD, START
 
 
 class ItemTable(nn.Module):
     """Rows of items: `fixed` [n, f] columns beside the learned `rows` [n, r], either may be missing, and maybe a linear
     layer on top."""
 
+    fixed: Tensor | None
+
     def __init__(self, fixed: Tensor | None, rows: Tensor | None, projected_to: int | None = None) -> None:
         super().__init__()
-        parts = [part for part in (fixed, rows) if part is not None]
         self.register_buffer("fixed", fixed)
         self.rows = None if rows is None else nn.Parameter(rows)
-        width = sum(part.shape[1] for part in parts)
+        width = sum(part.shape[1] for part in self.parts)
         self.projection = None if projected_to is None else nn.Linear(width, projected_to, bias=False)
-        self.learned = len(parts[0])
+        self.learned = len(self)
         """Rows that are saved with an adapter: of the items known when it was learned."""
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """The columns that are there, those fixed first."""
+        return [part for part in (self.fixed, self.rows) if part is not None]
+
     def __len__(self) -> int:
-        return len(cast(Tensor, self.fixed if self.rows is None else self.rows))
+        return len(self.parts[0])
 
     def forward(self, known: int, first: int = 0) -> Tensor:
         """Vectors [known, d] of the first items; the rows before `first` get no gradient."""
-        parts = [] if self.fixed is None else [cast(Tensor, self.fixed)[:known]]
-        if self.rows is not None:
-            parts.append(torch.cat([self.rows[:first].detach(), self.rows[first:known]]) if first else self.rows[:known])
+        parts = [part[:known] for part in self.parts]
+        if self.rows is not None and first:
+            parts[-1] = torch.cat([self.rows[:first].detach(), self.rows[first:known]])
         table = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return table if self.projection is None else cast(Tensor, self.projection(table))
 
     @torch.no_grad()
     def extend(self, start: Tensor) -> None:
         """Append rows [m, f + r] of later items."""
-        width = 0 if self.fixed is None else cast(Tensor, self.fixed).shape[1]
+        width = 0 if self.fixed is None else self.fixed.shape[1]
         if self.fixed is not None:
-            self.fixed = torch.cat([cast(Tensor, self.fixed), start[:, :width].to(cast(Tensor, self.fixed))])
+            self.fixed = torch.cat([self.fixed, start[:, :width].to(self.fixed)])
         if self.rows is not None:
-            grown = torch.cat([self.rows, start[:, width:].to(self.rows)])
-            self.rows = nn.Parameter(grown, self.rows.requires_grad)
+            self.rows = nn.Parameter(torch.cat([self.rows, start[:, width:].to(self.rows)]), self.rows.requires_grad)
         self.learned = len(self)
 
 
@@ -113,28 +116,26 @@ class SequenceLoss(Observable):
     """Negative log-likelihood of items among the first `known` ones.
 
     `first`: the first row that learns. `earlier`: how many items were learned before, whose scores are the alternatives
-    of its outputs; 0 for none. `end`: gives what a block's record says of the model at its end.
+    of its outputs; 0 for none.
     """
 
-    def __init__(
-        self,
-        model: SequenceModel,
-        known: int,
-        first: int = 0,
-        earlier: int = 0,
-        end: Callable[[], Mapping[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, model: SequenceModel, known: int, first: int = 0, earlier: int = 0) -> None:
         super().__init__()
-        self.model, self.known, self.first, self.earlier, self._end = model, known, first, earlier, end
+        self.model, self.known, self.first, self.earlier = model, known, first, earlier
+        self._figures: Callable[[], Mapping[str, Any]] = dict
+
+    def judged_by(self, figures: Callable[[], Mapping[str, Any]]) -> None:
+        """What a block's record says of the model at the block's end."""
+        self._figures = figures
 
     def begin(self) -> None:
         self.model.items.learned = self.known
 
     def end(self) -> Mapping[str, Any]:
-        return {} if self._end is None else self._end()
+        return self._figures()
 
     def forward(self, sequence: Tensor, target: Tensor, counted: Tensor, items: ItemPasses | None = None) -> Tensor:
-        """float32, one per place that counts; int64 [B, L], int64 [B, L], bool [B, L]. `items` learns whose they are."""
+        """float32, one per place that counts; int64 [B, L] twice, bool [B, L]. `items` learns whose they are."""
         if items is not None:
             items.pick(items.owner[counted])
         table = self.model.items(self.known, self.first)

@@ -15,11 +15,12 @@ from cladapt.model.geometry import Graphs, conditioning, hessians, norm_dispersi
 from cladapt.model.sequence import SequenceLoss, SequenceModel
 from cladapt.model.sequence_base import new_model, save_sequence_base
 from cladapt.sequential import SequentialBaseConfig, SequentialTrainConfig
+from cladapt.tokens.sequences import form_of_backbone
 from cladapt.tokens.table import TextMap
 from cladapt.train.feeds import Batch, evenly
 from cladapt.train.loop import FitResult
 from cladapt.train.pretrain import fit_base
-from cladapt.train.sequences import SequenceFeed, form_of_backbone, make_sequence_feed
+from cladapt.train.sequences import SequenceFeed, make_sequence_feed
 from cladapt.train.sinks import Fan, Sink
 
 DIAGNOSTICS = "diagnostics"

@@ -12,7 +12,7 @@ from cladapt.errors import ConfigError
 from cladapt.methods import Replay
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import Softmax, TrieSoftmax
-from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm, Template, warn_left_out
+from cladapt.tokens.prompts import Form, PackedForm, PromptForm, Template, warn_left_out
 from cladapt.tokens.titles import TitleForm
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
@@ -22,7 +22,7 @@ Example = tuple[BlockSplit, int]
 """What one user did in a block: its split and the user's row there."""
 
 
-D = TypeVar("D", covariant=True)
+D = TypeVar("D")
 
 
 class Learned(Protocol[D]):

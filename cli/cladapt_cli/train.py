@@ -26,6 +26,10 @@ def train(
         str | None,
         typer.Option("--method", show_default="peso", help=f"{', '.join(method_names())}; join several with +."),
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", show_default="sasrec", help="With --task sequential: sasrec, gru4rec or bert4rec."),
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Stream directory; default: the embedded one.")] = None,
     base: Annotated[
         Path | None, typer.Option("--base", help="Base+tokens directory; default: the embedded one.")
@@ -74,6 +78,7 @@ def train(
 
     flags = {
         "method.name": method,
+        "backbone": backbone,
         "seed": seed,
         "train.lr": lr,
         "train.epochs": epochs,
@@ -88,6 +93,7 @@ def train(
             "RECIPE": recipe,
             "--task": task,
             "--method": method,
+            "--backbone": backbone,
             "--seed": seed,
             "--lr": lr,
             "--epochs": epochs,
