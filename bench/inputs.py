@@ -32,6 +32,7 @@ from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.methods import build
 from cladapt.pipeline import bases, images, refresh, streams
+from cladapt.sequential import SequentialBaseConfig
 from cladapt.tokens.build import load_sids
 from cladapt.tokens.versions import versions_of
 from cladapt.train.sinks import MemorySink
@@ -102,12 +103,8 @@ class RefreshedIds(Settings):
     """Settings of the quantiser other than those of the first version."""
 
 
-class Interactions(Recipe):
-    """Interactions, imported or simulated: one stream for all seeds, a base for each.
-
-    With `after`, every cell goes on from the adapter of that block of one run by the common settings and the first IDs;
-    `ids: 2` in a cell has it learn by the first of `refreshes`, and so on.
-    """
+class Logs(Recipe):
+    """Interactions, imported or simulated: one stream for all seeds, a base for each."""
 
     source: str = ""
     """Folder of real data below the data root; empty = simulate."""
@@ -115,13 +112,6 @@ class Interactions(Recipe):
     """How the source is read: the options of `cladapt data import`, by name."""
     blocks: BlocksConfig = BlocksConfig()
     simulate: SimulateConfig = SimulateConfig()
-    tokens: TokensConfig = TokensConfig()
-    refreshes: tuple[RefreshedIds, ...] = ()
-    """Versions 2, 3, … of the IDs."""
-    after: Annotated[int, Field(ge=0)] = 0
-    """The block whose adapter all cells start from; 0 = each starts from its base."""
-    base: LanguageBase = LanguageBase()
-    """How the bases are made; a cell's own `base` comes on top."""
 
     @property
     def options(self) -> ReadOptions:
@@ -138,6 +128,26 @@ class Interactions(Recipe):
                 streams.import_data(str(data / self.source), folder, "auto", self.options, self.blocks)
             else:
                 streams.simulate_data(folder, self.simulate)
+        return folder
+
+
+class Interactions(Logs):
+    """Interactions whose items have semantic IDs, which a language model learns.
+
+    With `after`, every cell goes on from the adapter of that block of one run by the common settings and the first IDs;
+    `ids: 2` in a cell has it learn by the first of `refreshes`, and so on.
+    """
+
+    tokens: TokensConfig = TokensConfig()
+    refreshes: tuple[RefreshedIds, ...] = ()
+    """Versions 2, 3, … of the IDs."""
+    after: Annotated[int, Field(ge=0)] = 0
+    """The block whose adapter all cells start from; 0 = each starts from its base."""
+    base: LanguageBase = LanguageBase()
+    """How the bases are made; a cell's own `base` comes on top."""
+
+    def make_stream(self, work: Path, data: Path, seed: int) -> Path:
+        folder = super().make_stream(work, data, seed)
         if not (folder / streams.SIDS).is_file():
             streams.build_tokens(folder, self.tokens, None)
         for step in self.refreshes[versions_of(folder).newest - 1 :]:
@@ -176,6 +186,23 @@ class Interactions(Recipe):
         return bases.tune_base(str(first), stream, folder, tune, MemorySink())
 
 
+class Sequences(Logs):
+    """Interactions that a model over a table of items learns."""
+
+    base: SequentialBaseConfig = SequentialBaseConfig()
+    """How the bases are made; a cell's own `base` comes on top."""
+
+    def base_settings(self, own: dict[str, Any], seed: int) -> SequentialBaseConfig:
+        values = merge(self.base.model_dump(mode="json"), own.pop("base", {}))
+        return resolve(SequentialBaseConfig, {**values, "seed": seed}, "base")
+
+    def make_base(self, folder: Path, data: Path, stream: Path, settings: SequentialBaseConfig) -> dict[str, Any]:
+        table = settings.table
+        if table.embedding != "tfidf" and (place := data / table.embedding).exists():
+            settings = settings.model_copy(update={"table": table.model_copy(update={"embedding": str(place)})})
+        return bases.sequential_base(stream, folder, settings, MemorySink())
+
+
 class Images(Recipe):
     """Images: a seed draws the order of the classes, the splits and the base."""
 
@@ -202,7 +229,7 @@ class Images(Recipe):
         return images.make_base(stream, folder, data / self.pretrain, None, settings, MemorySink())
 
 
-RECIPES: Mapping[str, type[Recipe]] = {"recommend": Interactions, "classify": Images}
+RECIPES: Mapping[str, type[Recipe]] = {"recommend": Interactions, "classify": Images, "sequential": Sequences}
 
 
 def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:

@@ -22,6 +22,7 @@ from cladapt import workloads
 from cladapt.artifacts import atomic_path, hash_file, hash_value, read_json, read_tensors, write_json
 from cladapt.config import RunSettings, Settings, load_recipe, resolve
 from cladapt.errors import CladaptError, ConfigError
+from cladapt.model.adapter import ITEMS
 from cladapt.model.saved import ADAPTER_FILE, adapter_provenance, without_history
 from cladapt.model.spectrum import FIGURES
 from cladapt.pipeline import evaluation, runs
@@ -146,7 +147,9 @@ def refuse_other_code(work: Path) -> None:
 def mean_distance(adapters: list[Path]) -> float | None:
     """Mean over blocks of the L2 distance between the factors that one block and the next have learned."""
     tensors = [without_history(read_tensors(f / ADAPTER_FILE), adapter_provenance(f)) for f in adapters]
-    squares = [sum(float((b[n] - a[n]).square().sum()) for n in a) for a, b in pairwise(tensors)]
+    squares = [
+        sum(float((b[n] - a[n]).square().sum()) for n in a if f".{ITEMS}." not in n) for a, b in pairwise(tensors)
+    ]
     return sum(s**0.5 for s in squares) / len(squares) if squares else None
 
 
@@ -204,6 +207,9 @@ def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:
     for figure in CHANGES:
         values = [block[figure] for block in read_json(run.path / METRICS)["interference"]]
         line[figure] = sum(values) / len(values) if values else None
+    diagnostics = read_json(run.path / METRICS).get("diagnostics", [])
+    for when, found in (("base", diagnostics[:1]), ("last", diagnostics[1:][-1:])):
+        line |= {f"{when} {figure}": value for each in found for figure, value in each.items() if figure != "block"}
     return {**line, "seconds": read_json(run.path / "seconds.json")["train"]}
 
 

@@ -18,6 +18,9 @@ class TableConfig(Settings):
     """`random`: drawn from the seed and the item's id; `llm`: from the embedding of the item's text."""
     embedding: str = "tfidf"
     """What embeds texts: `tfidf`, or the name or path of a sentence-transformers model."""
+    length: PositiveFloat = 0.16
+    """Root mean square length of the rows of block 1 before anything is learned, whatever their source. Rows of rare
+    items stay near where they start: long ones score them at random."""
     dimensions: Positive = 256
     """Dimensions kept of a TF-IDF embedding."""
     use: Literal["initialise", "frozen"] = "initialise"
@@ -99,18 +102,18 @@ class SequentialBaseConfig(BackboneConfig):
     """Peak learning rate."""
     epochs: Positive = 60
     """Most epochs over block 1."""
-    patience: Positive = 5
+    patience: Positive = 8
     """Stop after this many epochs without a better validation log-likelihood."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW weight decay."""
-    batch_sequences: Positive = 128
+    batch_sequences: Positive = 32
     """Sequences per optimiser step."""
 
 
 class SequentialTrainConfig(FitConfig):
     """How one block of interactions is learned by a sequential model."""
 
-    batch_sequences: Positive = 128
+    batch_sequences: Positive = 32
     """Sequences per micro-batch."""
     rows: Literal["new", "all", "none"] = "new"
     """Which rows of an item table that learns a block learns beside the adapter: of the items that came with it, of all

@@ -90,7 +90,7 @@ class SequenceModel(nn.Module):
     def temperature(self) -> float:
         """What scores of unit vectors are divided by; 1 where the sequence vector's length is free."""
         if self.log_temperature is not None:
-            return float(self.log_temperature.exp())
+            return self.log_temperature.exp().item()
         return self.settings.temperature or 1.0
 
     def encode(self, sequence: Tensor, table: Tensor) -> Tensor:

@@ -86,13 +86,13 @@ class SequenceBase(Made):
         items = self.sequence.items
         if len(items) < stream.n_items:
             later = stream.items[len(items) :]
-            start = start_rows(later, self.texts, self.config.hidden, self.config.seed)
+            start = start_rows(later, self.texts, self.config.hidden, self.config.seed, self.config.table.length)
             items.extend(torch.from_numpy(start))
 
 
 def new_model(config: SequentialBaseConfig, items: pl.DataFrame, texts: TextMap | None) -> SequenceModel:
     """A model with random weights over the items of block 1."""
-    start = torch.from_numpy(start_rows(items, texts, config.hidden, config.seed))
+    start = torch.from_numpy(start_rows(items, texts, config.hidden, config.seed, config.table.length))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return SequenceModel(config, _table(config, start))

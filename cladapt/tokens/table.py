@@ -1,7 +1,7 @@
 """Vectors of items for the table of a sequential model: from their texts by a map fitted on block 1, or drawn.
 
-Unlike the vectors behind semantic IDs these keep their lengths. One number scales them so that the mean squared length
-of block 1's rows is 1, which is what drawn rows have: tables of every kind start at scores of one size.
+Unlike the vectors behind semantic IDs these keep their lengths. One number scales them so that the root mean square of
+block 1's lengths is `length`, as that of drawn rows is: tables of every kind start at scores of one size.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class TextMap:
             )
         present = found.any(axis=1)
         squared = (found[present].astype(np.float64) ** 2).sum(axis=1).mean()
-        return cls(embedding, projection, float(squared**-0.5))
+        return cls(embedding, projection, float(config.length * squared**-0.5))
 
     def embedded(self, items: pl.DataFrame) -> np.ndarray:
         """The embedding of the items' texts, float64 [n, D]; a row of zeros where it knows nothing of a text.
@@ -95,7 +95,7 @@ def _reduction(stream: Stream, x: np.ndarray, config: TableConfig, width: int, s
     return rec_pca.fit(x, graph, width, config.smoothness, config.whitening, config.balance, seed=seed)
 
 
-def start_rows(items: pl.DataFrame, texts: TextMap | None, width: int, seed: int) -> np.ndarray:
+def start_rows(items: pl.DataFrame, texts: TextMap | None, width: int, seed: int, length: float = 1.0) -> np.ndarray:
     """What the rows of items are before anything is learned, float32 [n, k]: by their texts, or drawn where `texts` is
     None.
 
@@ -103,7 +103,7 @@ def start_rows(items: pl.DataFrame, texts: TextMap | None, width: int, seed: int
     counts them.
     """
     if texts is None:
-        return drawn_rows(items["item"].to_list(), width, seed)
+        return length * drawn_rows(items["item"].to_list(), width, seed)
     rows = texts.rows(items)
     empty = ~rows.any(axis=1)
     if empty.any():
@@ -112,7 +112,7 @@ def start_rows(items: pl.DataFrame, texts: TextMap | None, width: int, seed: int
             "rows are drawn",
             stacklevel=2,
         )
-        rows[empty] = drawn_rows(items["item"].filter(pl.Series(empty)).to_list(), rows.shape[1], seed)
+        rows[empty] = length * drawn_rows(items["item"].filter(pl.Series(empty)).to_list(), rows.shape[1], seed)
     return rows
 
 

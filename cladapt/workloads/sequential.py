@@ -128,6 +128,8 @@ class Sequential(Interactions[SequentialConfig, SequenceBase]):
         return of_blocks
 
     def check_model(self, config: SequentialConfig, method: Method, model: "PeftModel") -> None:
+        if config.train.checkpointing:
+            raise ConfigError("train.checkpointing: a sequential model has no layers to compute again", "leave it out")
         shared = [name for name in lora_layers(model) if name.endswith("items.projection")]
         if method.flattens and shared:
             raise ConfigError(

@@ -197,6 +197,29 @@ def test_mistakes_show_before_anything_is_made(change: dict[str, Any], text: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_study_of_sequential_models(study: Any, tmp_path: Path) -> None:
+    recipe = {
+        **{key: INTERACTIONS[key] for key in ("simulate", "run")},
+        "task": "sequential",
+        "base": {"hidden": 8, "layers": 1, "epochs": 1, "table": {"dimensions": 12}},
+        "cells": {
+            "drawn": {},
+            "drawn, again": {"train": {"lr": 1e-2}},
+            "rec-pca, norm": {"base": {"normalise": "both", "table": {"source": "llm", "reduction": "rec-pca"}}},
+        },
+        "seeds": [0],
+    }
+    done, tables = made(study, recipe, tmp_path)
+    assert len({cell.config.base for cell, _ in done}) == 2
+    assert not list((tmp_path / "work" / "streams").rglob("sids.parquet"))
+    for (_, folder), row in zip(done, tables["cells"].to_dicts(), strict=True):
+        first, *_, last = read_json(folder / "metrics.json")["diagnostics"]
+        for figure in ("training_loss", "condition_log10", "norm_dispersion", "collaborative_overlap"):
+            assert row[f"base {figure}"] == pytest.approx(first[figure])
+            assert row[f"last {figure}"] == pytest.approx(last[figure])
+    assert {*tables["summary"]["model"]} >= {"drawn", "rec-pca, norm", "block popularity", "markov"}
+
+
 def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--only pesto: no such cell \(cells: finetune, peso, frozen\)"):
         made(study, INTERACTIONS, tmp_path, ["peso", "pesto"])
@@ -206,7 +229,8 @@ def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("path", sorted(BENCH.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_resolves(path: Path, study: Any) -> None:
     recipe = study.recipe_of(study.load_recipe(path), str(path))
-    assert recipe.task == ("classify" if "omniglot" in path.stem else "recommend")
+    named = "sequential" if path.stem.startswith("sequential") else "recommend"
+    assert recipe.task == ("classify" if "omniglot" in path.stem else named)
 
 
 def test_a_pretrained_base_is_tuned_once_for_its_cells(study: Any, checkpoint: Any, tmp_path: Path) -> None:
