@@ -104,6 +104,12 @@ def _check(run: Run[Any], target: str, held_out: str, index: Path | None, out: P
     if target not in TARGETS:
         raise ConfigError(f"target {target!r} is not known", f"use one of {', '.join(TARGETS)}")
     resolve(type(run.config), merge_overrides({}, [f"train.held_out={held_out}"]), "update")
+    if not run.workload.language:
+        raise ConfigError(
+            f"{run.path} is a run of --task {run.task}, whose items have no IDs to extend and whose adapters are not "
+            "exported",
+            f"cladapt data append {run.config.data} LOG, then train --continue, eval and promote {run.path}",
+        )
     if index is not None:
         read_index(index)
     if not (Path(run.config.base) / PROVENANCE).is_file():
