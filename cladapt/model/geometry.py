@@ -8,20 +8,19 @@ semantic instead of collaborative. The forms are derived here: the paper's own w
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import torch
-from scipy import sparse
 from torch import Tensor
+from torch.nn import functional as F
 
-from cladapt import ops
 from cladapt.data.schema import Stream
 from cladapt.sequential import TableConfig
 from cladapt.tokens.cooccurrence import Cooccurrence, item_graph
 from cladapt.tokens.embed import embed, fit_embedding
+from cladapt.tokens.neighbours import nearest, overlap, strongest_neighbours
 from cladapt.tokens.table import TextMap
 
 NEIGHBOURS = 10
@@ -86,12 +85,13 @@ class Graphs:
         items = np.unique(np.linspace(0, known.height - 1, min(ITEMS, known.height)).round().astype(np.int64))
         graph = item_graph(Cooccurrence.of(stream, block, table.window).counts, 0, table.weighting)
         vectors = _text_vectors(known, texts, table, seed)
-        semantic = None if vectors is None else nearest(torch.from_numpy(vectors), items)
-        return cls(items, semantic, strongest(graph, items))
+        semantic = None if vectors is None else _by_cosine(torch.from_numpy(vectors), items)
+        return cls(items, semantic, strongest_neighbours(graph, NEIGHBOURS, items)[1])
 
     def overlaps(self, table: Tensor) -> dict[str, float | None]:
-        """Share of the neighbours of either kind that are among an item's nearest rows by cosine, [n, d]."""
-        near = nearest(table, self.items)
+        """Share of the neighbours of either kind that are among an item's nearest rows by cosine, [n, d]; None where
+        there are none of that kind."""
+        near = _by_cosine(table, self.items)
         return {
             "semantic_overlap": None if self.semantic is None else overlap(near, self.semantic),
             "collaborative_overlap": overlap(near, self.collaborative),
@@ -111,31 +111,6 @@ def _text_vectors(known: pl.DataFrame, texts: TextMap | None, table: TableConfig
     return embed(embedding, known["text"].to_list())
 
 
-def nearest(vectors: Tensor, items: np.ndarray) -> np.ndarray:
-    """The NEIGHBOURS nearest other rows of `vectors` [n, d] by cosine to each of `items` [m], int64 [m, k].
-
-    -1 where there are fewer, and for items whose row is zero.
-    """
-    own = torch.from_numpy(items).to(vectors.device)
-    k = min(NEIGHBOURS, len(vectors) - 1)
-    pairs = (torch.arange(len(own), device=own.device), own)
-    score, found = ops.item_top_k(vectors[own], vectors, k, normalise=True, left_out=pairs)
-    none = torch.isinf(score) | ~vectors[own].any(1, keepdim=True)
-    return torch.where(none, -1, found).cpu().numpy()
-
-
-def strongest(graph: sparse.csr_array, items: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The NEIGHBOURS strongest edges of each of `items` [m] in a graph, int64 [m, k], -1 where there are fewer."""
-    found = np.full((len(items), NEIGHBOURS), -1, dtype=np.int64)
-    for row, item in zip(found, items, strict=True):
-        piece = slice(graph.indptr[item], graph.indptr[item + 1])
-        order = np.argsort(-graph.data[piece], kind="stable")[:NEIGHBOURS]
-        row[: len(order)] = graph.indices[piece][order]
-    return found
-
-
-def overlap(near: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean share of the `wanted` neighbours [m, k] that are `near` [m, j], over items that have any; -1 is none."""
-    has = (wanted[:, :, None] == near[:, None, :]).any(2) & (wanted >= 0)
-    count = (wanted >= 0).sum(1)
-    return float((has.sum(1)[count > 0] / count[count > 0]).mean()) if count.any() else 0.0
+def _by_cosine(vectors: Tensor, items: np.ndarray) -> np.ndarray:
+    """The NEIGHBOURS nearest other rows of `vectors` [n, d] to each of `items` [m], int64 [m, k], -1 for none."""
+    return nearest(F.normalize(vectors.float(), dim=1).cpu().numpy(), NEIGHBOURS, items)[1]

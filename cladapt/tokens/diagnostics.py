@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from cladapt.config import TokensConfig
 from cladapt.data.histories import training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
-from cladapt.tokens.cooccurrence import Cooccurrence, item_graph, strongest
+from cladapt.tokens.cooccurrence import Cooccurrence, item_graph
 from cladapt.tokens.encoder import Encoder, encoder_settings, shared
+from cladapt.tokens.neighbours import nearest, overlap, strongest_neighbours
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.sources import TextVectors
 
-MOST_ASKED = 2000
-"""Items whose neighbours are looked for; of a larger catalogue a sample."""
 PARTS = 5
 
 
@@ -64,52 +62,18 @@ def kept_neighbours(folder: Path, stream: Stream, table: SidTable, k: int) -> li
     found["collaborative"] = strongest_neighbours(item_graph(counts.counts, 0), k)
     rows = []
     for graph, (items, near) in found.items():
-        overlap = None if reduced is None or not len(items) else _overlap(near, nearest(reduced, k, items)[1])
+        by_vectors = None if reduced is None else overlap(nearest(reduced, k, items)[1], near)
         rows.append(
             {
                 "graph": graph,
                 "k": k,
                 "items": len(items),
                 "kept": kept_by_prefix(codes, items, near, k) if len(items) else None,
-                "by_vectors": overlap,
+                "by_vectors": by_vectors,
                 "by_chance": min(1.0, k / max(1, len(codes) - 1)),
             }
         )
     return rows
-
-
-def nearest(x: np.ndarray, k: int, items: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Items and their k nearest others by cosine: int64 [m], int64 [m, k], -1 where there are not as many.
-
-    Without `items` those with a vector in x [n, d], unit rows or zeros, at most `MOST_ASKED` of them. An item without a
-    vector is nobody's neighbour.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    present = np.flatnonzero(x.any(axis=1))
-    items = _sample(present) if items is None else items
-    near = np.full((len(items), k), -1, dtype=np.int64)
-    least = min(k + 1, len(present))
-    asked = np.flatnonzero(np.isin(items, present))
-    if least < 2 or not asked.size:
-        return items, near
-    index = NearestNeighbors(n_neighbors=least, algorithm="brute").fit(x[present])
-    for row, place in zip(asked, index.kneighbors(x[items[asked]], return_distance=False), strict=True):
-        others = present[place]
-        others = others[others != items[row]][:k]
-        near[row, : len(others)] = others
-    return items, near
-
-
-def strongest_neighbours(graph: sparse.csr_array, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items with neighbours in a graph [n, n] and the at most k strongest of them, in the form of `nearest`."""
-    kept = strongest(graph, k)
-    items = _sample(np.flatnonzero(np.diff(kept.indptr)))
-    near = np.full((len(items), k), -1, dtype=np.int64)
-    for row, item in enumerate(items):
-        others = kept.indices[kept.indptr[item] : kept.indptr[item + 1]]
-        near[row, : len(others)] = others
-    return items, near
 
 
 def kept_by_prefix(codes: np.ndarray, items: np.ndarray, near: np.ndarray, k: int) -> float:
@@ -153,15 +117,3 @@ def churn(table: SidTable, other: SidTable, where: str) -> list[dict[str, Any]]:
         }
         for level in range(levels)
     ] + [{"level": "whole ID", "items": len(both), "moved": whole, "prefix_moved": whole}]
-
-
-def _overlap(near: np.ndarray, other: np.ndarray) -> float:
-    """Share of the neighbours in `near` that are in the same row of `other`."""
-    there = near >= 0
-    return float(((near[:, :, None] == other[:, None]).any(axis=2) & there).sum() / there.sum())
-
-
-def _sample(items: np.ndarray) -> np.ndarray:
-    if len(items) <= MOST_ASKED:
-        return items
-    return np.sort(np.random.default_rng(0).choice(items, MOST_ASKED, replace=False))

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
 from torch.nn import functional as F
 
 from cladapt.model import geometry
-from cladapt.model.geometry import conditioning, hessians, nearest, norm_dispersion, overlap, strongest
+from cladapt.model.geometry import Graphs, conditioning, hessians, norm_dispersion
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -52,23 +51,20 @@ def test_lengths_disperse_by_their_coefficient_of_variation() -> None:
     assert norm_dispersion(torch.zeros(2, 2)) == 0.0
 
 
-def test_neighbours_are_those_of_the_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "NEIGHBOURS", 3)
-    vectors = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+def test_what_is_near_by_text_or_by_users_is_counted_among_the_nearest_rows() -> None:
+    vectors = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     vectors[7] = 0.0
     items = np.array([0, 5, 7])
     cosine = F.normalize(vectors, dim=1) @ F.normalize(vectors, dim=1).T
     cosine.fill_diagonal_(-2.0)
-    found = nearest(vectors, items)
-    assert found[:2].tolist() == cosine[items[:2]].topk(3).indices.tolist()
-    assert found[2].tolist() == [-1, -1, -1]
-
-
-def test_edges_and_their_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geometry, "NEIGHBOURS", 2)
-    graph = sparse.csr_array(np.array([[0, 3, 1, 2], [3, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=float))
-    wanted = strongest(graph, [0, 1, 3])
-    assert wanted.tolist() == [[1, 3], [0, -1], [-1, -1]]
-    near = np.array([[1, 2], [0, 3], [0, 1]])
-    assert overlap(near, wanted) == pytest.approx((1 / 2 + 1) / 2)  # the item without an edge does not count
-    assert overlap(near, np.full((3, 2), -1)) == 0.0
+    cosine[:, 7] = -2.0
+    near = cosine.topk(geometry.NEIGHBOURS).indices.numpy()[items]
+    half = np.where(np.arange(geometry.NEIGHBOURS) < 5, near, -1)
+    far = np.argsort(cosine.numpy(), axis=1)[items, 2 : 2 + geometry.NEIGHBOURS]
+    asked = Graphs(items[:2], half[:2], np.concatenate([near[:1], far[1:2]]))
+    length = 0.1 + torch.rand(30, 1, generator=torch.Generator().manual_seed(1))
+    assert asked.overlaps(length * vectors) == {"semantic_overlap": 1.0, "collaborative_overlap": 0.5}
+    assert Graphs(items[2:], None, near[2:]).overlaps(vectors) == {
+        "semantic_overlap": None,
+        "collaborative_overlap": 0.0,  # a row of zeros has no neighbours
+    }

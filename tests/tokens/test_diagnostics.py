@@ -6,22 +6,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from scipy import sparse
 
 from cladapt.config import SimulateConfig, TokensConfig
 from cladapt.data.histories import training_sequences
 from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import DataError
-from cladapt.tokens import diagnostics
 from cladapt.tokens.build import save_index, save_sids
 from cladapt.tokens.diagnostics import (
     by_popularity,
     churn,
     kept_by_prefix,
     kept_neighbours,
-    nearest,
-    strongest_neighbours,
 )
 from cladapt.tokens.sids import SidTable
 
@@ -51,35 +47,6 @@ def test_random_codes_keep_what_chance_does() -> None:
     codes = rng.integers(0, 4, (400, 2))
     near = rng.integers(0, 400, (400, 10))
     assert kept_by_prefix(codes, np.arange(400), near, 10) == pytest.approx(10 / 399, abs=0.01)
-
-
-def test_nearest_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    x[[3, 8]] = 0.0
-    items, near = nearest(x, 5)
-    assert items.tolist() == [i for i in range(30) if i not in (3, 8)]
-    similarity = x @ x.T
-    similarity[:, [3, 8]] = -np.inf
-    np.fill_diagonal(similarity, -np.inf)
-    np.testing.assert_array_equal(near, np.argsort(-similarity[items], axis=1)[:, :5])
-    asked, none = nearest(x, 5, np.array([3, 4]))
-    assert (asked.tolist(), none[0].tolist()) == ([3, 4], [-1] * 5)
-    np.testing.assert_array_equal(none[1], near[3])
-    assert nearest(x[:2], 5)[1].tolist() == [[1, -1, -1, -1, -1], [0, -1, -1, -1, -1]]
-    assert nearest(x[3:4], 2)[0].tolist() == []
-    monkeypatch.setattr(diagnostics, "MOST_ASKED", 7)
-    few, theirs = nearest(x, 5)
-    assert len(few) == 7
-    np.testing.assert_array_equal(theirs, near[np.searchsorted(items, few)])
-
-
-def test_neighbours_of_a_graph_are_the_strongest() -> None:
-    weights = np.zeros((5, 5))
-    weights[0, 1:4] = weights[1:4, 0] = 3, 1, 2
-    items, near = strongest_neighbours(sparse.csr_array(weights), 2)
-    assert items.tolist() == [0, 1, 2, 3]
-    assert near.tolist() == [[1, 3], [0, -1], [0, -1], [0, -1]]
 
 
 @pytest.fixture(scope="module")
