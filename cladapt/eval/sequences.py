@@ -1,4 +1,8 @@
-"""Measure a sequential model on a block: every item of the catalogue known at that time is scored by its row."""
+"""Measure a sequential model on a block, or recommend by it: every item of the catalogue is scored by its row."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -8,9 +12,10 @@ from torch import Tensor
 from cladapt import ops
 from cladapt.config import EvalConfig
 from cladapt.data.schema import Stream
-from cladapt.errors import DataError
+from cladapt.errors import ConfigError, DataError
 from cladapt.eval.cases import Cases, first_event_cases, held_out_cases
 from cladapt.eval.metrics import ROWS
+from cladapt.eval.recommend import Asked
 from cladapt.model.sequence import SequenceModel
 from cladapt.tokens.sequences import SequenceForm, padded
 
@@ -72,6 +77,53 @@ class SequenceEvaluator:
             share=pl.lit(None, pl.Int32),
             log_likelihood=pl.when(pl.Series(known)).then(pl.Series(likelihood.astype(np.float64))),
         ).select(list(ROWS))
+
+
+@torch.no_grad()
+def recommend_by_rows(
+    model: SequenceModel,
+    form: SequenceForm,
+    items: Sequence[str],
+    histories: Mapping[str, Sequence[str]],
+    allowed: Sequence[str] | None,
+    top_k: int,
+    exclude_seen: bool,
+    batch: int = 128,
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Best `top_k` items per user, and counts; columns user, rank (from 1), item, score (log-likelihood).
+
+    `items`: what the rows of the table stand for, in their order. The score is that of the item among all `allowed`
+    ones (None: all), those that the user has seen included. Every item is scored, so the list is exact. Unknown history
+    items are counted and left out.
+    """
+    if top_k < 1:
+        raise ConfigError(f"top_k={top_k}", "use top-k of 1 or more")
+    model.eval()
+    asked = Asked.of(histories, allowed, items)
+    table = model.items(len(items))
+    rows = table[torch.from_numpy(asked.catalogue).to(table.device)]
+    users, lists, scores = [*histories], [], []
+    for start in range(0, len(users), batch):
+        known = asked.histories[start : start + batch]
+        query = read(model, form, known, table)
+        left_out = seen(known, None, asked.catalogue, table.device) if exclude_seen else None
+        logit, place = ops.item_top_k(query, rows, min(top_k, len(rows)), model.normalises, left_out)
+        first = -ops.item_cross_entropy(query, rows, place[:, 0], model.normalises)
+        score = torch.where(logit.isinf(), logit, first[:, None] + logit - logit[:, :1])
+        if score.isnan().any():
+            wrong = users[start + int(score.isnan().any(1).nonzero()[0])]
+            raise DataError(f"the scores of user {wrong!r} are not finite", "train it again with a lower train.lr")
+        lists += asked.catalogue[place.cpu().numpy()].tolist()
+        scores += score.double().tolist()
+    found = [
+        (user, rank, items[item], score)
+        for user, own, values in zip(users, lists, scores, strict=True)
+        for rank, (item, score) in enumerate(zip(own, values, strict=True), start=1)
+        if math.isfinite(score)
+    ]
+    schema = {"user": pl.String(), "rank": pl.Int32(), "item": pl.String(), "score": pl.Float64()}
+    frame = pl.DataFrame(found, schema=schema, orient="row")
+    return frame, asked.counts(frame, top_k)
 
 
 def read(model: SequenceModel, form: SequenceForm, histories: list[np.ndarray], table: Tensor) -> Tensor:

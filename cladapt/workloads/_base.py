@@ -193,6 +193,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     """What the figures and intervals of its tables are, for reports."""
     language: ClassVar[bool] = False
     """Whether its bases are language models, which have a text's perplexity."""
+    recommends: ClassVar[bool] = False
+    """Whether its models rank items for histories."""
     one_block: ClassVar[bool] = False
     """Whether an evaluation of one block alone means something."""
     one_stream: ClassVar[bool] = True

@@ -67,6 +67,7 @@ class Interactions(Workload[C, Stream, B, Measures]):
         "broken at random in expectation; a target that may not be recommended is a miss for every line. "
         "log_likelihood: of the item."
     )
+    recommends = True
     one_block = True
     same_question = ("top_k", "beams", "exclude_seen", "targets", "max_users", "next_block")
     same_rows = ("beams", "exclude_seen", "targets", "max_users")

@@ -308,7 +308,7 @@ BAD: list[tuple[str, int, str]] = [
     (f"{RECOMMEND} --beams 0", 2, "--beams 0 is below the 20 of the evaluation"),
     (f"{RECOMMEND} --beams 5", 2, "--beams 5 is below the 20 of the evaluation"),
     (f"{RECOMMEND} --item what", 2, "--item what with histories.jsonl, whose lines hold whole histories"),
-    (f"{RECOMMEND} --catalogue strangers.txt", 3, "no item of the catalogue file has a semantic ID"),
+    (f"{RECOMMEND} --catalogue strangers.txt", 3, "no item of the catalogue file is known to this model"),
     (f"{RECOMMEND} --base base2", 3, "was trained on the base"),
     ("recommend histories.jsonl --out file/new.csv --adapter run", 4, "cannot write file/new.csv"),
     ("data import nowhere --out new", 3, "no such file or folder: nowhere"),

@@ -13,9 +13,8 @@ from cladapt.data.schema import Stream
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.model.saved import ADAPTER_FILE, adapted
-from cladapt.pipeline import bases, evaluation, runs, ship
+from cladapt.pipeline import bases, evaluation, runs
 from cladapt.pipeline.compare import compare_runs
-from cladapt.pipeline.update import update
 from cladapt.run import open_run
 from cladapt.sequential import SequentialBaseConfig
 from cladapt.train.sequence_bases import DIAGNOSTICS
@@ -129,14 +128,6 @@ def test_what_cannot_be_is_said_before_anything_is_written(world: Path, tmp_path
     simulate(SimulateConfig(seed=1, users=60, items=50, topics=4, blocks=3)).save(tmp_path / "other" / "stream")
     with pytest.raises(DataError, match=r"was trained on block 1 of the stream"):
         runs.train(settings(world, data=str(tmp_path / "other" / "stream")), tmp_path / "run", MemorySink())
-
-
-def test_language_commands_name_the_task(world: Path, tmp_path: Path) -> None:
-    runs.train(settings(world, train={"epochs": 1}), tmp_path / "run", MemorySink())
-    with pytest.raises(ConfigError, match=r"is a run of --task sequential \(this works for runs that recommend\)"):
-        ship.export(tmp_path / "run", "peft", tmp_path / "out", None, None)
-    with pytest.raises(ConfigError, match=r"is a run of --task sequential, whose items have no IDs to extend"):
-        update("log.csv", tmp_path / "run", None, None, MemorySink())
 
 
 def test_it_is_planned_run_and_compared_from_the_command_line(
