@@ -60,7 +60,8 @@ class BackboneConfig(Settings):
     """What a sequential model is made of."""
 
     backbone: Backbone = "sasrec"
-    """`sasrec` (causal self-attention), `gru4rec` (recurrent) or `bert4rec` (bidirectional, masked items)."""
+    """`sasrec` (causal self-attention), `gru4rec` (recurrent; adapters are on its input weights and dense layer, its
+    recurrent weights stay the base's) or `bert4rec` (bidirectional, masked items)."""
     hidden: Width = 64
     """Width of the model and of an item's vector."""
     layers: Positive = 2

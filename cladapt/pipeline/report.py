@@ -35,8 +35,8 @@ DIAGNOSTICS_NOTE = (
     "Of the base and of the model after each block, dropout off. training_loss: mean over up to 512 training examples. "
     "Of the Hessian of the loss with respect to the sequence vector, means over up to 64 validation targets: largest "
     "eigenvalue, condition number (largest over smallest eigenvalue that is not rounding) and its decimal logarithm, "
-    "rank. norm_dispersion: standard deviation over mean of the lengths of the items' rows. Overlaps: share of an "
-    "item's 10 neighbours by text, or by common users, among its 10 nearest rows."
+    "rank. norm_dispersion: standard deviation over mean of the lengths of the items' rows, before normalisation. "
+    "Overlaps: share of the items' 10 neighbours by text, or by common users, that are among an item's 10 nearest rows."
 )
 TEXT_NOTE = (
     "perplexity: exp of the mean negative log-likelihood of a token, over the whole vocabulary. bits_per_byte: the "
