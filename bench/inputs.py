@@ -56,6 +56,10 @@ class Recipe(Settings, ABC):
     """More comparisons: the first cell minus the second."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
 
+    def of_cell(self, own: dict[str, Any]) -> "Recipe":
+        """The recipe by which a cell's stream is made; what is the stream's alone is taken out of `own`."""
+        return self
+
     @abstractmethod
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
         """The stream of a seed, made when it is not there yet; `data`: where the sources lie."""
@@ -139,12 +143,17 @@ class Interactions(Logs):
     """
 
     tokens: TokensConfig = TokensConfig()
+    """How the IDs are made; a cell's own `tokens` come on top."""
     refreshes: tuple[RefreshedIds, ...] = ()
     """Versions 2, 3, … of the IDs."""
     after: Annotated[int, Field(ge=0)] = 0
     """The block whose adapter all cells start from; 0 = each starts from its base."""
     base: LanguageBase = LanguageBase()
     """How the bases are made; a cell's own `base` comes on top."""
+
+    def of_cell(self, own: dict[str, Any]) -> "Interactions":
+        values = merge(self.tokens.model_dump(mode="json"), own.pop("tokens", {}))
+        return self.model_copy(update={"tokens": resolve(TokensConfig, values, "tokens")})
 
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
         folder = super().make_stream(work, data, seed)
@@ -245,6 +254,7 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
         )
     for name in recipe.cells:  # a mistake in the last cell shows before the first one runs
         own = merge(recipe.run, recipe.cells[name])
+        recipe.of_cell(own)
         recipe.base_settings(own, recipe.seeds[0])
         build(resolve(workloads.get(task).config, own, f"{where}: cell {name}").method)
     return recipe

@@ -78,7 +78,8 @@ class Study:
     def cell(self, name: str, seed: int) -> Cell:
         """A cell with its inputs."""
         own = merge(self.recipe.run, self.recipe.cells[name])
-        stream = self.recipe.make_stream(self.work, self.data, seed)
+        recipe = self.recipe.of_cell(own)
+        stream = recipe.make_stream(self.work, self.data, seed)
         made = self.recipe.base_settings(own, seed)
         base = self.base(stream, made)
         values = {**own, "seed": seed, "data": str(stream), "base": str(base)}

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from cladapt.artifacts import read_json
+from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
+from cladapt.tokens.build import load_sids
 
 BENCH = Path(__file__).parents[2] / "bench"
 INTERACTIONS: dict[str, Any] = {
@@ -141,6 +143,18 @@ def test_a_study_of_recommendations(
     monkeypatch.setattr(study, "regulariser_log", lambda _: [{"peso/term, last": None}, {"peso/term, last": 3.0}])
     logged = study.tables(study.recipe_of(INTERACTIONS, "mini.yaml"), again)["cells"]["peso term, last"]
     assert {*logged} == {3.0}  # a value that was not finite is no part of a mean
+
+
+def test_cells_may_have_ids_of_their_own(study: Any, tmp_path: Path) -> None:
+    cells = {"four": {}, "three": {"tokens": {"codes": 3}}, "frozen": {"method": {"name": "frozen"}}}
+    done, tables = made(study, {**INTERACTIONS, "cells": cells, "references": [], "pairs": []}, tmp_path, seeds=[0])
+    four, three, frozen = (cell.config for cell, _ in done)
+    assert (four.data, four.base) == (frozen.data, frozen.base)
+    for folder, codes in ((four.data, 4), (three.data, 3)):
+        assert load_sids(Path(folder), Stream.load(Path(folder))).sizes[0] == codes
+    assert three.base != four.base
+    rows = {row["model"] for row in tables["summary"].to_dicts()}
+    assert {"four", "three"} <= rows
 
 
 def test_a_study_of_classes(study: Any, drawings: Path) -> None:
