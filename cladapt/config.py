@@ -1,6 +1,7 @@
 """Settings of cladapt, each with its meaning, default and check; `cladapt.settings` resolves them.
 
-Those of a method stand in its file, and those of a run that classifies in the workload's.
+Those of a method stand in its file, those of a run that classifies in the workload's, and those of item vectors in
+`cladapt.embedding`.
 """
 
 from collections.abc import Mapping
@@ -8,18 +9,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cladapt.settings import Settings, describe, load_recipe, merge_overrides, resolve
+from cladapt.embedding import EmbeddingConfig
+from cladapt.settings import (
+    Codes,
+    Dropout,
+    Fraction,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Settings,
+    Weight,
+    Width,
+    describe,
+    load_recipe,
+    merge_overrides,
+    resolve,
+)
 
 __all__ = ["Settings", "describe", "load_recipe", "merge_overrides", "resolve"]
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Width = Annotated[int, Field(ge=1, le=2**16)]
-Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Weight = Annotated[float, Field(ge=0.0, le=100.0)]
 _TRACKER = "(tensorboard|wandb|trackio|mlflow)"
 Trackers = Annotated[str, Field(pattern=rf"^(none|{_TRACKER}(\+{_TRACKER})*)$")]
 
@@ -75,14 +83,10 @@ class SimulateConfig(Settings):
     """Probability that a user is active in a later block; block 1 has all users but the late-comers."""
 
 
-class TokensConfig(Settings):
+class TokensConfig(EmbeddingConfig):
     """How items get semantic IDs."""
 
     shown_by = "config show --for tokens"
-    embedding: str = "tfidf"
-    """`tfidf`, or the name or path of a sentence-transformers model."""
-    dimensions: Positive = 64
-    """Dimensions kept of a TF-IDF embedding."""
     levels: Positive = 3
     """Levels of the residual k-means."""
     codes: Annotated[int, Field(ge=2, le=10**6)] = 64
@@ -94,7 +98,7 @@ class TokensConfig(Settings):
     have equal codes, they share IDs. Costs `capacity` rows of the model's embedding and as many of its head, width x
     capacity parameters each, and nothing in the trie softmax."""
     seed: Seed = 0
-    """Seed of k-means."""
+    """Seed of k-means, and of where the eigenvectors of a large matrix are looked for."""
 
 
 class StartConfig(Settings):
@@ -418,6 +422,8 @@ class RunConfig(RunSettings):
     """Base+tokens directory; empty = the embedded tiny base."""
     from_adapter: str = ""
     """Adapter directory that the first block starts from; empty = a fresh adapter."""
+    ids: Annotated[int, Field(ge=0)] = 0
+    """Version of the stream's IDs to learn by; 0 = the current one, which base and adapter must be made with."""
     quantisation: Literal["none", "4bit"] = "none"
     """`4bit`: the frozen base in bitsandbytes' NF4 while adapters learn and are measured (QLoRA); adapters are as
     ever, and merging takes the base as it was saved. Needs the `quant` extra."""

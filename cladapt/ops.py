@@ -19,6 +19,7 @@ from cladapt_kernels.lora import ItemFactors, Runs, item_linear, lora_linear, lo
 from cladapt_kernels.optim import Epilogue, Figures, ProxAdamW, Pulls, Term
 from cladapt_kernels.rectify import Rectifier
 from cladapt_kernels.retract import Stiefel
+from cladapt_kernels.scoring import item_cross_entropy, item_places, item_top_k
 
 __all__ = [
     "Epilogue",
@@ -30,7 +31,10 @@ __all__ = [
     "Runs",
     "Stiefel",
     "Term",
+    "item_cross_entropy",
     "item_linear",
+    "item_places",
+    "item_top_k",
     "lora_linear",
     "lora_linear_dequantised",
 ]
@@ -41,7 +45,7 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 """What a base is loaded in for each precision."""
 KERNELS = ("item_sam", "lora_linear", "prox_adamw", "rectify", "retract")
 """Ops with a Triton kernel."""
-REFERENCES = ("proximal_kl", "proximal_l2")
+REFERENCES = ("item_cross_entropy", "proximal_kl", "proximal_l2")
 """Ops without."""
 
 group_sum = reference.group_sum

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Field, PositiveInt, StringConstraints
 
 from cladapt import __version__, ranks, workloads
 from cladapt.artifacts import check_writable, hash_value, is_leftover, read_json, read_record, write_json
@@ -42,6 +42,9 @@ def _known(task: str) -> str:
     return task
 
 
+Block = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+
+
 class RunRecord(BaseModel):
     """What config.json must hold; runs of older versions have no inputs, no paths and no task."""
 
@@ -50,7 +53,8 @@ class RunRecord(BaseModel):
     config: dict[str, Any]
     inputs: dict[str, str] = {}
     paths: dict[Literal["data", "base", "from_adapter"], str] = {}
-    held_out: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Literal["never", "next"]] = {}
+    held_out: dict[Block, Literal["never", "next"]] = {}
+    ids: dict[Block, PositiveInt] = {}
 
 
 class MachineRecord(BaseModel):
@@ -72,18 +76,20 @@ C = TypeVar("C", bound=RunSettings)
 class Run(Generic[C]):
     """An existing run directory, its resolved configuration and the fingerprints of its inputs by name.
 
-    `held_out`: what `train.held_out` is from a block on, where it was changed when the run was continued.
+    `held_out` and `ids`: what `train.held_out` and `ids` are from a block on, where they were changed when the run was
+    continued.
     """
 
     path: Path
     config: C
     inputs: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[int, str] = field(default_factory=dict)
+    ids: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def config_hash(self) -> str:
         """Identity of the settings that shape the adapters; inputs have fingerprints, wherever they lie."""
-        left_out: dict[str, Any] = dict.fromkeys(("eval", "track", "sharding", *FOLDERS), True)
+        left_out: dict[str, Any] = dict.fromkeys(("eval", "track", "sharding", "ids", *FOLDERS), True)
         left_out["train"] = {"checkpointing"}  # which changes no value
         for key, field_info in type(self.config).model_fields.items():
             if key in NEWER and getattr(self.config, key) == field_info.default:
@@ -92,11 +98,14 @@ class Run(Generic[C]):
 
     def config_at(self, block: int) -> C:
         """The configuration by which a block is learned."""
-        changes = [value for first, value in sorted(self.held_out.items()) if first <= block]
-        if not changes:
-            return self.config
-        train = self.config.train.model_copy(update={"held_out": changes[-1]})
-        return self.config.model_copy(update={"train": train})
+        changes: dict[str, Any] = {}
+        for first, held_out in sorted(self.held_out.items()):
+            if first <= block:
+                changes["train"] = self.config.train.model_copy(update={"held_out": held_out})
+        for first, version in sorted(self.ids.items()):
+            if first <= block:
+                changes["ids"] = version
+        return self.config.model_copy(update=changes) if changes else self.config
 
     @property
     def adapters(self) -> dict[int, Path]:
@@ -149,17 +158,19 @@ class Run(Generic[C]):
         run.begin()
         return run
 
-    def go_on(self, data: str, held_out: Mapping[int, str]) -> "Run[C]":
+    def go_on(self, data: str, held_out: Mapping[int, str], ids: Mapping[int, int] | None = None) -> "Run[C]":
         """Have the run learn the stream of the fingerprint `data`, whose beginning it has learned.
 
         `config.json` is replaced at once, with where the inputs are now: from here on the run is one over that stream.
         """
-        inputs, settings = {**self.inputs, "data": data}, {**self.held_out, **held_out}
+        inputs = {**self.inputs, "data": data}
+        later: dict[str, Any] = {"held_out": {**self.held_out, **held_out}, "ids": {**self.ids, **(ids or {})}}
         changed: dict[str, Any] = {"inputs": inputs, "paths": self._paths()}
-        if settings:
-            changed["held_out"] = {str(block): value for block, value in settings.items()}
+        for key, values in later.items():
+            if values:
+                changed[key] = {str(block): value for block, value in values.items()}
         write_json(self.path / CONFIG, {**read_json(self.path / CONFIG), **changed})
-        return replace(self, inputs=inputs, held_out=settings)
+        return replace(self, inputs=inputs, **later)
 
     def _paths(self) -> dict[str, str]:
         """Where the inputs are, from the run directory."""
@@ -227,10 +238,14 @@ def open_run(path: Path, data: Path | None = None, base: Path | None = None) -> 
     hint = f"restore this file; this version reads schema_version {SCHEMA_VERSION}"
     record = read_record(path / CONFIG, RunRecord, hint)
     config = resolve(workloads.get(record.get("task")).config, record["config"], str(path / CONFIG))
-    places = {key: _place(path / where, getattr(config, key, "")) for key, where in record.get("paths", {}).items()}
+    places: dict[str, Any] = {
+        key: _place(path / where, getattr(config, key, "")) for key, where in record.get("paths", {}).items()
+    }
     places |= {key: str(where) for key, where in (("data", data), ("base", base)) if where is not None}
-    held_out = {int(block): value for block, value in record.get("held_out", {}).items()}
-    return Run(path, config.model_copy(update=places), record.get("inputs", {}), held_out)
+    if hasattr(config, "ids") and "ids" not in record["config"]:  # older runs have known one version alone
+        places["ids"] = 1
+    held_out, ids = ({int(block): value for block, value in record.get(key, {}).items()} for key in ("held_out", "ids"))
+    return Run(path, config.model_copy(update=places), record.get("inputs", {}), held_out, ids)
 
 
 def _place(moved: Path, given: str) -> str:

@@ -12,10 +12,19 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from cladapt.errors import ConfigError, DataError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Codes = Annotated[int, Field(ge=1, le=10**6)]  # a code has at most six digits
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, scikit-learn and torch all take
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
 class Settings(BaseModel):

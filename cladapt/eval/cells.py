@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,12 +15,13 @@ M = TypeVar("M")
 class Candidate:
     """A model to be tested: the last block that it has learned, and the blocks whose held-out events it has learned.
 
-    `open`: inside, the model is loaded; one at a time.
+    `open`: inside, the model is loaded; one at a time. `base`: the base as the model reads it, where that differs.
     """
 
     block: int
     open: "Callable[[], AbstractContextManager[PreTrainedModel]]"
     learned: Collection[int] = ()
+    base: Any = None
 
 
 @dataclass

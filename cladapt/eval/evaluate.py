@@ -12,6 +12,7 @@ from cladapt.errors import DataError
 from cladapt.eval.cases import Cases, first_event_cases, held_out_cases
 from cladapt.eval.lists import Catalogue, decode_in_batches, make_decoder, places
 from cladapt.eval.metrics import ROWS
+from cladapt.eval.prior import Priors
 from cladapt.model.load import Base
 from cladapt.model.packed import Softmax
 from cladapt.tokens.prompts import Form, read_all, warn_left_out
@@ -82,6 +83,10 @@ class Evaluator:
             share=pl.Series(share, dtype=pl.Int32),
             log_likelihood=pl.when(pl.Series(known)).then(pl.Series(of_item)),
         ).select(list(ROWS))
+
+    def priors(self) -> Priors:
+        """How probable the unadapted base finds an item's ID or title."""
+        return Priors(self.stream, self.base, self.form, self.softmax, self.config.batch_users)
 
     def _prepare(self, block: int, first: bool) -> _Prepared:
         if (block, first) not in self._prepared:

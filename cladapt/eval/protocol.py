@@ -7,7 +7,7 @@ what it meets when it is served.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -17,14 +17,16 @@ from cladapt.data.histories import training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
 from cladapt.eval.baselines import evaluate_counts
+from cladapt.eval.cases import Cases
 from cladapt.eval.cells import Candidate, Earlier
 from cladapt.eval.continual import Cells, Matrix, left_out, summaries
-from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import head_frequency, slices, summarise, user_metrics
 from cladapt.eval.significance import Effect, bounds, compare, describe, interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from cladapt.eval.prior import Priors
 
 OWN_HISTORY = "own history"
 COUNTS = ("block popularity", "markov", OWN_HISTORY)
@@ -34,6 +36,22 @@ CEILING = "ceiling"
 TESTS, NOT_ALLOWED = "tests", "targets not allowed"
 """Columns of a table: rows (a user in a block, of each seed), and those whose target may not be recommended, misses for
 every line alike."""
+
+
+class Tester(Protocol):
+    """Tests models on the blocks of one stream."""
+
+    stream: Stream
+    config: EvalConfig
+
+    def cases(self, block: int, first: bool = False) -> Cases:
+        """The held-out events of a block, or the first events of all its users."""
+
+    def rows(self, lm: "PreTrainedModel", model_block: int, block: int, first: bool = False) -> pl.DataFrame:
+        """One row per user (schema ROWS) for a model made after `model_block`, on the same."""
+
+    def priors(self) -> "Priors | None":
+        """How probable the unadapted base finds items; None where it does not know them but by their rows."""
 
 
 @dataclass(frozen=True)
@@ -78,29 +96,32 @@ class Measures:
 
 
 def measure_run(
-    evaluator: Evaluator,
+    evaluator: Tester,
     models: Sequence[Candidate],
     blocks: Sequence[int],
     note: Callable[[str], None],
     earlier: "Earlier[Measures] | None" = None,
     asked: Collection[int] | None = None,
+    others: Mapping[int, Tester] | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Rows of the base, then of each adapted model, on the held-out events of `blocks`, and on the first events of
     those of them that come next.
 
-    What `earlier` has of these is kept; of the rest the blocks in `asked`, by default all, are measured.
+    What `earlier` has of these is kept; of the rest the blocks in `asked`, by default all, are measured. `others`: the
+    evaluators of models, by their block, that read other IDs than the first.
     """
     config = evaluator.config
     earlier, asked = earlier or Earlier(), blocks if asked is None else asked
     found: dict[bool, list[pl.DataFrame]] = {False: [], True: []}
     for index, model in enumerate(models):
+        own = (others or {}).get(model.block, evaluator)
         with ExitStack() as stack:
             lm: PreTrainedModel | None = None
             for block, first in _cells(config, model.block, blocks, base=index == 0):
                 rows = _kept(earlier, model.block, block, first)
                 if rows is None and block in asked:
                     lm = stack.enter_context(model.open()) if lm is None else lm
-                    rows = evaluator.rows(lm, model.block, block, first)
+                    rows = own.rows(lm, model.block, block, first)
                     earlier.measured += 1
                     what = "and on the first events of" if first else f"tested the model of block {model.block} on"
                     note(f"{what} block {block}: {rows.height} users")
@@ -130,7 +151,7 @@ def tests_next(config: EvalConfig) -> bool:
 
 
 def measure_counts(
-    evaluator: Evaluator, blocks: Sequence[int], lag: int = 0, earlier: "Earlier[Measures] | None" = None
+    evaluator: Tester, blocks: Sequence[int], lag: int = 0, earlier: "Earlier[Measures] | None" = None
 ) -> dict[str, pl.DataFrame]:
     """Rows of the counts-only models on the held-out events of each block, counted up to it; with a lag of 1 on the
     first events, counted up to the block before. What `earlier` has is not counted again."""

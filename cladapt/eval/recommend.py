@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,46 @@ def read_catalogue(path: Path) -> list[str]:
     return read_ids(path, "item")
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Histories and a catalogue as integer items, and how many of their items are not known."""
+
+    histories: list[np.ndarray]
+    catalogue: np.ndarray  # int64, ascending, each once
+    unknown_history_items: int
+    unknown_catalogue_items: int
+
+    @classmethod
+    def of(cls, histories: Mapping[str, Sequence[str]], allowed: Sequence[str] | None, items: Sequence[str]) -> "Asked":
+        """Of user -> items and the items `allowed` (None: all), where `items` are those known, in their order.
+
+        `DataError` where none of those allowed is known.
+        """
+        index = {item: i for i, item in enumerate(items)}
+        chosen = range(len(index)) if allowed is None else [index[i] for i in allowed if i in index]
+        if not len(chosen):
+            raise DataError("no item of the catalogue file is known to this model", "check the item ids")
+        known = [np.array([index[i] for i in given if i in index], dtype=np.int64) for given in histories.values()]
+        return cls(
+            known,
+            np.unique(np.fromiter(chosen, dtype=np.int64)),
+            sum(map(len, histories.values())) - sum(map(len, known)),
+            0 if allowed is None else sum(i not in index for i in allowed),
+        )
+
+    def counts(self, frame: pl.DataFrame, top_k: int) -> dict[str, int]:
+        """What to say of recommendations (a row each, column user) of `top_k` items per user."""
+        users, listed = len(self.histories), frame.group_by("user").len()["len"]
+        return {
+            "users": users,
+            "recommendations": frame.height,
+            "users_with_fewer": int((listed < top_k).sum()) + users - len(listed),
+            "users_without_known_items": sum(not len(items) for items in self.histories),
+            "unknown_history_items": self.unknown_history_items,
+            "unknown_catalogue_items": self.unknown_catalogue_items,
+        }
+
+
 def recommend(
     lm: "PreTrainedModel",
     base: Base,
@@ -135,13 +176,8 @@ def recommend(
         raise ConfigError(
             f"top_k={top_k}, beams={beams}", f"use top-k of 1 or more, and beams from top-k to {MOST_BEAMS}"
         )
-    index = {item: i for i, item in enumerate(base.sids.items)}
-    chosen = range(len(index)) if allowed is None else [index[i] for i in allowed if i in index]
-    unknown_allowed = 0 if allowed is None else sum(i not in index for i in allowed)
-    if not len(chosen):
-        raise DataError("no item of the catalogue file has a semantic ID in this base", "check the item ids")
-    catalogue = Catalogue(base.sids, np.unique(np.fromiter(chosen, dtype=np.int64)))
-    known = [np.array([index[i] for i in items if i in index], dtype=np.int64) for items in histories.values()]
+    asked = Asked.of(histories, allowed, base.sids.items)
+    catalogue, known = Catalogue(base.sids, asked.catalogue), asked.histories
     prompts = read_all(form, known)
     beams_found = decode_in_batches(
         make_decoder(lm, base, catalogue, beams, softmax),
@@ -171,14 +207,7 @@ def recommend(
     )
     left_out = LeftOut.of(prompts)
     return frame, {
-        "users": len(histories),
-        "recommendations": frame.height,
-        "users_with_fewer": int((frame.group_by("user").len()["len"] < (top_k or 1)).sum())
-        + len(histories)
-        - frame["user"].n_unique(),
-        "users_without_known_items": sum(not len(items) for items in known),
-        "unknown_history_items": sum(map(len, histories.values())) - sum(map(len, known)),
-        "unknown_catalogue_items": unknown_allowed,
+        **asked.counts(frame, top_k or 1),
         "shortened_prompts": left_out.shortened,
         "history_items_left_out": left_out.items,
         "titles_cut": left_out.titles,

@@ -19,10 +19,9 @@ from cladapt.data.schema import Stream
 from cladapt.errors import DataError
 from cladapt.eval.cases import Cases
 from cladapt.eval.cells import Earlier
-from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.metrics import user_metrics
 from cladapt.eval.prior import Priors
-from cladapt.eval.protocol import TESTS, Measures, headline, rows_by_line
+from cladapt.eval.protocol import TESTS, Measures, Tester, headline, rows_by_line
 from cladapt.eval.significance import Effect, bounds, compare, interval
 
 PLACES = {
@@ -54,10 +53,9 @@ def quintiles(values: np.ndarray) -> np.ndarray:
     return 1 + 5 * rank // max(1, len(values))
 
 
-def measure_places(evaluator: Evaluator, blocks: Sequence[int], earlier: "Earlier[Measures]") -> pl.DataFrame:
+def measure_places(evaluator: Tester, blocks: Sequence[int], earlier: "Earlier[Measures]") -> pl.DataFrame:
     """PLACES of the held-out targets of each block; what `earlier` has of a block is kept."""
-    config, found = evaluator.config, [pl.DataFrame(schema=PLACES)]
-    priors = Priors(evaluator.stream, evaluator.base, evaluator.form, evaluator.softmax, config.batch_users)
+    found, priors = [pl.DataFrame(schema=PLACES)], evaluator.priors()
     for block in blocks:
         known = earlier.on(block)
         kept = None if known is None or known.places is None else known.places.filter(pl.col("block") == block)
@@ -67,27 +65,29 @@ def measure_places(evaluator: Evaluator, blocks: Sequence[int], earlier: "Earlie
     return pl.concat(found, rechunk=True)
 
 
-def places_of(stream: Stream, cases: Cases, priors: Priors) -> pl.DataFrame:
-    """PLACES of the held-out targets of one block."""
+def places_of(stream: Stream, cases: Cases, priors: Priors | None) -> pl.DataFrame:
+    """PLACES of the held-out targets of one block; without `priors` nothing is known by them."""
     names, block = stream.items["item"], cases.block
     count = np.bincount(training_sequences(stream, block).item, minlength=stream.n_items)
     trained = np.flatnonzero(count)
-    prior = priors.of_ids(cases.catalogue, f"block {block}, priors of items")
-    title = priors.of_titles(block)[cases.catalogue]
-    titled = np.flatnonzero(~np.isnan(title))
-    frames = (
-        {"item": names.gather(trained), "data_quintile": quintiles(count[trained])},
-        {"item": names.gather(cases.catalogue), "prior": prior, "prior_quintile": quintiles(prior)},
-        {
-            "item": names.gather(cases.catalogue[titled]),
-            "title_prior": title[titled],
-            "title_quintile": quintiles(title[titled]),
-        },
-    )
+    frames: list[dict[str, Any]] = [{"item": names.gather(trained), "data_quintile": quintiles(count[trained])}]
+    if priors is not None:
+        prior = priors.of_ids(cases.catalogue, f"block {block}, priors of items")
+        title = priors.of_titles(block)[cases.catalogue]
+        titled = np.flatnonzero(~np.isnan(title))
+        frames += [
+            {"item": names.gather(cases.catalogue), "prior": prior, "prior_quintile": quintiles(prior)},
+            {
+                "item": names.gather(cases.catalogue[titled]),
+                "title_prior": title[titled],
+                "title_quintile": quintiles(title[titled]),
+            },
+        ]
     places = pl.DataFrame({"item": names.gather(np.unique(cases.target))}).with_columns(block=pl.lit(block))
     for columns in frames:
         places = places.join(pl.DataFrame(columns), on="item", how="left", maintain_order="left")
-    return places.select(*PLACES).cast(PLACES)  # type: ignore[arg-type]
+    unknown = [pl.lit(None).alias(name) for name in PLACES if name not in places.columns]
+    return places.with_columns(unknown).select(*PLACES).cast(PLACES)  # type: ignore[arg-type]
 
 
 def placed(measures: Measures) -> Measures | None:
@@ -107,10 +107,10 @@ def _joined(rows: pl.DataFrame, places: pl.DataFrame) -> pl.DataFrame:
 
 
 def groups(rows: pl.DataFrame) -> dict[str, pl.Expr]:
-    """The groups of placed rows: data, prior by data, title by data where titles are known, quintiles by data."""
+    """The groups of placed rows: data, prior and title by data where these are known, quintiles by data."""
     data_head = (pl.col("data_quintile") == 1).fill_null(False)
     data = {"data head": data_head, "data tail": ~data_head}
-    notions = ["prior"] if rows["title_quintile"].is_null().all() else ["prior", "title"]
+    notions = [notion for notion in ("prior", "title") if not rows[f"{notion}_quintile"].is_null().all()]
     grid = {
         f"{notion} {end}, {name}": inside & part
         for notion in notions

@@ -180,6 +180,14 @@ history = opening + tokenizer.encode(prompt, add_special_tokens=False)"""
     return opening + '  # then `tokenizer.encode("<a_1><b_2>…")` of each item'
 
 
+def _ids(provenance: Mapping[str, Any]) -> str:
+    """The table of IDs that was learned by."""
+    own = provenance.get("ids")
+    if not isinstance(own, Mapping):
+        return str(provenance.get("sids", UNKNOWN))
+    return f"version {own['version']}, {own['fingerprint']}"
+
+
 def _card(
     kind: str,
     front: dict[str, Any],
@@ -199,7 +207,7 @@ def _card(
         "seed": provenance.get("seed", UNKNOWN),
         "history form": f"{provenance.get('form', UNKNOWN)}, at most {provenance.get('window', '?')} items",
         **_prompt(provenance),
-        "ID table": provenance.get("sids", UNKNOWN),
+        "ID table": _ids(provenance),
         "run configuration": provenance.get("config", UNKNOWN),
     }
     versions = {"cladapt": provenance.get("cladapt"), "PEFT": peft, **facts.versions}

@@ -39,10 +39,7 @@ class Offered:
 
         `DataError` where every item is withdrawn.
         """
-        items = tuple(stream.items["item"].gather(stream.offered()))
-        if not items:
-            raise DataError("every item of the stream is withdrawn", "put some back, or append a block")
-        return cls(sids, items, tuple(stream.items["text"]) if texts else None)
+        return cls(sids, offered_items(stream), tuple(stream.items["text"]) if texts else None)
 
     def save(self, folder: Path) -> None:
         """Write the files; the IDs first, so that the catalogue never names an item without one."""
@@ -83,8 +80,21 @@ class Offered:
 
     def chosen(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The offered items among those `wanted` (None: all), and how many wanted ones are withdrawn."""
-        if wanted is None:
-            return list(self.items), 0
-        withdrawn = {*self.sids.items} - {*self.items}
-        kept = [item for item in wanted if item not in withdrawn]
-        return kept, len(wanted) - len(kept)
+        return chosen(self.items, self.sids.items, wanted)
+
+
+def chosen(offered: Sequence[str], known: Sequence[str], wanted: Sequence[str] | None) -> tuple[list[str], int]:
+    """The `offered` items among those `wanted` (None: all), and how many wanted ones of the `known` are withdrawn."""
+    if wanted is None:
+        return list(offered), 0
+    withdrawn = {*known} - {*offered}
+    kept = [item for item in wanted if item not in withdrawn]
+    return kept, len(wanted) - len(kept)
+
+
+def offered_items(stream: Stream) -> tuple[str, ...]:
+    """What may be recommended after the last block of a stream; `DataError` where every item is withdrawn."""
+    items = tuple(stream.items["item"].gather(stream.offered()))
+    if not items:
+        raise DataError("every item of the stream is withdrawn", "put some back, or append a block")
+    return items

@@ -13,7 +13,7 @@ from cladapt.artifacts import atomic_dir
 from cladapt.errors import CheckFailed, DataError
 from cladapt.export.catalogue import Offered
 from cladapt.model.load import LEFT_OUT, Base, load_base, write_base
-from cladapt.model.saved import adapter_block, adapter_provenance, load_adapter
+from cladapt.model.saved import adapter_block, adapter_provenance, load_adapter, read_alone, read_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def merge(
     """
     base, block = load_base(base_folder, dtype=torch.float32), adapter_block(adapter)
     model = load_adapter(base, adapter)
-    table = base.sids if offered is None else base.with_sids(offered.sids).sids
+    table = (read_alone(base, adapter) if offered is None else read_by(base, offered.sids, adapter)).sids
     probe = probe_tokens(base)
     before = logits(model, probe)
     if not torch.isfinite(before).all():

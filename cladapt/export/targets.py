@@ -16,7 +16,7 @@ from cladapt.export.place import refuse_existing
 from cladapt.export.vllm import export_vllm
 from cladapt.model.adapter import adapter_parameters
 from cladapt.model.load import LEFT_OUT, base_provenance, load_base
-from cladapt.model.saved import CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
+from cladapt.model.saved import CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter, read_by
 
 
 def export_peft(
@@ -27,7 +27,7 @@ def export_peft(
     base = load_base(base_folder)
     parameters = adapter_parameters(load_adapter(base, adapter))
     if offered is not None:
-        base.with_sids(offered.sids)  # IDs of another stream are refused
+        read_by(base, offered.sids, adapter)  # other IDs than it has learned by are refused
     provenance = adapter_provenance(adapter)
     with atomic_dir(out) as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)

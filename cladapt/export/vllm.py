@@ -26,6 +26,7 @@ from cladapt.model.saved import (
     adapter_provenance,
     adapter_settings,
     load_adapter,
+    read_by,
     read_factors,
     write_factors,
 )
@@ -108,7 +109,7 @@ def servable(
     base = load_base(base_folder)
     model = load_adapter(base, adapter)
     if offered is not None:
-        base.with_sids(offered.sids)  # IDs of another stream are refused
+        read_by(base, offered.sids, adapter)  # other IDs than it has learned by are refused
     config, tensors = adapter_settings(adapter), read_factors(adapter)
     if not (config.get("rank_pattern") or config.get("alpha_pattern")):
         return config, tensors

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 NAME = "default"
 CLASSIFIER = "classifier"
+ITEMS = "items"
+BESIDE = (CLASSIFIER, ITEMS)
+"""Modules of bases that may learn beside an adapter: a head's rows of classes, a table's rows of items."""
 _SHOWN = 3
 Parameters = Literal["factors", "weights", "directions"]
 
@@ -37,6 +40,10 @@ class AdaptedBase(Protocol):
     @property
     def task_type(self) -> str | None:
         """PEFT's name of its task."""
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads it; empty where none does."""
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -212,10 +219,11 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's tensors that learn, by name; an error if anything else would, a classifier apart."""
+    """The adapter's tensors that learn, by name; an error if anything else would, what may learn beside it apart."""
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {name: p for name, p in learning.items() if ".lora_" in name}
-    strange = [name for name in learning if name not in own and not name.startswith(f"base_model.model.{CLASSIFIER}.")]
+    beside = tuple(f"base_model.model.{module}." for module in BESIDE)
+    strange = [name for name in learning if name not in own and not name.startswith(beside)]
     if strange:
         raise ConfigError(f"{strange[0]} would train beside the adapter", "adapters touch linear layers only")
     return own

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 CARD = "README.md"
+WITH_CLADAPT = """Its base is no model of transformers. In this folder, with the base that has the fingerprint above and
+the stream:
+
+    cladapt recommend HISTORIES --adapter . --base BASE --data STREAM
+"""
 
 
-def short_card(record: Mapping[str, Any], kind: str) -> str:
-    """The card of an adapter with this `cladapt.json`; `kind`: the class of transformers that loads its base."""
+def short_card(record: Mapping[str, Any], auto_class: str) -> str:
+    """The card of an adapter with this `cladapt.json`.
+
+    `auto_class`: the class of transformers that loads its base; empty where none does.
+    """
     block = record.get("block", "?")
     known = {
         "base": f"fingerprint {record['base']}",
@@ -35,13 +43,17 @@ of its run, two folders up, once `cladapt eval` has measured it; `cladapt export
 
 ## Load
 
-In this folder, with the base that has the fingerprint above:
+{_with_transformers(auto_class) if auto_class else WITH_CLADAPT}"""
+
+
+def _with_transformers(auto_class: str) -> str:
+    return f"""In this folder, with the base that has the fingerprint above:
 
 ```python
 from peft import PeftModel
-from transformers import {kind}
+from transformers import {auto_class}
 
-base = {kind}.from_pretrained("BASE")
+base = {auto_class}.from_pretrained("BASE")
 model = PeftModel.from_pretrained(base, ".").eval()
 ```
 """

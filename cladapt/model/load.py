@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from cladapt import __version__
@@ -40,6 +40,7 @@ PROVENANCE = "cladapt.json"
 LEFT_OUT = "generation_left_out"
 """The key of a base's `cladapt.json` for generation settings that it was not given; see `greedy`."""
 RESTORE = "restore the base directory, or make the base again"
+_OWN = "use the stream that this base was made for, or make a base for this one"
 
 
 class BaseRecord(BaseModel):
@@ -48,6 +49,7 @@ class BaseRecord(BaseModel):
     fingerprint: str
     fitted_block: NonNegativeInt
     sids: str
+    ids: PositiveInt = 1
     stream: str = ""
     config: dict[str, Any] = {}
     form: Literal["packed", "prompt"] | None = None
@@ -57,6 +59,7 @@ class BaseRecord(BaseModel):
 class Made:
     """What the `cladapt.json` of a base says of it."""
 
+    model: "PreTrainedModel"
     provenance: Mapping[str, Any]
 
     @property
@@ -69,6 +72,11 @@ class Made:
         """Last block that the weights have learned; 0 for none."""
         return int(self.provenance["fitted_block"])
 
+    @property
+    def weights(self) -> str:
+        """Identity of the weights as they are loaded."""
+        return weights_hash(self.model)
+
 
 @dataclass(frozen=True)
 class Base(Made):
@@ -80,9 +88,19 @@ class Base(Made):
     provenance: Mapping[str, Any]
 
     @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads it."""
+        return "AutoModelForCausalLM"
+
+    @property
     def identity(self) -> Mapping[str, str]:
         """What an adapter says of its base beside the fingerprint."""
         return {"sids": str(self.provenance["sids"])}
+
+    @property
+    def version(self) -> int:
+        """The version of the IDs that it was made with."""
+        return int(self.provenance.get("ids", 1))
 
     @property
     def extra_parameters(self) -> Mapping[str, nn.Parameter]:
@@ -105,22 +123,32 @@ class Base(Made):
     def with_sids(self, table: SidTable) -> "Base":
         """The base with the IDs of `table`, a stream's, in place of its own.
 
-        `DataError` where level sizes differ, or an item that both have has another ID: the same tokens would stand for
-        other items.
+        `DataError` where level sizes or versions differ, or an item that both have has another ID: the same tokens
+        would stand for other items.
         """
+        known = self.with_version(table)
         meaning = "the same tokens would stand for other items"
-        cure = "use the stream that this base was made for, or make a base for this one"
-        if self.sids.sizes != table.sizes:
+        if self.sids.version != table.version:
             raise DataError(
-                f"the base has tokens for levels of {list(self.sids.sizes)} codes, the stream's IDs have levels of "
-                f"{list(table.sizes)}: {meaning}",
-                cure,
+                f"the base has version {self.sids.version} of the IDs, the stream's are of version {table.version}: "
+                f"{meaning}",
+                "make a base for these IDs, or go back to those of the base: cladapt tokens refresh STREAM --back",
             )
         if (other := self.sids.first_other(table)) is not None:
             raise DataError(
                 f"the base has the ID {self.sids.spelt(other)} for item {other!r}, the stream has "
                 f"{table.spelt(other)}: {meaning}",
-                cure,
+                _OWN,
+            )
+        return known
+
+    def with_version(self, table: SidTable) -> "Base":
+        """As `with_sids`, where items may have other IDs: those of a version that is asked for, in the same tokens."""
+        if self.sids.sizes != table.sizes:
+            raise DataError(
+                f"the base has tokens for levels of {list(self.sids.sizes)} codes, the stream's IDs have levels of "
+                f"{list(table.sizes)}: the same tokens would stand for other items",
+                _OWN,
             )
         return replace(self, sids=table)
 
@@ -200,7 +228,7 @@ def extend_model(
     return model, tokenizer, new
 
 
-def check_home(base: Base, stream: Stream, base_name: str, stream_name: str) -> None:
+def check_home(base: Made, stream: Stream, base_name: str, stream_name: str) -> None:
     """`DataError` where the base has learned events of another stream than this one and its prefixes."""
     recorded = base.provenance.get("stream")
     learned = base.fitted_block or (1 if base.provenance.get("form") else 0)
@@ -267,6 +295,7 @@ def write_base(
         **provenance,
         LEFT_OUT: {**provenance.get(LEFT_OUT, {}), **left_out},
         "sids": sids.fingerprint,
+        "ids": sids.version,
         "fingerprint": hash_value([weights_hash(model), sids.fingerprint]),
         "cladapt": __version__,
     }

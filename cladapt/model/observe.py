@@ -55,6 +55,10 @@ class Observable(nn.Module):
     def begin(self) -> None:
         """Before the first step of a block, when the method has begun it: the model is what the block starts from."""
 
+    def end(self) -> Mapping[str, Any]:
+        """What the block's `cladapt.json` and its line in the log say of the model as the block leaves it."""
+        return {}
+
 
 class InputWatch:
     """Sees the inputs of a loss's adapted layers; layers that are given the same tensor have one input.
@@ -105,6 +109,8 @@ class InputWatch:
     def _rows(self, given: Tensor) -> Tensor:
         rows, counted = given.detach().flatten(0, -2), self._loss.counted
         if counted is None:
+            return rows
+        if given.ndim <= counted.ndim:  # the rows of a table, which are no tokens
             return rows
         mask = counted.flatten()
         return rows * mask.repeat_interleave(len(rows) // len(mask))[:, None].to(rows.dtype)

@@ -16,7 +16,8 @@ from cladapt import __version__
 from cladapt.artifacts import atomic_dir, hash_file, read_record, read_tensors, write_json, write_tensors
 from cladapt.errors import DataError
 from cladapt.model.adapter import (
-    CLASSIFIER,
+    BESIDE,
+    ITEMS,
     NAME,
     AdaptedBase,
     adapted_lm,
@@ -31,9 +32,10 @@ from cladapt.model.adapter import (
 from cladapt.model.anchors import joined
 from cladapt.model.card import CARD, short_card
 from cladapt.model.history import history_of, unload
-from cladapt.model.load import PROVENANCE
+from cladapt.model.load import PROVENANCE, Base
 from cladapt.model.packed import Softmax
 from cladapt.model.weights import check_finite
+from cladapt.tokens.sids import SidTable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,6 +66,19 @@ class PromptRecord(BaseModel):
     template: TemplateRecord
 
 
+class IdsRecord(BaseModel):
+    """The IDs that an adapter has learned by: the version, and the content of the rows of the items known then."""
+
+    version: PositiveInt
+    items: PositiveInt
+    fingerprint: str
+
+    @classmethod
+    def of(cls, table: SidTable) -> "IdsRecord":
+        """What a table of the items known by a block is recorded as."""
+        return cls(version=table.version, items=len(table.items), fingerprint=table.fingerprint)
+
+
 class AdapterRecord(BaseModel):
     """What an adapter's `cladapt.json` must hold; the others where they are known, and then meaningful."""
 
@@ -79,6 +94,7 @@ class AdapterRecord(BaseModel):
     weights: str = ""
     held_out_blocks: list[PositiveInt] = []
     head: Literal["linear", "cosine"] = "linear"
+    ids: IdsRecord | None = None
 
 
 class LoraRecord(BaseModel):
@@ -96,8 +112,8 @@ class LoraRecord(BaseModel):
 def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance: Mapping[str, Any]) -> None:
     """Write PEFT's own files and, beside them, `cladapt.json` and a card.
 
-    A history becomes the first ranks of the adapter. A classifier that has learned goes with it, and PEFT puts it in
-    the place of the base's.
+    A history becomes the first ranks of the adapter. What has learned beside it, a classifier or rows of an item table,
+    goes with it in the same file.
     """
     with atomic_dir(folder) as temporary, quiet():
         model.save_pretrained(str(temporary), selected_adapters=[NAME], save_embedding_layers=False)
@@ -110,13 +126,12 @@ def save_adapter(folder: Path, model: "PeftModel", base: AdaptedBase, provenance
             config.r += record["history_rank"]
             config.lora_alpha, config.use_rslora = scale_of(model) * config.r, False
         if base.extra_tensors:
-            config.modules_to_save = [CLASSIFIER]
+            config.modules_to_save = [m for m in BESIDE if any(f".{m}." in name for name in base.extra_tensors)]
             tensors |= {name: tensor.detach() for name, tensor in base.extra_tensors.items()}
         config.inference_mode = True
         config.save_pretrained(str(temporary))
         write_factors(temporary, tensors, record)
-        kind = "AutoModelForImageClassification" if base.extra_tensors else "AutoModelForCausalLM"
-        (temporary / CARD).write_text(short_card(record, kind), encoding="utf-8")
+        (temporary / CARD).write_text(short_card(record, base.auto_class), encoding="utf-8")
 
 
 def write_factors(folder: Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
@@ -211,6 +226,37 @@ def adapter_provenance(folder: Path) -> dict[str, Any]:
     return read_record(folder / PROVENANCE, AdapterRecord, RESTORE)
 
 
+def ids_version(folder: Path) -> int:
+    """The version of the IDs that an adapter has learned by; adapters that do not say have known the first alone."""
+    return int((adapter_provenance(folder).get("ids") or {"version": 1})["version"])
+
+
+def read_by(base: Base, table: SidTable, folder: Path) -> Base:
+    """The base with the IDs that an adapter has learned by; `DataError` where `table` is not of that content."""
+    record = adapter_provenance(folder).get("ids")
+    if record is None:
+        return base.with_sids(table)
+    found = IdsRecord.of(table.first(record["items"])).model_dump()
+    if found != record:
+        raise DataError(
+            f"{folder} has learned by version {record['version']} of the IDs with the hash {record['fingerprint']}, "
+            f"these are of version {found['version']} with the hash {found['fingerprint']}",
+            "name the stream that it has learned, with all versions of its IDs",
+        )
+    return base.with_version(table)
+
+
+def read_alone(base: Base, folder: Path) -> Base:
+    """The base with its own IDs, for an adapter that came without any; `DataError` where it has learned by others."""
+    if (version := ids_version(folder)) != base.sids.version:
+        raise DataError(
+            f"{folder} has learned by version {version} of the IDs and came without them, its base has version "
+            f"{base.sids.version}",
+            "name the stream with --data DIR, or export the adapter again",
+        )
+    return base
+
+
 def adapter_block(folder: Path) -> int:
     """The block that an adapter has learned; without it, learning the block again would be testing on training data."""
     record = adapter_provenance(folder)
@@ -248,18 +294,27 @@ def load_adapter(base: AdaptedBase, folder: Path) -> "PeftModel":
 @contextmanager
 def adapted(base: AdaptedBase, folder: Path) -> "Iterator[PreTrainedModel]":
     """The base with a saved adapter, loaded anew: ranks may differ; at the end the base is as it was."""
+    beside = {name: tensor.detach().clone() for name, tensor in base.extra_tensors.items()}
     model = load_adapter(base, folder)
     try:
         yield adapted_lm(model)
     finally:
         unload(model)
+        with torch.no_grad():
+            for name, own in base.extra_tensors.items():
+                own.copy_(beside[name])
 
 
 def place(model: "PeftModel", base: AdaptedBase, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a saved adapter into the adapter, and a classifier's into the base's own."""
+    """Copy the tensors of a saved adapter into the adapter, and what has learned beside it into the base's own.
+
+    Of an item table an adapter has the rows of the items known to it; those of later items stay what they are.
+    """
     set_adapter_tensors(model, {name: t for name, t in tensors.items() if name not in base.extra_tensors})
     with torch.no_grad():
         for name, own in base.extra_tensors.items():
-            if name not in tensors or tensors[name].shape != own.shape:
+            saved = tensors.get(name)
+            rows = len(own) if saved is None or f".{ITEMS}." not in name else min(len(own), len(saved))
+            if saved is None or saved.shape != own[:rows].shape:
                 raise DataError(f"the adapter has no {name} of shape {tuple(own.shape)}", RESTORE)
-            own.copy_(tensors[name])
+            own[:rows].copy_(saved)

@@ -54,6 +54,11 @@ class VisionBase(Made):
         """PEFT has no name for this task."""
 
     @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads it."""
+        return "AutoModelForImageClassification"
+
+    @property
     def identity(self) -> Mapping[str, str]:
         """What an adapter says of its base beside the fingerprint."""
         return {"classes": str(self.provenance["classes"])}

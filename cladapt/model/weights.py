@@ -40,7 +40,7 @@ def saved_weights_hash(folder: Path, model: nn.Module, hint: str) -> str | None:
             place |= {name: (file, handle) for name in handle.keys()}  # noqa: SIM118 - no mapping
         names = {id(tensor): name for name, tensor in loaded if name in place}  # a tied head has no copy of its own
         renamed = {str(tensor.dtype) for _, tensor in loaded if id(tensor) not in names and tensor.is_floating_point()}
-        if renamed - {f"torch.{read_json(folder / 'config.json').get('dtype')}"}:
+        if renamed and renamed - {f"torch.{read_json(folder / 'config.json').get('dtype')}"}:
             return None
 
         def saved() -> Iterator[tuple[str, Tensor]]:

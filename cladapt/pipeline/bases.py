@@ -1,4 +1,4 @@
-"""Base+tokens directories: from a pretrained causal LM, or from scratch on block 1."""
+"""Base directories: base+tokens from a pretrained causal LM or from scratch on block 1, and sequential ones."""
 
 import warnings
 from collections.abc import Sequence
@@ -27,8 +27,10 @@ from cladapt.model.load import (
     save_base,
 )
 from cladapt.model.rows import start_by_meaning, untie
+from cladapt.model.sequence_base import load_sequence_base
 from cladapt.model.weights import weights_hash
 from cladapt.ops import compute_device, precision
+from cladapt.sequential import SequentialBaseConfig
 from cladapt.tokens.build import load_sids
 from cladapt.tokens.sids import SidTable
 from cladapt.tokens.tokenizer import sid_token_ids
@@ -36,6 +38,7 @@ from cladapt.train.bases import base_record, first_block, fitted_form, make_base
 from cladapt.train.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
 from cladapt.train.loop import FitResult, Snapshot
 from cladapt.train.pretrain import fit_token_rows
+from cladapt.train.sequence_bases import DIAGNOSTICS, make_sequence_base
 from cladapt.train.sinks import Sink
 from cladapt.train.stream import catalogue_softmax
 from cladapt.train.tune import Lesson, lesson, tune
@@ -63,6 +66,22 @@ def pretrain_base(data: Path, out: Path, config: PretrainConfig, sink: Sink) -> 
     stream = Stream.load(data).prefix(1)
     base, result = make_base(out, stream, load_sids(data, stream), config, sink)
     return _report(out, base, result)
+
+
+def sequential_base(data: Path, out: Path, config: SequentialBaseConfig, sink: Sink) -> dict[str, Any]:
+    """Train a sequential model from scratch on block 1 and write it as a base of `train --task sequential`."""
+    refuse_existing(out)
+    result = make_sequence_base(out, Stream.load(data), config, sink)
+    base = load_sequence_base(out)
+    return {
+        "base": str(out),
+        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "items": len(base.sequence.items),
+        "kept_epoch": result.epoch,
+        "valid_log_likelihood": result.score,
+        "seconds": round(result.seconds, 1),
+        DIAGNOSTICS: base.provenance[DIAGNOSTICS],
+    }
 
 
 def init_base(

@@ -147,10 +147,12 @@ def measure(
     """What the workload measures of what the run starts from and of its adapters."""
     learned = run.workload.learned_block(run.config, base)
     models = []
+    base_of = partial(run.workload.base_of, run.config, stream, base)
     if run.workload.starts_from(run.config) is None:
-        models.append(Candidate(learned, lambda: nullcontext(base.model)))
+        models.append(Candidate(learned, lambda: nullcontext(base.model), base=base_of(None)))
     for after, folder in _adapters(run, learned).items():
-        models.append(Candidate(after, partial(adapted, base, folder), adapter_provenance(folder).get(LEARNED, ())))
+        known = adapter_provenance(folder).get(LEARNED, ())
+        models.append(Candidate(after, partial(adapted, base, folder), known, base_of(folder)))
     return run.workload.measure(run.config, config, stream, base, models, block, earlier or Earlier(), sink)
 
 

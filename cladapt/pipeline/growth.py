@@ -22,6 +22,7 @@ from cladapt.tokens.build import SIDS
 from cladapt.tokens.encoder import encoder_settings
 from cladapt.tokens.extend import extend_with_index
 from cladapt.tokens.sids import SidTable
+from cladapt.tokens.versions import version_folder
 
 SHOWN = 5
 """Ids or rows that a message names."""
@@ -140,7 +141,7 @@ def _report(folder: Path, before: Stream, growth: Growth, log: RawLog | None) ->
 
 def _ids_of_log(folder: Path, stream: Stream, log: RawLog, warnings: list[str]) -> dict[str, Any]:
     """Give new items the IDs that came with the log, where those of the stream came from an index; the report of it."""
-    if not log.index or not (folder / SIDS).exists() or encoder_settings(folder) is not None:
+    if not log.index or not (folder / SIDS).exists() or encoder_settings(version_folder(folder)) is not None:
         return {}
     try:
         taken = extend_with_index(folder, stream, SidTable.from_index(log.index))

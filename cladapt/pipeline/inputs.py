@@ -8,7 +8,6 @@ from cladapt import workloads
 from cladapt.artifacts import hash_file
 from cladapt.config import RunSettings
 from cladapt.errors import DataError
-from cladapt.model.load import weights_hash
 from cladapt.model.saved import ADAPTER_FILE
 from cladapt.run import Run
 from cladapt.workloads._base import FittedBase
@@ -48,7 +47,7 @@ def _of_models(config: RunSettings, base: FittedBase) -> dict[str, str]:
     plain = {"quantisation": "none", "head": "linear"}
     # packed weights, and means that a head starts from, differ between machines, the saved ones not
     if all(getattr(config, key, as_saved) == as_saved for key, as_saved in plain.items()):
-        found["base weights"] = weights_hash(base.model)
+        found["base weights"] = base.weights
     if (start := workloads.get(config.task).starts_from(config)) is not None:
         file = start / ADAPTER_FILE
         if not file.is_file():

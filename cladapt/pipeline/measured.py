@@ -31,6 +31,7 @@ class MeasuredRecord(BaseModel):
     adapters: dict[str, str]
     scaling: dict[str, str]
     rows: dict[str, str]
+    ids: dict[str, str] = {}
 
 
 class _Record(BaseModel):
@@ -45,12 +46,22 @@ def measured_of(
         "cladapt": __version__,
         "run": run.config_hash,
         "stream": stream.fingerprint,
-        "meaning": run.workload.meaning(stream, base, stream.n_blocks),
+        "meaning": (alone := _meaning(run, stream, base, None, stream.n_blocks)),
         "base": base.fingerprint,
         "adapters": {str(block): hash_file(folder / ADAPTER_FILE) for block, folder in adapters.items()},
         "scaling": {str(block): _scaling(folder) for block, folder in adapters.items()},
         "rows": {path.name: hash_file(path) for path in sorted(rows.iterdir())},
+        "ids": {
+            str(block): meaning
+            for block, folder in adapters.items()
+            if (meaning := _meaning(run, stream, base, folder, stream.n_blocks)) != alone
+        },
     }
+
+
+def _meaning(run: Run[Any], stream: Any, base: FittedBase, adapter: Path | None, block: int) -> str:
+    """What the outputs of an adapter, or of the base alone, stand for in the blocks up to `block`."""
+    return run.workload.meaning(stream, run.workload.base_of(run.config, stream, base, adapter), block)
 
 
 def _scaling(folder: Path) -> str:
@@ -95,7 +106,7 @@ def earlier_of(
     blocks = work.unchanged(stream, measured["stream"])
     now = {"cladapt": __version__, "run": run.config_hash, "base": base.fingerprint}
     apart = [f"{key} {measured[key]}, now {value}" for key, value in now.items() if measured[key] != value]
-    if not blocks or measured["meaning"] != work.meaning(stream, base, blocks):
+    if not blocks or measured["meaning"] != _meaning(run, stream, base, None, blocks):
         apart.append(f"another stream or other IDs than {stream.fingerprint}")
     apart += differing(found.measures.config, config, work.same_rows)
     if apart:
@@ -105,6 +116,7 @@ def earlier_of(
         for block, folder in adapters.items()
         if measured["adapters"].get(str(block)) == hash_file(folder / ADAPTER_FILE)
         and measured["scaling"].get(str(block)) == _scaling(folder)
+        and measured.get("ids", {}).get(str(block), measured["meaning"]) == _meaning(run, stream, base, folder, blocks)
     }
     if learned not in adapters:  # the base itself
         models.add(learned)

@@ -198,10 +198,12 @@ def compare(run: Run[Any], config: PromoteConfig, block: int, current: int | Non
                 "tell nothing of it",
                 "take the older one without a comparison: --promote always, or cladapt rollback",
             )
-    models = {FROZEN: Candidate(learned, lambda: nullcontext(base.model))}
+    base_of = partial(run.workload.base_of, run.config, stream, base)
+    models = {FROZEN: Candidate(learned, lambda: nullcontext(base.model), base=base_of(None))}
     for name, chosen in ((CURRENT, current), (CHALLENGER, block)):
         if chosen is not None and (name, chosen) != (CURRENT, block):
-            models[name] = Candidate(chosen, partial(adapted, base, adapter_folder(run.path, chosen)))
+            folder = adapter_folder(run.path, chosen)
+            models[name] = Candidate(chosen, partial(adapted, base, folder), base=base_of(folder))
     return decide(run.workload.judge(run.config, config, stream, base, models, block), config)
 
 

@@ -14,6 +14,7 @@ from cladapt.model.saved import adapter_provenance
 from cladapt.model.spectrum import Spectrum, saved_spectra, summary
 from cladapt.run import Run
 from cladapt.train.interference import FIGURES, INTERFERENCE
+from cladapt.train.sequence_bases import DIAGNOSTICS
 from cladapt.workloads._base import FittedBase
 
 METRICS = "metrics.json"
@@ -30,6 +31,13 @@ INTERFERENCE_NOTE = (
     "Of what a block adds to a layer, delta W, on inputs x of earlier blocks' examples. change: root mean square of "
     "||delta W x||, by which the layer's output moves. alignment: ||delta W X||_F / (||delta W||_F ||X||_F), 0 where "
     "no earlier input meets the update. Means over the modules. The lower, the better earlier inputs are protected."
+)
+DIAGNOSTICS_NOTE = (
+    "Of the base and of the model after each block, dropout off. training_loss: mean over up to 512 training examples. "
+    "Of the Hessian of the loss with respect to the sequence vector, means over up to 64 validation targets: largest "
+    "eigenvalue, condition number (largest over smallest eigenvalue that is not rounding) and its decimal logarithm, "
+    "rank. norm_dispersion: standard deviation over mean of the lengths of the items' rows, before normalisation. "
+    "Overlaps: share of the items' 10 neighbours by text, or by common users, that are among an item's 10 nearest rows."
 )
 TEXT_NOTE = (
     "perplexity: exp of the mean negative log-likelihood of a token, over the whole vocabulary. bits_per_byte: the "
@@ -52,6 +60,7 @@ def run_report(
         **figures,
         "spectrum": spectra.log(),
         "interference": interference_log(run),
+        **({"diagnostics": found} if (found := diagnostics_log(run, base)) else {}),
         **({} if text is None else {"text": dict(text)}),
     }
     provenance = {
@@ -68,9 +77,30 @@ def run_report(
         step_curves(run),
         *spectra.sections(),
         *interference_sections(run),
+        *diagnostics_sections(run, base),
         KeyValues("Provenance", provenance),
     ]
     return render_report(f"cladapt: {measures.name}, seed {run.config.seed}", sections), result
+
+
+def diagnostics_log(run: Run, base: FittedBase) -> list[dict[str, Any]]:
+    """Figures of the base and of each block's model, where they were taken; see `cladapt.train.sequence_bases`."""
+    records = {base.fitted_block: base.provenance}
+    records |= {block: adapter_provenance(path) for block, path in run.adapters.items()}
+    return [{"block": block, **each[DIAGNOSTICS]} for block, each in records.items() if DIAGNOSTICS in each]
+
+
+def diagnostics_sections(run: Run, base: FittedBase) -> list[Section]:
+    """The log as a table, and the base's loss over its epochs."""
+    found = diagnostics_log(run, base)
+    losses = base.provenance.get("training_loss") or []
+    if not found:
+        return []
+    line = [(epoch, loss) for epoch, loss in enumerate(losses, start=1)]
+    return [
+        rows_table("Training loss, curvature and geometry of the item table", found, DIAGNOSTICS_NOTE),
+        Traces("How the base learned", [Trace("training loss", [line])], "epoch"),
+    ]
 
 
 def interference_log(run: Run) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The life of a run, whatever its task: it begins from checked inputs, learns block after block, and is continued."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def train(config: RunSettings, out: Path | None, sink: Sink) -> dict[str, Any]:
         notes.append(
             f"the base has learned all blocks of the stream, 1 to {stream.n_blocks}: the run waits for the next"
         )
+    config = work.settled(config, base)
     inputs = fingerprints(config, stream, base)
     path = ranks.once(lambda: out or new_run_path(config.method.name, config.seed))
     with locked(path):
@@ -86,10 +88,13 @@ def continue_run(
     data: Path | None = None,
     base: Path | None = None,
     held_out: str | None = None,
+    ids: int | None = None,
 ) -> dict[str, Any]:
     """Learn the blocks that the stream has and the run has not, by the run's own settings, as if it had begun with all.
 
     `data` and `base`: where the stream and the base are now. `held_out`: what `train.held_out` is for the new blocks.
+    `ids`: the version of the stream's IDs that they are learned by; `ConfigError` without it where the stream's is not
+    the run's.
     An unfinished run is finished on the way. `DataError` for a stream that does not begin with what the run has
     learned, and for another base. Where nothing is new the run stays as it is.
     """
@@ -97,6 +102,8 @@ def continue_run(
     run = ranks.once(lambda: open_run(path, data, base))
     if held_out is not None and "held_out" not in type(run.config.train).model_fields:
         raise ConfigError(f"--held-out {held_out}: {path} is a run of --task {run.task}", "leave out --held-out")
+    if ids is not None and "ids" not in type(run.config).model_fields:
+        raise ConfigError(f"--ids {ids}: {path} is a run of --task {run.task}", "leave out --ids")
     with locked(run.path):
         if "data" not in run.inputs:
             raise DataError(
@@ -106,9 +113,9 @@ def continue_run(
         stream, opened = run.workload.open_inputs(run.config)
         home = _home(run, stream)
         notes = verify_inputs(run, opened)
-        run, said = _with_new_blocks(run, stream, home, held_out)
+        run, said = _with_new_blocks(run, stream, opened, home, held_out, ids)
         if not said:
-            _refuse_late_change(run, stream, opened, held_out)
+            _refuse_late_change(run, stream, opened, held_out, ids)
         finished = f"{run.path} has all {stream.n_blocks} blocks of the stream: nothing is new"
         return _finish(run, stream, opened, sink, [*notes, *said], finished)
 
@@ -138,30 +145,54 @@ def _home(run: Run[Any], stream: Any) -> int:
     )
 
 
-def _with_new_blocks(run: Run[Any], stream: Any, home: int, held_out: str | None) -> tuple[Run[Any], list[str]]:
+def check_version(run: Run[Any], ids: int | None) -> None:
+    """`ConfigError` where the stream's IDs are not of the version that the run learns by, and none is asked for."""
+    before, now = run.config_at(sys.maxsize), run.workload.version(run.config)
+    if ids is None and now and before.ids != now:
+        raise ConfigError(
+            f"{run.path} has learned by version {before.ids} of the IDs, {run.config.data} is at version {now}",
+            f"--ids {now} learns the new blocks by the new IDs, --ids {before.ids} goes on by the old ones; or go "
+            f"back: cladapt tokens refresh {run.config.data} --back",
+        )
+
+
+def _with_new_blocks(
+    run: Run[Any], stream: Any, base: FittedBase, home: int, held_out: str | None, ids: int | None
+) -> tuple[Run[Any], list[str]]:
     """The run, told of the blocks after `home` before any is learned; a sentence for each thing that changes."""
     if home == stream.n_blocks:
         return run, []
     new = range(home + 1, stream.n_blocks + 1)
     said = [f"new in the stream: {_named(new)}"]
-    changes = {}
+    check_version(run, ids)
+    changes, versions = {}, {}
+    if ids is not None and (known := run.config_at(new[0]).ids) != ids:
+        asked = run.config.model_copy(update={"ids": ids})
+        run.workload.reading(asked, stream, base, stream.n_blocks)
+        versions[new[0]] = ids
+        said.append(f"version {ids} of the IDs from block {new[0]} on, it was {known}")
     if held_out is not None and (before := run.config_at(new[0]).train.held_out) != held_out:
         changes[new[0]] = held_out
         said.append(f"train.held_out={held_out} from block {new[0]} on, it was {before}")
-    return ranks.once(lambda: run.go_on(stream.fingerprint, changes)), said
+    return ranks.once(lambda: run.go_on(stream.fingerprint, changes, versions)), said
 
 
-def _refuse_late_change(run: Run[Any], stream: Any, base: FittedBase, held_out: str | None) -> None:
+def _refuse_late_change(run: Run[Any], stream: Any, base: FittedBase, held_out: str | None, ids: int | None) -> None:
     """`ConfigError` where blocks that the run was to learn already are left, and would be learned in another way."""
-    if held_out is None or not build(run.config.method).trains:
+    if not build(run.config.method).trains:
         return
     left = [block for block in run.workload.blocks(run.config, stream, base) if block not in run.adapters]
-    if any(run.config_at(block).train.held_out != held_out for block in left):
-        raise ConfigError(
-            f"--held-out {held_out}: {run.path} was to learn {_named(left)} with "
-            f"train.held_out={run.config_at(left[0]).train.held_out}",
-            f"finish it first: cladapt train --resume {run.path}",
-        )
+    own = [run.config_at(block) for block in left]
+    changes: Sequence[tuple[str, str, Any, Sequence[Any]]] = (
+        ("--held-out", "train.held_out", held_out, [config.train.held_out for config in own] if held_out else ()),
+        ("--ids", "ids", ids, [config.ids for config in own] if ids else ()),
+    )
+    for option, key, asked, then in changes:
+        if any(value != asked for value in then):
+            raise ConfigError(
+                f"{option} {asked}: {run.path} was to learn {_named(left)} with {key}={then[0]}",
+                f"finish it first: cladapt train --resume {run.path}",
+            )
 
 
 def _named(blocks: Sequence[int]) -> str:
@@ -190,10 +221,10 @@ def _finish(
 def plan(config: RunSettings) -> dict[str, Any]:
     """What a run would do: everything validated, examples and parameters counted, memory estimated, nothing written."""
     if not config.data or not config.base:
-        folder = RUNS / workloads.get(config.task).embedded_folder
+        stream, base = _embedded(config)
         raise ConfigError(
             "--dry-run needs --data and --base",
-            f"name them; a run without makes embedded ones: --data {folder / 'stream'} --base {folder / 'base'}",
+            f"name them; a run without makes embedded ones: --data {stream} --base {base}",
         )
     config = settled(config)
     work = workloads.get(config.task)
@@ -242,10 +273,16 @@ def with_embedded(config: RunSettings, sink: Sink) -> RunSettings:
         )
     if config.data:
         return config
-    folder = RUNS / work.embedded_folder
-    stream, base = folder / "stream", folder / "base"
-    work.make_embedded(stream, base, sink)
+    stream, base = _embedded(config)
+    work.make_embedded(config, stream, base, sink)
     return config.model_copy(update={"data": str(stream), "base": str(base)})
+
+
+def _embedded(config: RunSettings) -> tuple[Path, Path]:
+    """Where the embedded stream and base of a configuration are kept."""
+    work = workloads.get(config.task)
+    folder = RUNS / work.embedded_folder
+    return folder / "stream", folder / work.embedded_base(config)
 
 
 def settled(config: RunSettings) -> RunSettings:
@@ -346,6 +383,7 @@ def _learn(run: Run[Any], stream: Any, base: FittedBase, sink: Sink, notes: Sequ
             "method": config.method.name,
             "seed": config.seed,
             **work.provenance(run.config_at(block), block),
+            **work.reading(run.config_at(block), stream, base, block),
         }
 
     with tracking(config.track if ranks.is_main() else "none", run.path, config) as tracked:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +17,9 @@ from cladapt.data.schema import MANIFEST, Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.recommend import SUFFIXES, read_catalogue, read_histories
 from cladapt.eval.recommend import recommend as recommend_items
+from cladapt.eval.sequences import recommend_by_rows
 from cladapt.export.card import CARD, Facts, facts_of
-from cladapt.export.catalogue import CATALOGUE, SIDS, Offered
+from cladapt.export.catalogue import CATALOGUE, SIDS, Offered, chosen, offered_items
 from cladapt.export.compress import compressed
 from cladapt.export.preflight import RULES as SERVERS
 from cladapt.export.preflight import refuse
@@ -26,12 +27,24 @@ from cladapt.export.targets import export as export_to
 from cladapt.export.vllm import check as check_vllm
 from cladapt.model.adapter import adapted_lm
 from cladapt.model.load import PROVENANCE, Base, load_base
-from cladapt.model.saved import ADAPTER_FILE, CONFIG_FILE, adapter_provenance, adapter_settings, load_adapter
+from cladapt.model.saved import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_provenance,
+    adapter_settings,
+    ids_version,
+    load_adapter,
+    read_alone,
+    read_by,
+)
+from cladapt.model.sequence import SequenceModel
+from cladapt.model.sequence_base import load_sequence_base
 from cladapt.ops import compute_device
 from cladapt.pipeline.promote import current_block, read_current
 from cladapt.pipeline.report import METRICS
-from cladapt.run import Run
+from cladapt.run import Run, latest_run, open_run
 from cladapt.tokens.build import load_sids
+from cladapt.tokens.sequences import form_of_backbone
 from cladapt.train.prompting import names_by_text, recorded_form
 from cladapt.workloads._base import MetricsRecord
 
@@ -42,7 +55,12 @@ class Source:
 
     adapter: Path
     base: Path
-    run: Run | None
+    run: Run[Any] | None
+
+    @property
+    def language(self) -> bool:
+        """Whether its base is a language model, and no sequential one."""
+        return "items" not in adapter_provenance(self.adapter)
 
 
 def find_source(path: Path | None, base: Path | None, block: int | None) -> Source:
@@ -57,12 +75,20 @@ def find_source(path: Path | None, base: Path | None, block: int | None) -> Sour
         if base is None and run is None:
             raise ConfigError(f"{path} does not say where its base is", "give --base DIR")
         return Source(path, base or Path(run.config.base), run)  # type: ignore[union-attr]
-    run = Run.latest() if path is None else Run.open(path)
+    run = _ranking(latest_run() if path is None else path)
     chosen = run.choose(_served(run) if block is None else block)
     return Source(run.adapters[chosen], base or Path(run.config.base), run)
 
 
-def _served(run: Run) -> int | None:
+def _ranking(path: Path) -> Run[Any]:
+    """A run whose models rank items for histories."""
+    run = open_run(path)
+    if not run.workload.recommends:
+        raise ConfigError(f"{path} is a run of --task {run.task}", "this works for runs that recommend items")
+    return run
+
+
+def _served(run: Run[Any]) -> int | None:
     """The block of the current adapter; None where none was judged yet, `DataError` where none was promoted."""
     current = current_block(run)
     if current is None and (history := read_current(run).history):
@@ -73,31 +99,39 @@ def _served(run: Run) -> int | None:
     return current
 
 
-def _run_of(adapter: Path) -> Run | None:
+def _run_of(adapter: Path) -> Run[Any] | None:
     folder = adapter.resolve().parent.parent
-    return Run.open(folder) if (folder / "config.json").is_file() and (folder / "adapters").is_dir() else None
+    return _ranking(folder) if (folder / "config.json").is_file() and (folder / "adapters").is_dir() else None
 
 
 def offered_of(source: Source, data: Path | None = None) -> Offered | None:
-    """The IDs and the catalogue as of the newest block of the stream that an adapter has learned.
+    """The IDs and the catalogue as of the newest block of the stream that an adapter has learned, by its own version.
 
     That is the run's stream, or `data` where it is given. An export outside a run brings them along; None for one of
     before it did.
     """
     if data is None and source.run is None:
         return Offered.load(source.adapter)
+    folder, stream = _stream_of(source, data)
+    names = names_by_text(adapter_provenance(source.adapter))
+    return Offered.of(stream, load_sids(folder, stream, ids_version(source.adapter)), names)
+
+
+def _stream_of(source: Source, data: Path | None) -> tuple[Path, Stream]:
+    """The stream directory that an adapter has learned, its run's or `data`, and what is in it now."""
+    if data is None and source.run is None:
+        raise ConfigError(f"{source.adapter} does not say where its stream is", "give --data DIR")
     folder = data or Path(source.run.config.data)  # type: ignore[union-attr]
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is not a stream directory", "say where the stream is now: --data DIR")
     stream = Stream.load(folder)
-    record = adapter_provenance(source.adapter)
-    learned = record.get("stream")
+    learned = adapter_provenance(source.adapter).get("stream")
     if stream.home_of(learned) is None:
         raise DataError(
             f"{source.adapter} has learned the stream {learned}, {folder} is the stream {stream.fingerprint}",
             "name the stream that it has learned: --data DIR",
         )
-    return Offered.of(stream, load_sids(folder, stream), names_by_text(record))
+    return folder, stream
 
 
 def export(
@@ -129,15 +163,19 @@ def export(
         for source in sources:
             refuse(str(source.adapter), [f for f in check_vllm(source.adapter, source.base) if f.server == "vllm"])
     facts = facts_of(last.run, adapter_provenance(last.adapter).get("stream"), data)
-    offered = offered_of(last, data)
-    results = [_export_one(target, source, out, facts, offered, rank, overwrite) for source in sources]
+    of_version = {ids_version(source.adapter): source for source in sources}
+    offered = {version: offered_of(source, data) for version, source in of_version.items()}
+    results = [
+        _export_one(target, source, out, facts, offered[ids_version(source.adapter)], rank, overwrite)
+        for source in sources
+    ]
     return results[0] if not all_blocks else {**results[-1], "block": [result["block"] for result in results]}
 
 
 def _export_one(
     target: str, source: Source, out: Path, facts: Facts, offered: Offered | None, rank: int | None, replace: bool
 ) -> dict[str, Any]:
-    found = {} if offered is None else {"offered_items": len(offered.items)}
+    found = {} if offered is None else {"offered_items": len(offered.items), "ids": offered.sids.version}
     if rank is None:
         return {**export_to(target, source.adapter, source.base, out, facts, offered, replace), **found}
     with compressed(source.adapter, source.base, rank) as (adapter, lost):
@@ -168,6 +206,11 @@ def check(path: Path | None, base: Path | None, block: int | None, all_blocks: b
 
 def _sources(path: Path | None, base: Path | None, block: int | None, all_blocks: bool) -> list[Source]:
     source = find_source(path, base, block)
+    if not source.language:
+        raise ConfigError(
+            f"{source.adapter} is of --task sequential: servers of language models cannot take it",
+            "write its recommendations to a file with `cladapt recommend`",
+        )
     if not all_blocks:
         return [source]
     if block is not None:
@@ -193,11 +236,11 @@ def recommend(
     timestamp: str = "timestamp",
     data: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the best items for each history to `out`; returns the counts.
+    """Write the best items for each history to `out`, of a language model or a sequential one; returns the counts.
 
     The items are those that may be recommended now (see `offered_of`), of the file `catalogue` where it is given;
-    withdrawn ones never. `beams` None: those of the evaluation, or `top_k` where that is more. `user`, `item` and
-    `timestamp` name the columns of the histories.
+    withdrawn ones never. `beams` None: those of the evaluation, or `top_k` where that is more; a sequential model has
+    none. `user`, `item` and `timestamp` name the columns of the histories.
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: unknown kind of file {out.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
@@ -207,6 +250,25 @@ def recommend(
     wanted = read_histories(histories, user, item, timestamp)
     listed = None if catalogue is None else read_catalogue(catalogue)
     source = find_source(path, base_folder, block)
+    by = _by_ids if source.language else _by_rows
+    frame, counts = by(source, data, wanted, listed, catalogue, top_k, beams, exclude_seen)
+    if out.suffix == ".csv":
+        frame, counts["escaped_cells"] = escaped(frame)
+    ranks.once(lambda: _write_table(out, frame))
+    return {"out": str(out), "adapter": str(source.adapter), **counts}
+
+
+def _by_ids(
+    source: Source,
+    data: Path | None,
+    wanted: Mapping[str, Sequence[str]],
+    listed: list[str] | None,
+    file: Path | None,
+    top_k: int,
+    beams: int | None,
+    exclude_seen: bool,
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """What a language model recommends: semantic IDs that it generates, and the items behind them."""
     record = adapter_provenance(source.adapter)
     width = _width(source, record, top_k, beams)
     base = load_base(source.base)
@@ -216,16 +278,41 @@ def recommend(
         raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
     model = load_adapter(base, source.adapter)
     offered = _offered(source, data)
-    base, allowed, withdrawn = _catalogue(offered, base, listed, catalogue)
+    base, allowed, withdrawn = _catalogue(offered, base, source.adapter, listed, file)
     form = recorded_form(record, base, None if offered is None else offered.texts)
     frame, counts = recommend_items(
         adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, width, exclude_seen
     )
-    counts["withdrawn_catalogue_items"] = withdrawn
-    if out.suffix == ".csv":
-        frame, counts["escaped_cells"] = escaped(frame)
-    ranks.once(lambda: _write_table(out, frame))
-    return {"out": str(out), "adapter": str(source.adapter), "beams": width, **counts}
+    return frame, {"beams": width, **counts, "withdrawn_catalogue_items": withdrawn}
+
+
+def _by_rows(
+    source: Source,
+    data: Path | None,
+    wanted: Mapping[str, Sequence[str]],
+    listed: list[str] | None,
+    file: Path | None,
+    top_k: int,
+    beams: int | None,
+    exclude_seen: bool,
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """What a sequential model recommends: the items of the stream with the best scores."""
+    if beams is not None:
+        raise ConfigError(
+            f"--beams {beams} with {source.adapter} of --task sequential, which scores every item", "leave --beams out"
+        )
+    stream, base = _stream_of(source, data)[1], load_sequence_base(source.base)
+    base.extend(stream)
+    cast(nn.Module, base.model).to(compute_device())
+    model = load_adapter(base, source.adapter)
+    items = stream.items["item"].to_list()
+    allowed, withdrawn = chosen(offered_items(stream), items, listed)
+    _refuse_none(allowed, withdrawn, file)
+    form = form_of_backbone(base.config, base.config.mask)
+    frame, counts = recommend_by_rows(
+        cast(SequenceModel, adapted_lm(model)), form, items, wanted, allowed, top_k, exclude_seen
+    )
+    return frame, {**counts, "withdrawn_catalogue_items": withdrawn}
 
 
 def _offered(source: Source, data: Path | None) -> Offered | None:
@@ -241,15 +328,19 @@ def _offered(source: Source, data: Path | None) -> Offered | None:
 
 
 def _catalogue(
-    offered: Offered | None, base: Base, listed: list[str] | None, file: Path | None
+    offered: Offered | None, base: Base, adapter: Path, listed: list[str] | None, file: Path | None
 ) -> tuple[Base, list[str] | None, int]:
     """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
     if offered is None:
-        return base, listed, 0
+        return read_alone(base, adapter), listed, 0
     allowed, withdrawn = offered.chosen(listed)
+    _refuse_none(allowed, withdrawn, file)
+    return read_by(base, offered.sids, adapter), allowed, withdrawn
+
+
+def _refuse_none(allowed: Sequence[str], withdrawn: int, file: Path | None) -> None:
     if not allowed:
         raise DataError(f"all {withdrawn} items of {file} are withdrawn", "list items that are offered")
-    return base.with_sids(offered.sids), allowed, withdrawn
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

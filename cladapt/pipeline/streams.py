@@ -19,10 +19,12 @@ from cladapt.data.schema import MANIFEST, PARTS, Stream, read_manifest
 from cladapt.data.simulate import simulate
 from cladapt.errors import ConfigError, DataError
 from cladapt.lock import locked
-from cladapt.tokens.build import SIDS, index_sids, load_sids, save_index, save_sids, shared_texts
+from cladapt.tokens.build import SIDS, index_sids, load_sids, read_sids, save_index, save_sids, shared_texts
+from cladapt.tokens.diagnostics import by_popularity, churn, kept_neighbours
 from cladapt.tokens.encoder import encoder_settings
 from cladapt.tokens.extend import extend_sids, extend_with_index
 from cladapt.tokens.sids import SidTable, read_index
+from cladapt.tokens.versions import FOLDER, VERSIONS, folder_of, version_folder
 
 
 def import_data(source: str, out: Path, format: str, options: ReadOptions, config: BlocksConfig) -> dict[str, Any]:
@@ -79,7 +81,8 @@ def _next_step(stream: Stream, out: Path) -> str:
         return f"none yet: cladapt tokens build {out}"
     return (
         "none, and no item of block 1 has a text to build them from: import again with --text COL (a column of the "
-        f"log) or --items TABLE, or take the IDs of an index: cladapt tokens build {out} --index FILE"
+        "log) or --items TABLE, or make them of what users have together: cladapt tokens build "
+        f"{out} --embedding cooccurrence, or take those of an index: cladapt tokens build {out} --index FILE"
     )
 
 
@@ -218,7 +221,13 @@ def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict
         if (folder / SIDS).exists():
             raise ConfigError(
                 f"{folder / SIDS} exists: bases were made for it",
-                f"give new items IDs with `cladapt tokens extend {folder}`, or remove it to give all items new IDs",
+                f"give new items IDs with `cladapt tokens extend {folder}`, all of them new codes in the same tokens "
+                f"with `cladapt tokens refresh {folder}`, or remove it to give all items new IDs",
+            )
+        if (folder / VERSIONS).exists():
+            raise ConfigError(
+                f"{folder / VERSIONS} has later versions of the IDs, which begin with a {SIDS} that is not there",
+                f"restore it, or remove {VERSIONS} and {FOLDER}/ too: what was made with them is lost then",
             )
         if index is not None:
             table = save_index(folder, stream, read_index(index), config)
@@ -232,35 +241,60 @@ def extend_tokens(folder: Path, index: Path | None = None) -> dict[str, Any]:
     with writing(folder):
         stream = Stream.load(folder)
         done = extend_sids(folder, stream) if index is None else extend_with_index(folder, stream, read_index(index))
-    drift = done.drift or {}
     return {
-        "sids": str(folder / SIDS),
+        "sids": str(folder_of(folder, done.table.version) / SIDS),
+        "version": done.table.version,
         "fingerprint": done.table.fingerprint,
         "items": len(done.table.items),
         "new_items": done.new,
         "result": "extended" if done.new else "nothing to do: every item has a semantic ID",
         "items_sharing_an_id": done.sharing,
-        **({} if done.without_text is None else {"items_without_text": done.without_text}),
+        **{f"items_without_{what}": count for what, count in done.without.items()},
         **_room(folder, done.table),
-        "drift": [{"items": items, **fit.model_dump()} for items, fit in drift.items()],
+        "drift": [{"items": items, **fit.model_dump()} for items, fit in done.drift.items()],
     }
 
 
-def inspect_tokens(folder: Path) -> dict[str, Any]:
-    """The collision report of a stream directory's IDs."""
+def inspect_tokens(folder: Path, neighbours: int = 0, against: Path | None = None) -> dict[str, Any]:
+    """What a stream directory's IDs keep and lose: collisions, also by popularity, and the use of each level.
+
+    With `neighbours` above 0, how many of an item's nearest ones the IDs keep near. `against`: a version
+    of the stream's IDs, another stream directory, or a file of IDs, from which on it is counted what moved.
+    """
     stream = Stream.load(folder)
-    return _about_tokens(folder, stream, load_sids(folder, stream))
+    table = load_sids(folder, stream)
+    report = {
+        **_about_tokens(folder, stream, table),
+        "popularity": by_popularity(version_folder(folder), stream, table),
+    }
+    if neighbours:
+        report["neighbours"] = kept_neighbours(version_folder(folder), stream, table, neighbours)
+    if against is not None:
+        numbered = str(against).isdecimal() and not against.exists()
+        other = read_sids(folder, int(str(against))) if numbered else _table_at(against)
+        report["churn"] = churn(table, other, str(against))
+    return report
+
+
+def _table_at(path: Path) -> SidTable:
+    return read_sids(path) if path.is_dir() else SidTable.load(path)
 
 
 def _about_tokens(folder: Path, stream: Stream, table: SidTable) -> dict[str, Any]:
     texts = shared_texts(stream.items["text"].to_list())
-    report = {"sids": str(folder / SIDS), "fingerprint": table.fingerprint, **texts, **_room(folder, table)}
+    report = {
+        "sids": str(folder_of(folder, table.version) / SIDS),
+        "version": table.version,
+        "fingerprint": table.fingerprint,
+        **texts,
+        **_room(folder, table),
+    }
     return {**report, **collision_report(table)}
 
 
 def _room(folder: Path, table: SidTable) -> dict[str, int]:
     """Codes of the last level, and items in the fullest group of equal codes before it; none without such a level."""
-    settings = encoder_settings(folder)
+    settings = encoder_settings(version_folder(folder))
     if settings is not None and not settings.deduplicate:
         return {}
     groups = np.unique(table.codes[:, :-1], axis=0, return_counts=True)[1] if table.levels > 1 else [len(table.items)]

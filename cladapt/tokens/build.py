@@ -1,9 +1,10 @@
-"""Semantic IDs of a stream's items: text, embedding, residual k-means, and a level that tells equal codes apart.
+"""Semantic IDs of a stream's items: vectors of them, residual k-means, and a level that tells equal codes apart.
 
-Embedding, codebooks and the sizes of all levels are fixed by the items known at block 1; later items are encoded with
+Vectors, codebooks and the sizes of all levels are fixed by the items known at block 1; later items are encoded with
 them, in order of first appearance, so that IDs are the same however the stream has grown.
 """
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ import numpy as np
 
 from cladapt.config import TokensConfig
 from cladapt.data.schema import Stream
+from cladapt.embedding import COOCCURRENCE
 from cladapt.errors import DataError
-from cladapt.tokens.encoder import ENCODER, Encoder, warn_of_empty
+from cladapt.tokens.encoder import ENCODER, Encoder
 from cladapt.tokens.sids import SidTable
+from cladapt.tokens.versions import folder_of, version_folder
 
 SIDS = "sids.parquet"
 _MANY = 10
@@ -23,18 +26,25 @@ _MANY = 10
 _CURE = "give them texts of their own, or take the IDs of an index with `cladapt tokens build --index FILE`"
 
 
-def read_sids(folder: Path) -> SidTable:
-    """The IDs of a stream directory, in the order of the file."""
-    if not (folder / SIDS).is_file():
+def read_sids(folder: Path, version: int | None = None) -> SidTable:
+    """The IDs of a stream directory, in the order of the file; by default those of the current version."""
+    place = version_folder(folder, version)
+    if not (place / SIDS).is_file():
+        if place != folder:
+            raise DataError(f"{place} has no {SIDS}", "restore the stream directory")
         raise DataError(f"{folder} has no {SIDS}", f"give its items semantic IDs: cladapt tokens build {folder}")
-    return SidTable.load(folder / SIDS)
+    table = SidTable.load(place / SIDS)
+    if folder_of(folder, table.version) != place:
+        raise DataError(f"{place / SIDS} is version {table.version} of the IDs", "restore the stream directory")
+    return table
 
 
-def load_sids(folder: Path, stream: Stream) -> SidTable:
-    """The IDs of a stream directory in the order of the stream's items."""
-    return read_sids(folder).align(
-        stream.items["item"].to_list(), f"give the new items semantic IDs: cladapt tokens extend {folder}"
-    )
+def load_sids(folder: Path, stream: Stream, version: int | None = None) -> SidTable:
+    """The IDs of a stream directory in the order of the stream's items; by default those of the current version."""
+    table = read_sids(folder, version)
+    option = "" if os.path.lexists(version_folder(folder, version) / ENCODER) else " --index FILE"
+    cure = f"give the new items semantic IDs: cladapt tokens extend {folder}{option}"
+    return table.align(stream.items["item"].to_list(), cure)
 
 
 def save_sids(folder: Path, stream: Stream, config: TokensConfig) -> SidTable:
@@ -55,11 +65,10 @@ def save_index(folder: Path, stream: Stream, index: SidTable, config: TokensConf
 
 def build_sids(stream: Stream, config: TokensConfig) -> tuple[SidTable, Encoder]:
     """The ID table in the order of the stream's items, and the frozen encoder behind it."""
-    _check_texts(stream)
+    if config.embedding != COOCCURRENCE:
+        _check_texts(stream)
     encoder = Encoder.fit(stream, config)
-    vectors = encoder.vectors(stream.items)
-    warn_of_empty(vectors)
-    codes = encoder.quantizer.encode(vectors)
+    codes = encoder.quantizer.encode(encoder.vectors(stream, stream.items))
     ids = encoder.ids(codes, np.empty((0, len(encoder.sizes)), dtype=np.int32))
     return SidTable(tuple(stream.items["item"]), ids, encoder.sizes), encoder
 

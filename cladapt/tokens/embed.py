@@ -1,4 +1,4 @@
-"""Item texts to vectors: TF-IDF reduced by a truncated SVD, or a sentence-transformers model.
+"""Item texts to vectors: TF-IDF reduced by a truncated SVD, or a pretrained model.
 
 Fitted on the items known at block 1 alone and then frozen: an item's vector never depends on later arrivals, and what
 was saved gives the bits that were given when the IDs were built.
@@ -7,7 +7,6 @@ was saved gives the bits that were given when the IDs were built.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,17 +14,17 @@ import numpy as np
 import polars as pl
 
 from cladapt.artifacts import read_parquet, read_tensors, write_parquet, write_tensors
-from cladapt.errors import DataError, EnvironmentProblem
+from cladapt.errors import DataError
+from cladapt.tokens.language import EMBEDDING, TextModel
 
 TERMS = "terms.parquet"
-EMBEDDING = "embedding.safetensors"
-PROBE = "a text by which a model is recognised"
 # shorter vectors are rounding noise of the projection of a unit vector, and normalising would blow them up
 _NOTHING = 1e-6
 _RESTORE = "restore this file: it belongs to the IDs of the stream"
 NO_TEXT = (
-    "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or take the IDs of an index with "
-    '`cladapt tokens build --index FILE`, FILE being {"item": ["<a_1>", "<b_7>"], …}'
+    "import with texts (`cladapt data import … --text COL` or `--items TABLE`), or build IDs from what users have "
+    "together, `cladapt tokens build --embedding cooccurrence`, or take those of an index, `--index FILE`, FILE being "
+    '{"item": ["<a_1>", "<b_7>"], …}'
 )
 
 
@@ -49,22 +48,26 @@ class Embedding(Protocol):
 def fit_embedding(texts: Sequence[str], method: str, dimensions: int, seed: int) -> Embedding:
     """The map for the items known at block 1, whose texts these are.
 
-    `method` is `tfidf` (1-2 grams, sublinear, `dimensions` of a truncated SVD) or the path or name of a
-    sentence-transformers model, whose dimensions are kept.
+    `method` is `tfidf` (1-2 grams, sublinear, `dimensions` of a truncated SVD), the path or name of a
+    sentence-transformers model, or the path of a causal LM; of a model all dimensions are kept.
     """
-    return Tfidf.fit(texts, dimensions, seed) if method == "tfidf" else SentenceModel.fit(method)
+    return Tfidf.fit(texts, dimensions, seed) if method == "tfidf" else TextModel.fit(method)
 
 
 def load_embedding(folder: Path, method: str) -> Embedding:
     """The map that was saved in `folder` for the same `method`."""
-    return Tfidf.load(folder) if method == "tfidf" else SentenceModel.load(folder, method)
+    return Tfidf.load(folder) if method == "tfidf" else TextModel.load(folder, method)
 
 
 def embed(embedding: Embedding, texts: Sequence[str]) -> np.ndarray:
     """Unit vectors of `texts`, float32 [n, d]; zero where a text has nothing that the embedding knows."""
-    vectors = embedding.vectors(texts)
+    return unit(embedding.vectors(texts))
+
+
+def unit(vectors: np.ndarray, least: float = _NOTHING) -> np.ndarray:
+    """Rows of `vectors` [n, d] at length 1, float32; those that are no longer than `least` become zero."""
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    empty = norm <= _NOTHING
+    empty = norm <= least
     return np.where(empty, 0.0, vectors / np.where(empty, 1.0, norm)).astype(np.float32)
 
 
@@ -142,67 +145,3 @@ def _vectorizer(vocabulary: dict[str, int] | None = None) -> Any:
     return TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, min_df=1, token_pattern=pattern, vocabulary=vocabulary
     )
-
-
-@dataclass(frozen=True, eq=False)
-class SentenceModel:
-    """A sentence-transformers model by its name, and the vector of `PROBE` that shows whether it still is the same."""
-
-    name: str
-    probe: np.ndarray
-    files: ClassVar[Sequence[str]] = (EMBEDDING,)
-
-    @classmethod
-    def fit(cls, name: str) -> "SentenceModel":
-        return cls(name, _encoded(_sentence_transformer(name), [PROBE])[0])
-
-    @cached_property
-    def model(self) -> Any:
-        """The model itself; `DataError` where it gives another vector for the probe than it gave at first."""
-        model = _sentence_transformer(self.name)
-        found = _encoded(model, [PROBE])[0]
-        if found.shape != self.probe.shape or not np.allclose(found, self.probe, rtol=1e-3, atol=1e-4):
-            raise DataError(
-                f"the sentence-transformers model {self.name!r} gives other vectors than when the IDs were built",
-                "put back the model that the IDs were built with",
-            )
-        return model
-
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = _encoded(self.model, texts)
-        vectors[[not text.strip() for text in texts]] = 0.0
-        return vectors
-
-    def save(self, folder: Path) -> None:
-        import torch
-
-        write_tensors(folder / EMBEDDING, {"probe": torch.from_numpy(self.probe)})
-
-    @classmethod
-    def load(cls, folder: Path, name: str) -> "SentenceModel":
-        tensors = read_tensors(folder / EMBEDDING)
-        if set(tensors) != {"probe"}:
-            raise DataError(f"{folder / EMBEDDING}: tensors {', '.join(sorted(tensors))}, expected probe", _RESTORE)
-        return cls(name, tensors["probe"].numpy())
-
-
-def _sentence_transformer(name: str) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"tokens.embedding={name!r} needs the package sentence-transformers",
-            "pip install cladapt[embed], or use tokens.embedding=tfidf",
-        ) from error
-    try:
-        return SentenceTransformer(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"cannot load the sentence-transformers model {name!r}: {reason}",
-            "give a local model directory, or a hub name that this machine can reach",
-        ) from error
-
-
-def _encoded(model: Any, texts: Sequence[str]) -> np.ndarray:
-    return model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False).astype(np.float64)

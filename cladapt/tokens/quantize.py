@@ -1,6 +1,7 @@
 """Residual k-means: each level quantises what the levels before it left over."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,16 @@ _GRAIN = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class ResidualKMeans:
-    """One codebook per level, float32 [codes, d]; the codes of x are those of its nearest centres, level by level."""
+    """One codebook per level, float32 [codes, d]; the codes of x are those of its nearest centres, level by level.
+
+    A row of infinities is a code without a centre, which is nearest to nothing.
+    """
 
     codebooks: tuple[np.ndarray, ...]
 
     @classmethod
-    def fit(cls, x: np.ndarray, levels: int, codes: int, seed: int) -> "ResidualKMeans":
-        """Fit `levels` codebooks of at most `codes` centres to x [n, d].
+    def fit(cls, x: np.ndarray, levels: int, codes: int | Sequence[int], seed: int) -> "ResidualKMeans":
+        """Fit `levels` codebooks of at most `codes` centres (one number, or one per level) to x [n, d].
 
         Every code is the code of some row of x: a level with fewer distinct residuals than `codes` gets fewer, which a
         warning counts.
@@ -32,12 +36,13 @@ class ResidualKMeans:
         residual = x.astype(np.float64)
         grain = (float(np.abs(residual).max()) or 1.0) * _GRAIN
         codebooks = []
+        most = [codes] * levels if isinstance(codes, int) else codes
         for level in range(levels):
-            centres = _centres(residual, codes, seed + level, grain)
-            if len(centres) < codes:
+            centres = _centres(residual, most[level], seed + level, grain)
+            if len(centres) < most[level]:
                 warnings.warn(
-                    f"level {level + 1} has {len(centres)} codes instead of {codes}: the {len(x)} items differ in no "
-                    "more ways there",
+                    f"level {level + 1} has {len(centres)} codes instead of {most[level]}: the {len(x)} items differ "
+                    "in no more ways there",
                     stacklevel=2,
                 )
             codebooks.append(centres)
@@ -66,6 +71,15 @@ class ResidualKMeans:
             return None
         residual = x[rows].astype(np.float64) - self.reconstruct(codes[rows])
         return float((residual**2).sum() / (x[rows].astype(np.float64) ** 2).sum())
+
+    def renamed(self, names: Sequence[np.ndarray], sizes: Sequence[int]) -> "ResidualKMeans":
+        """The same centres under other codes: centre j of level l gets the code names[l][j] of sizes[l]."""
+        codebooks = []
+        for centres, codes, size in zip(self.codebooks, names, sizes, strict=True):
+            codebook = np.full((size, centres.shape[1]), np.inf, dtype=np.float32)
+            codebook[codes] = centres
+            codebooks.append(codebook)
+        return ResidualKMeans(tuple(codebooks))
 
     def save(self, path: Path) -> None:
         """Write the codebooks as safetensors."""

@@ -4,7 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ COLUMNS = {
     "codes": pl.List(pl.Int32()),  # one code per level
     "sizes": pl.List(pl.Int32()),  # codes per level of the whole table, the same in every row
 }
+VERSION = {"version": pl.Int32()}  # column of a table that is not the first of its stream, the same in every row
 MAX_LEVELS = len(string.ascii_lowercase)
 _TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]{0,5})>")
 _SHOWN = 5
@@ -27,11 +28,15 @@ _SHOWN = 5
 
 @dataclass(frozen=True, eq=False)
 class SidTable:
-    """Items and their codes: `codes` int32 [n_items, levels], 0 <= codes[:, l] < sizes[l]; items may share codes."""
+    """Items and their codes: `codes` int32 [n_items, levels], 0 <= codes[:, l] < sizes[l]; items may share codes.
+
+    `version`: which table of its stream it is; a refresh makes the next one, with the same levels and other codes.
+    """
 
     items: tuple[str, ...]
     codes: np.ndarray
     sizes: tuple[int, ...]
+    version: int = 1
 
     def __post_init__(self) -> None:
         codes = np.asarray(self.codes)
@@ -91,7 +96,7 @@ class SidTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the content: hash of items, codes and sizes."""
+        """Identity of the content: hash of items, codes and sizes, whatever the version."""
         return hash_value([self.items, self.codes.tolist(), self.sizes])
 
     def align(self, items: Sequence[str], cure: str = "complete the index: a row for every item") -> "SidTable":
@@ -101,12 +106,18 @@ class SidTable:
         if missing:
             shown = ", ".join(repr(item) for item in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
             raise DataError(f"{len(missing)} of {len(items)} items have no semantic ID: {shown}", cure)
-        return SidTable(tuple(items), self.codes[[row_of[item] for item in items]], self.sizes)
+        return replace(self, items=tuple(items), codes=self.codes[[row_of[item] for item in items]])
+
+    def first(self, n: int) -> "SidTable":
+        """The first `n` rows; `DataError` where there are fewer."""
+        if n > len(self.items):
+            raise DataError(f"the ID table has {len(self.items)} items, not {n}", "restore the table")
+        return replace(self, items=self.items[:n], codes=self.codes[:n])
 
     def with_rows(self, items: Sequence[str], codes: np.ndarray, cure: str) -> "SidTable":
         """The table with rows for new `items` at its end; `DataError` with `cure` where a code exceeds its level."""
         try:
-            return SidTable((*self.items, *items), np.concatenate([self.codes, codes]), self.sizes)
+            return replace(self, items=(*self.items, *items), codes=np.concatenate([self.codes, codes]))
         except DataError as error:
             raise DataError(error.message, cure) from error
 
@@ -155,6 +166,8 @@ class SidTable:
             {"item": self.items, "codes": self.codes.tolist(), "sizes": [list(self.sizes)] * len(self.items)},
             schema=COLUMNS,
         )
+        if self.version > 1:
+            frame = frame.with_columns(pl.lit(self.version, VERSION["version"]).alias("version"))
         write_parquet(path, frame)
 
     @classmethod
@@ -167,8 +180,11 @@ class SidTable:
         codes = frame["codes"].explode()
         if codes.null_count() or frame["item"].null_count():
             raise DataError(f"{path}: an item or a code is missing", "restore or regenerate this file")
+        versions = frame["version"].unique().to_list() if "version" in frame.columns else [1]
+        if len(versions) != 1 or not isinstance(versions[0], int) or versions[0] < 1:
+            raise DataError(f"{path}: its rows have the versions {versions}", "restore or regenerate this file")
         try:
-            return cls(tuple(frame["item"]), codes.to_numpy().reshape(frame.height, -1), tuple(sizes[0]))
+            return cls(tuple(frame["item"]), codes.to_numpy().reshape(frame.height, -1), tuple(sizes[0]), versions[0])
         except DataError as error:
             raise DataError(f"{path}: {error.message}", error.hint) from error
 

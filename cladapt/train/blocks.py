@@ -20,6 +20,7 @@ from cladapt.config import LearningConfig, RunSettings
 from cladapt.errors import ExampleWarning
 from cladapt.methods import Context, build
 from cladapt.model.adapter import AdaptedBase, adapter_parameters, create_adapter
+from cladapt.model.observe import Observable
 from cladapt.model.saved import (
     ADAPTER_FILE,
     LEARNED,
@@ -121,7 +122,8 @@ def learn_blocks(
             resume=ranks.once(partial(load_checkpoint, checkpoints, block, config_hash, note)),
         )
         base.settle()
-        state, record = method.state_dict(), {**provenance(block), **feed.record}
+        figures = module.end() if isinstance(module, Observable) else {}
+        state, record = method.state_dict(), {**provenance(block), **feed.record, **figures}
         if (past := past_blocks(block)) and not any(map(is_cut, model.parameters())):
             with warnings.catch_warnings():  # it was said when they were learned
                 warnings.simplefilter("ignore", ExampleWarning)
@@ -142,6 +144,7 @@ def learn_blocks(
                     feed.unit: result.used,
                     "seconds": result.seconds,
                     **feed.record,
+                    **figures,
                     **result.log,
                     **({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
                 }

@@ -12,6 +12,7 @@ from cladapt.methods import Context
 from cladapt.methods.finetune import Finetune
 from cladapt.model.adapter import quiet
 from cladapt.model.packed import PackedLoss, TrieSoftmax
+from cladapt.sequential import SequentialBaseConfig
 from cladapt.tokens.prompts import Document
 from cladapt.train.feeds import Feed, PackedFeed
 from cladapt.train.loop import Fit, FitResult, FitSettings
@@ -66,7 +67,11 @@ def with_token_rows(model: "PreTrainedModel", ids: Sequence[int]) -> "PeftModel"
 
 
 def fit_base(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], feed: Feed, config: BaseConfig | VitConfig, sink: Sink
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    feed: Feed,
+    config: BaseConfig | VitConfig | SequentialBaseConfig,
+    sink: Sink,
 ) -> FitResult:
     """Train what a base learns by itself, stopping by the validation log-likelihood."""
     settings = FitSettings(

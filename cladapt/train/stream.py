@@ -1,7 +1,7 @@
 """A block of interactions as examples: histories as documents, and the softmax over the items known by then."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from cladapt.errors import ConfigError
 from cladapt.methods import Replay
 from cladapt.model.load import Base, trie_softmax
 from cladapt.model.packed import Softmax, TrieSoftmax
-from cladapt.tokens.prompts import Document, Form, PackedForm, PromptForm, Template, warn_left_out
+from cladapt.tokens.prompts import Form, PackedForm, PromptForm, Template, warn_left_out
 from cladapt.tokens.titles import TitleForm
 from cladapt.tokens.trie import Trie
 from cladapt.train.feeds import PackedFeed
@@ -22,11 +22,21 @@ Example = tuple[BlockSplit, int]
 """What one user did in a block: its split and the user's row there."""
 
 
-class Learned(Protocol):
+D = TypeVar("D")
+
+
+class Learned(Protocol[D]):
     """What training reads of a form."""
 
-    def documents(self, items: np.ndarray, first_target: int) -> list[Document]:
+    def documents(self, items: np.ndarray, first_target: int) -> list[D]:
         """Documents about items[first_target:]; see `Form`."""
+
+
+class HoldsOut(Protocol):
+    """Settings that say when held-out events are learned."""
+
+    @property
+    def held_out(self) -> str: ...
 
 
 def make_form(
@@ -68,24 +78,24 @@ def make_form(
     return TitleForm(tokens, base.tokenizer, texts, ids=history == "both", **worded)
 
 
-def training_documents(split: BlockSplit, form: Learned) -> list[Document]:
+def training_documents(split: BlockSplit, form: Learned[D]) -> list[D]:
     """Every training event of the block as a target once, or at most once where the form says so."""
     return [d for i in range(len(split.user)) for d in form.documents(*split.training(i))]
 
 
-def validation_documents(split: BlockSplit, form: Form) -> list[Document]:
+def validation_documents(split: BlockSplit, form: Learned[D]) -> list[D]:
     """One document per held-out user: the validation event after its history."""
     held_out = np.flatnonzero(split.held_out)
-    documents = []
+    documents: list[D] = []
     for i, target in zip(held_out, split.targets("valid"), strict=True):
         history = split.history(int(i), before="valid")
         documents += form.documents(np.append(history, target), len(history))
     return documents
 
 
-def held_out_documents(split: BlockSplit, form: Form) -> list[Document]:
+def held_out_documents(split: BlockSplit, form: Learned[D]) -> list[D]:
     """The validation and the test event of every held-out user as targets once, after all that came before them."""
-    documents = []
+    documents: list[D] = []
     for i in split.test_users:
         events = split.events[split.offsets[i] : split.offsets[i + 1]]
         documents += form.documents(events, len(events) - FROM_END["valid"])
@@ -93,8 +103,8 @@ def held_out_documents(split: BlockSplit, form: Form) -> list[Document]:
 
 
 def learned_documents(
-    stream: Stream, blocks: Sequence[int], form: Form, config: TrainConfig, again: Sequence[Example] = ()
-) -> list[Document]:
+    stream: Stream, blocks: Sequence[int], form: Learned[D], config: HoldsOut, again: Sequence[Example] = ()
+) -> list[D]:
     """What is learned of `blocks`, which end with the newest: their training events, and with `held_out=next` the
     held-out events of those before the newest, or of the block before where it stands alone.
 

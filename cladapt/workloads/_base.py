@@ -40,10 +40,16 @@ class Blocks(Protocol):
 
 
 class FittedBase(AdaptedBase, Protocol):
-    """A base that says which blocks its weights have learned."""
+    """A base that says how it was made, and which blocks its weights have learned."""
 
     @property
     def fitted_block(self) -> int: ...
+
+    @property
+    def weights(self) -> str: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
 
 
 class Measured(Protocol):
@@ -187,6 +193,8 @@ class Workload(ABC, Generic[C, S, B, M]):
     """What the figures and intervals of its tables are, for reports."""
     language: ClassVar[bool] = False
     """Whether its bases are language models, which have a text's perplexity."""
+    recommends: ClassVar[bool] = False
+    """Whether its models rank items for histories."""
     one_block: ClassVar[bool] = False
     """Whether an evaluation of one block alone means something."""
     one_stream: ClassVar[bool] = True
@@ -224,8 +232,24 @@ class Workload(ABC, Generic[C, S, B, M]):
         """Identity of what the outputs of the base stand for in the blocks up to `block`."""
         return base.fingerprint
 
+    def settled(self, config: C, base: B) -> C:
+        """The settings of a run that begins, with what they leave to its inputs."""
+        return config
+
+    def version(self, config: C) -> int:
+        """Version of the names that the stream's items have now; 0 where they never change."""
+        return 0
+
+    def base_of(self, config: C, stream: S, base: B, adapter: Path | None) -> B:
+        """The base as one of its adapters reads it, or (None) alone."""
+        return base
+
+    def embedded_base(self, config: C) -> str:
+        """Name of the embedded base's folder beside the embedded stream."""
+        return "base"
+
     @abstractmethod
-    def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
+    def make_embedded(self, config: C, stream: Path, base: Path, sink: Sink) -> None:
         """Make the embedded stream and base where they are missing."""
 
     def check_model(self, config: C, method: Method, model: "PeftModel") -> None:
@@ -237,6 +261,10 @@ class Workload(ABC, Generic[C, S, B, M]):
 
     def provenance(self, config: C, block: int) -> Mapping[str, Any]:
         """What the `cladapt.json` of a block's adapter says beside stream, configuration, method and seed."""
+        return {}
+
+    def reading(self, config: C, stream: S, base: B, block: int) -> Mapping[str, Any]:
+        """What a block's adapter says of how its outputs are read; mistakes in the settings show here."""
         return {}
 
     def check_adapter(self, config: C, adapter: Path) -> None:

@@ -122,7 +122,7 @@ class Classify(Workload[ClassifyConfig, ImageStream, VisionBase, ClassMeasures])
                 imprint(base.model, stream, block, config.train.batch_images)
         return stream, base
 
-    def make_embedded(self, stream: Path, base: Path, sink: Sink) -> None:
+    def make_embedded(self, config: ClassifyConfig, stream: Path, base: Path, sink: Sink) -> None:
         if not ranks.once(stream.is_dir):
             ranks.once(lambda: digits_stream(0).save(stream, source="scikit-learn digits", license_note="BSD-3-Clause"))
         if not ranks.once(base.is_dir):

@@ -80,6 +80,24 @@ def vision(
 
 
 @verb(app)
+def sequential(
+    data: Annotated[Path, typer.Option("--data", help="Stream directory, with or without semantic IDs.")],
+    out: Annotated[Path, typer.Option("--out", help="Sequential base directory to write.")],
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", show_default="sasrec", help="sasrec, gru4rec or bert4rec.")
+    ] = None,
+    override: Overrides = None,
+) -> dict[str, Any]:
+    """Write the base of `train --task sequential`: a sequential model trained from scratch on block 1."""
+    from cladapt.config import resolve
+    from cladapt.pipeline import bases
+    from cladapt.sequential import SequentialBaseConfig
+
+    values = overrides_of(override, "base") | ({} if backbone is None else {"backbone": backbone})
+    return bases.sequential_base(data, out, resolve(SequentialBaseConfig, values, "base sequential"), Progress())
+
+
+@verb(app)
 def pretrain(
     data: Data,
     out: Out,

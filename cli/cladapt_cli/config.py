@@ -16,14 +16,15 @@ COMMANDS = {
     "init": "InitConfig",
     "tune": "TuneConfig",
     "vision": "VitConfig",
+    "sequential": "SequentialBaseConfig",
     "tokens": "TokensConfig",
     "import": "BlocksConfig",
     "images": "ImagesConfig",
     "simulate": "SimulateConfig",
     "promote": "PromoteConfig",
 }
-"""Commands by the class of their settings in `cladapt.config`; those of `train` depend on the task."""
-SECTIONS = {"pretrain": "base", "init": "base", "vision": "base"}
+"""Commands by the class of their settings; those of `train` depend on the task."""
+SECTIONS = {"pretrain": "base", "init": "base", "vision": "base", "sequential": "base"}
 """Sections that the keys may be written in, where it is not the command's name."""
 
 
@@ -35,7 +36,7 @@ def show(
     override: Overrides = None,
 ) -> dict[str, Any]:
     """Print every setting of a command with its value, default and meaning."""
-    from cladapt import config, workloads
+    from cladapt import config, sequential, workloads
     from cladapt.errors import ConfigError
 
     if command not in COMMANDS:
@@ -51,7 +52,8 @@ def show(
         raise ConfigError(
             f"--for {command} --task {task}: its settings are the same for every task", "leave out --task"
         )
-    kind = type(workloads.get(task).config().eval) if command == "eval" else getattr(config, COMMANDS[command])
+    module = sequential if command == "sequential" else config
+    kind = type(workloads.get(task).config().eval) if command == "eval" else getattr(module, COMMANDS[command])
     values = overrides_of(override, SECTIONS.get(command, command))
     shown_by = "" if command == "eval" else f"config show --for {command}"
     return {"config": config.describe(config.resolve(kind, values, command, shown_by))}

@@ -18,6 +18,16 @@ BaseNow = Annotated[
     Path | None, typer.Option("--base", help="Where the run's base is now; default: where the run says.")
 ]
 
+Ids = Annotated[
+    int | None,
+    typer.Option(
+        "--ids",
+        min=1,
+        show_default="the run's own",
+        help="Version of the stream's IDs that new blocks are learned by, after `tokens refresh`.",
+    ),
+]
+
 Task = Annotated[
     str | None,
     typer.Option("--task", help=f"What is learned: {', '.join(workloads.names())}.", show_default=workloads.DEFAULT),

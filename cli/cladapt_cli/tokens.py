@@ -8,7 +8,7 @@ import typer
 from cladapt_cli._verb import verb
 from cladapt_cli.options import Overrides, StreamDir, overrides_of
 
-app = typer.Typer(no_args_is_help=True, help="Build, extend and inspect semantic IDs.")
+app = typer.Typer(no_args_is_help=True, help="Build, extend, refresh and inspect semantic IDs.")
 
 
 @verb(app)
@@ -33,13 +33,34 @@ def build(
             "its head, width x capacity parameters each, and nothing in the trie softmax.",
         ),
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding",
+            show_default="tfidf",
+            help="Where the items' vectors come from: `tfidf` of their texts; a sentence-transformers model (name or "
+            "directory) or the directory of a causal LM, whose vectors are kept in ~/.cache/cladapt/vectors; or "
+            "`cooccurrence`, what users have together in block 1, for a catalogue without texts.",
+        ),
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(
+            "--reduce",
+            show_default="none",
+            help="How an embedding of texts is reduced, fitted on block 1 and frozen: none, pca, whiten, or rec-pca "
+            "(-o smoothness, whitening, components, window, neighbours), which favours what is alike in items that "
+            "users have together.",
+        ),
+    ] = None,
     override: Overrides = None,
 ) -> dict[str, Any]:
-    """Write a semantic ID for every item into a stream: text, embedding, residual k-means fitted on block 1."""
+    """Write a semantic ID for every item into a stream: vectors, and residual k-means fitted on block 1."""
     from cladapt.config import TokensConfig, resolve
     from cladapt.pipeline import streams
 
-    values = overrides_of(override, "tokens") | ({} if capacity is None else {"capacity": capacity})
+    named = {"capacity": capacity, "embedding": embedding, "reduce": reduce}
+    values = overrides_of(override, "tokens") | {key: value for key, value in named.items() if value is not None}
     return streams.build_tokens(stream, resolve(TokensConfig, values, "tokens build"), index)
 
 
@@ -68,8 +89,63 @@ def extend(
 
 
 @verb(app)
-def inspect(stream: StreamDir) -> dict[str, Any]:
-    """Print the collision report of a stream's semantic IDs."""
+def refresh(
+    stream: StreamDir,
+    through: Annotated[
+        int | None,
+        typer.Option(
+            "--through",
+            show_default="the last block",
+            help="Fit on what is known by this block; later items are encoded as new ones are.",
+        ),
+    ] = None,
+    align: Annotated[
+        bool,
+        typer.Option(
+            "--align/--no-align",
+            help="Name new codes so that as few items as possible move, or leave them under numbers of their own: the "
+            "control of a study.",
+        ),
+    ] = True,
+    back: Annotated[
+        bool, typer.Option("--back", help="Go back to the version that the present one was refreshed from.")
+    ] = False,
+    override: Overrides = None,
+) -> dict[str, Any]:
+    """Fit semantic IDs anew in the same tokens, as the next version of the table; earlier versions stay readable."""
+    from cladapt.errors import ConfigError
+    from cladapt.pipeline import refresh as pipeline
+
+    if not back:
+        return pipeline.refresh_tokens(stream, overrides_of(override, "tokens"), through, align)
+    if through is not None or not align or override:
+        raise ConfigError("--back goes to a version that is there: other options do not fit", "leave them out")
+    return pipeline.take_back(stream)
+
+
+@verb(app)
+def inspect(
+    stream: StreamDir,
+    neighbours: Annotated[
+        int,
+        typer.Option(
+            "--neighbours",
+            min=0,
+            max=1000,
+            help="Of how many nearest items of an item, by text and by what users have together, to count those that "
+            "the IDs keep near; 0 leaves that out, with the embedding that it reads.",
+        ),
+    ] = 10,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            help="A version of the IDs by its number, another stream directory or a sids.parquet: the share of items "
+            "that moved, by level; default: none.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Print what a stream's semantic IDs keep and lose: use of each level, collisions, neighbours, what moved."""
     from cladapt.pipeline import streams
 
-    return streams.inspect_tokens(stream)
+    return streams.inspect_tokens(stream, neighbours, against)

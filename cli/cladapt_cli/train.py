@@ -9,7 +9,7 @@ import typer
 
 from cladapt.errors import ConfigError
 from cladapt_cli._verb import verb
-from cladapt_cli.options import Overrides, Task, method_names, overrides_of
+from cladapt_cli.options import Ids, Overrides, Task, method_names, overrides_of
 from cladapt_cli.progress import Progress
 
 
@@ -25,6 +25,10 @@ def train(
     method: Annotated[
         str | None,
         typer.Option("--method", show_default="peso", help=f"{', '.join(method_names())}; join several with +."),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", show_default="sasrec", help="With --task sequential: sasrec, gru4rec or bert4rec."),
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Stream directory; default: the embedded one.")] = None,
     base: Annotated[
@@ -61,6 +65,7 @@ def train(
             "new blocks.",
         ),
     ] = None,
+    ids: Ids = None,
     from_adapter: Annotated[
         Path | None, typer.Option("--from-adapter", show_default="a fresh adapter", help="Start from this adapter.")
     ] = None,
@@ -74,11 +79,13 @@ def train(
 
     flags = {
         "method.name": method,
+        "backbone": backbone,
         "seed": seed,
         "train.lr": lr,
         "train.epochs": epochs,
         "adapter.rank": rank,
         "train.held_out": held_out,
+        "ids": ids,
     }
     if continued is not None:
         if held_out not in (None, "never", "next"):
@@ -87,6 +94,7 @@ def train(
             "RECIPE": recipe,
             "--task": task,
             "--method": method,
+            "--backbone": backbone,
             "--seed": seed,
             "--lr": lr,
             "--epochs": epochs,
@@ -98,7 +106,7 @@ def train(
             "--dry-run": dry_run or None,
         }
         _refuse("--continue goes on with a run as it is configured, where it lies", others)
-        return runs.continue_run(continued, Progress(), data=data, base=base, held_out=held_out)
+        return runs.continue_run(continued, Progress(), data=data, base=base, held_out=held_out, ids=ids)
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     named = {"data": data, "base": base, "from_adapter": from_adapter}
     folders = {key: str(folder) for key, folder in named.items() if folder is not None}

@@ -7,7 +7,7 @@ import typer
 
 from cladapt_cli._verb import verb
 from cladapt_cli.log_options import Late, NewDates, NewItems, Rejects
-from cladapt_cli.options import BaseNow, DataNow, Overrides, overrides_of
+from cladapt_cli.options import BaseNow, DataNow, Ids, Overrides, overrides_of
 from cladapt_cli.progress import Progress
 
 RunDir = Annotated[Path | None, typer.Argument(help="Run directory; default: the latest run.")]
@@ -55,6 +55,7 @@ def update(
             "--held-out", help="next: also learn what the block before was validated and tested on; never: do not."
         ),
     ] = "next",
+    ids: Ids = None,
     rule: Rule = None,
     target: Annotated[str, typer.Option("--target", help="What to export: peft, merged or vllm.")] = "peft",
     out: Annotated[
@@ -81,6 +82,7 @@ def update(
         items=items,
         index=index,
         held_out=held_out,
+        ids=ids,
         promotion=resolve(PromoteConfig, settings, "update", PromoteConfig.shown_by),
         target=target,
         out=out,

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from cladapt.artifacts import read_json
+from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError
+from cladapt.tokens.build import load_sids
 
 BENCH = Path(__file__).parents[2] / "bench"
 INTERACTIONS: dict[str, Any] = {
@@ -68,6 +70,32 @@ def made(
     return done, study.tables(one.recipe, done)
 
 
+def test_a_study_of_refreshed_ids(study: Any, tmp_path: Path) -> None:
+    recipe = {
+        **INTERACTIONS,
+        "simulate": {**INTERACTIONS["simulate"], "users": 90},
+        "refreshes": [{"through": 2}, {"through": 2, "align": False}],
+        "after": 2,
+        "run": {**INTERACTIONS["run"], "method": {"name": "finetune"}, "eval": {"bootstrap": 100}},
+        "cells": {"frozen IDs": {"ids": 1}, "aligned": {"ids": 2}, "not aligned": {"ids": 3}},
+        "references": [],
+        "pairs": [["aligned", "not aligned"]],
+        "seeds": [0],
+    }
+    done, tables = made(study, recipe, tmp_path)
+    starts = {cell.config.from_adapter for cell, _ in done}
+    assert len(starts) == 1
+    assert starts.pop().endswith("block_002")
+    ids = {line["cell"]: line for line in tables["ids"].to_dicts()}
+    assert [ids[name]["ids"] for name in recipe["cells"]] == [1, 2, 3]
+    assert ids["frozen IDs"]["moved"] is None
+    assert ids["aligned"]["moved"] < ids["not aligned"]["moved"]
+    versions = [read_json(folder / "adapters" / "block_003" / "cladapt.json")["ids"]["version"] for _, folder in done]
+    assert versions == [1, 2, 3]
+    assert tables["cells"]["backward transfer"].null_count() == 0
+    assert "difference" in tables["differences"].columns
+
+
 def test_a_study_of_recommendations(
     study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +143,18 @@ def test_a_study_of_recommendations(
     monkeypatch.setattr(study, "regulariser_log", lambda _: [{"peso/term, last": None}, {"peso/term, last": 3.0}])
     logged = study.tables(study.recipe_of(INTERACTIONS, "mini.yaml"), again)["cells"]["peso term, last"]
     assert {*logged} == {3.0}  # a value that was not finite is no part of a mean
+
+
+def test_cells_may_have_ids_of_their_own(study: Any, tmp_path: Path) -> None:
+    cells = {"four": {}, "three": {"tokens": {"codes": 3}}, "frozen": {"method": {"name": "frozen"}}}
+    done, tables = made(study, {**INTERACTIONS, "cells": cells, "references": [], "pairs": []}, tmp_path, seeds=[0])
+    four, three, frozen = (cell.config for cell, _ in done)
+    assert (four.data, four.base) == (frozen.data, frozen.base)
+    for folder, codes in ((four.data, 4), (three.data, 3)):
+        assert load_sids(Path(folder), Stream.load(Path(folder))).sizes[0] == codes
+    assert three.base != four.base
+    rows = {row["model"] for row in tables["summary"].to_dicts()}
+    assert {"four", "three"} <= rows
 
 
 def test_a_study_of_classes(study: Any, drawings: Path) -> None:
@@ -171,6 +211,29 @@ def test_mistakes_show_before_anything_is_made(change: dict[str, Any], text: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_study_of_sequential_models(study: Any, tmp_path: Path) -> None:
+    recipe = {
+        **{key: INTERACTIONS[key] for key in ("simulate", "run")},
+        "task": "sequential",
+        "base": {"hidden": 8, "layers": 1, "epochs": 1, "table": {"dimensions": 12}},
+        "cells": {
+            "drawn": {},
+            "drawn, again": {"train": {"lr": 1e-2}},
+            "rec-pca, norm": {"base": {"normalise": "both", "table": {"source": "llm", "reduction": "rec-pca"}}},
+        },
+        "seeds": [0],
+    }
+    done, tables = made(study, recipe, tmp_path)
+    assert len({cell.config.base for cell, _ in done}) == 2
+    assert not list((tmp_path / "work" / "streams").rglob("sids.parquet"))
+    for (_, folder), row in zip(done, tables["cells"].to_dicts(), strict=True):
+        first, *_, last = read_json(folder / "metrics.json")["diagnostics"]
+        for figure in ("training_loss", "condition_log10", "norm_dispersion", "collaborative_overlap"):
+            assert row[f"base {figure}"] == pytest.approx(first[figure])
+            assert row[f"last {figure}"] == pytest.approx(last[figure])
+    assert {*tables["summary"]["model"]} >= {"drawn", "rec-pca, norm", "block popularity", "markov"}
+
+
 def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--only pesto: no such cell \(cells: finetune, peso, frozen\)"):
         made(study, INTERACTIONS, tmp_path, ["peso", "pesto"])
@@ -180,7 +243,8 @@ def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("path", sorted(BENCH.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_resolves(path: Path, study: Any) -> None:
     recipe = study.recipe_of(study.load_recipe(path), str(path))
-    assert recipe.task == ("classify" if "omniglot" in path.stem else "recommend")
+    named = "sequential" if path.stem.startswith("sequential") else "recommend"
+    assert recipe.task == ("classify" if "omniglot" in path.stem else named)
 
 
 def test_a_pretrained_base_is_tuned_once_for_its_cells(study: Any, checkpoint: Any, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_the_answers_tell_what_was_done(world: World) -> None:
     found = {name: answer.json for name, answer in world.answers.items()}
     assert found["simulate"]["users"] == 60
     assert found["blocks"]["blocks"] == found["check"]["blocks"]
-    assert found["inspect"] == found["tokens"]
+    assert found["inspect"].items() >= found["tokens"].items()
+    assert [row["graph"] for row in found["inspect"]["neighbours"]] == ["semantic", "collaborative"]
     assert found["pretrain"]["base"] == "base"
     assert found["plan"]["trained_parameters"] > 0
     assert [row["block"] for row in found["train"]["blocks"]] == [2, 3]
@@ -307,7 +308,7 @@ BAD: list[tuple[str, int, str]] = [
     (f"{RECOMMEND} --beams 0", 2, "--beams 0 is below the 20 of the evaluation"),
     (f"{RECOMMEND} --beams 5", 2, "--beams 5 is below the 20 of the evaluation"),
     (f"{RECOMMEND} --item what", 2, "--item what with histories.jsonl, whose lines hold whole histories"),
-    (f"{RECOMMEND} --catalogue strangers.txt", 3, "no item of the catalogue file has a semantic ID"),
+    (f"{RECOMMEND} --catalogue strangers.txt", 3, "no item of the catalogue file is known to this model"),
     (f"{RECOMMEND} --base base2", 3, "was trained on the base"),
     ("recommend histories.jsonl --out file/new.csv --adapter run", 4, "cannot write file/new.csv"),
     ("data import nowhere --out new", 3, "no such file or folder: nowhere"),
@@ -326,6 +327,19 @@ BAD: list[tuple[str, int, str]] = [
     ("tokens build stream", 2, "sids.parquet exists"),
     ("tokens build bare --index index.json", 3, "39 of 40 items have no semantic ID"),
     ("tokens build bare --index binary.csv", 3, "cannot read binary.csv"),
+    (
+        "tokens build bare --embedding stream",
+        3,
+        "tokens.embedding='stream' holds no model: found codebooks",
+    ),
+    ("tokens build bare --embedding cooccurrence --reduce pca", 2, "reduce='pca' reduces an embedding of texts"),
+    ("tokens build bare --reduce svd", 2, "reduce='svd': Input should be 'none', 'pca', 'whiten' or 'rec-pca'"),
+    ("tokens inspect stream --against bare", 3, "bare has no sids.parquet"),
+    ("tokens refresh bare", 3, "bare has no sids.parquet"),
+    ("tokens refresh stream -o codes=500", 2, "codes=500 is more than the levels have"),
+    ("tokens refresh stream --through 99", 2, "--through 99: the stream has blocks 1 to"),
+    ("tokens refresh stream --back", 2, "is at version 1 of its IDs: there is nothing to go back to"),
+    ("tokens refresh stream --back --no-align", 2, "--back goes to a version that is there"),
     ("tokens extend bare", 3, "bare has no sids.parquet"),
     ("tokens extend stream --index index.json", 3, "the index has the ID <a_1> for item 'i01', the stream has <a_"),
     ("tokens extend stream --index binary.csv", 3, "cannot read binary.csv"),

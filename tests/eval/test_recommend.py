@@ -137,7 +137,7 @@ def test_a_list_longer_than_the_beams_or_empty_is_refused(base: Base, top_k: int
 
 
 def test_a_catalogue_of_strangers_is_refused(base: Base) -> None:
-    with pytest.raises(DataError, match=r"no item of the catalogue file has a semantic ID.*check the item ids"):
+    with pytest.raises(DataError, match=r"no item of the catalogue file is known to this model.*check the item ids"):
         run(base, {"u": "a"}, allowed=["x", "y"])
 
 

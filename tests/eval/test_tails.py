@@ -107,7 +107,7 @@ def test_a_target_outside_the_catalogue_has_no_prior_and_keeps_its_count() -> No
 
 def test_places_that_an_earlier_evaluation_has_are_kept() -> None:
     stream = make_stream()
-    evaluator: Any = SimpleNamespace(stream=stream, base=None, form=None, softmax="trie", config=CONFIG)
+    evaluator: Any = SimpleNamespace(stream=stream, priors=known_priors, config=CONFIG)
     known = pl.DataFrame([{"block": 2, "item": "b", "data_quintile": 5}], schema=PLACES)
     measures = Measures("m", pl.DataFrame(schema=ROWS), {}, 1, CONFIG, places=known)
     assert measure_places(evaluator, [2], Earlier(measures, blocks=[2])).equals(known)

@@ -146,7 +146,7 @@ def test_ids_are_built_once_and_inspected(simulated: Path) -> None:
     kept = {"sids.parquet", "tokens.json", "codebooks.safetensors", "embedding.safetensors", "terms.parquet"}
     assert names(simulated) == before | kept
     assert (report["items"], report["distinct"]) == (40, 40)
-    assert streams.inspect_tokens(simulated) == report
+    assert streams.inspect_tokens(simulated).items() >= report.items()
     assert streams.check_data(simulated)["semantic_ids"] == 40
     table = streams.load_sids(simulated, Stream.load(simulated))
     assert table.fingerprint == report["fingerprint"]

@@ -31,6 +31,12 @@ def test_numbers_count_equal_codes_in_order_modulo_the_capacity(rows: list[tuple
     assert number.tolist() == [rows[:i].count(row) % capacity for i, row in enumerate(rows)]
 
 
+def test_numbers_are_the_lowest_that_no_equal_row_has() -> None:
+    before = np.array([[0, 1, 0], [0, 1, 3], [2, 2, 1]])
+    codes = np.array([[0, 1], [2, 2], [0, 1], [0, 1], [3, 3]])
+    assert number_in_group(codes, 4, before).tolist() == [1, 0, 2, 0, 0]
+
+
 @settings(max_examples=100)
 @given(CODES, st.lists(st.integers(0, 30), max_size=5))
 def test_ids_do_not_depend_on_how_items_arrive(rows: list[tuple[int, int]], cuts: list[int]) -> None:
@@ -52,7 +58,7 @@ def test_collisions_are_items_whose_codes_another_has(rows: list[tuple[int, int]
 
 def test_the_fit_of_block_1_is_that_of_its_own_items(encoder: Encoder) -> None:
     stream = simulate(SimulateConfig(users=30, items=40, topics=4, blocks=2)).stream
-    x = encoder.vectors(stream.items)[stream.known(1)].astype(np.float64)
+    x = encoder.vectors(stream, stream.items)[stream.known(1)].astype(np.float64)
     residual = x.copy()
     for centres in encoder.quantizer.codebooks:
         residual -= centres[((residual[:, None] - centres) ** 2).sum(-1).argmin(1)]
@@ -66,7 +72,7 @@ def test_a_saved_encoder_is_the_same(encoder: Encoder, tmp_path: Path) -> None:
     encoder.save(tmp_path)
     back = Encoder.load(tmp_path)
     assert (back.config, back.block_1, back.sizes) == (encoder.config, encoder.block_1, (4, 4, 5))
-    np.testing.assert_array_equal(back.vectors(stream.items), encoder.vectors(stream.items))
+    np.testing.assert_array_equal(back.vectors(stream, stream.items), encoder.vectors(stream, stream.items))
 
 
 def test_files_of_another_encoder_are_refused(encoder: Encoder, tmp_path: Path) -> None:

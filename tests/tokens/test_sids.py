@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,19 @@ def test_a_saved_table_loads_exactly(tmp_path: Path) -> None:
     back = SidTable.load(tmp_path / "sids.parquet")
     assert (back.items, back.sizes, back.fingerprint) == (sids.items, sids.sizes, sids.fingerprint)
     np.testing.assert_array_equal(back.codes, sids.codes)
+    assert (back.version, "version" in pl.read_parquet_schema(tmp_path / "sids.parquet")) == (1, False)
+    replace(sids, version=3).save(tmp_path / "sids.parquet")
+    assert SidTable.load(tmp_path / "sids.parquet").version == 3
+    pl.read_parquet(tmp_path / "sids.parquet").with_columns(version=0).write_parquet(tmp_path / "sids.parquet")
+    with pytest.raises(DataError, match=r"sids\.parquet: its rows have the versions \[0\]"):
+        SidTable.load(tmp_path / "sids.parquet")
+
+
+def test_the_first_rows_are_a_table() -> None:
+    first = replace(table(), version=2).first(2)
+    assert (first.items, first.codes.tolist(), first.sizes, first.version) == (("x", "y"), [[1, 0], [0, 2]], (2, 4), 2)
+    with pytest.raises(DataError, match="the ID table has 4 items, not 5"):
+        table().first(5)
 
 
 @pytest.mark.parametrize(

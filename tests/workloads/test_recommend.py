@@ -17,7 +17,8 @@ from cladapt.model.load import load_base
 from cladapt.pipeline import bases, streams
 from cladapt.train.sinks import MemorySink
 from cladapt.workloads import recommend
-from cladapt.workloads.recommend import Recommend, make_world, truth_of
+from cladapt.workloads._interactions import truth_of
+from cladapt.workloads.recommend import Recommend, make_world
 
 SIMULATE = SimulateConfig(users=40, items=40, topics=4, blocks=3)
 TOKENS = TokensConfig(dimensions=8, levels=2, codes=4, capacity=16)

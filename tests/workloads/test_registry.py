@@ -20,7 +20,7 @@ from cladapt.train.sinks import MemorySink
 from cladapt_cli.app import run as command
 
 TOY = '''
-"""Classes under another name: all that a third workload needs."""
+"""Classes under another name: all that one more workload needs."""
 
 from typing import ClassVar
 
@@ -62,7 +62,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_file_is_a_task_whose_settings_name_it() -> None:
-    assert workloads.names() == ["classify", "recommend"]
+    assert workloads.names() == ["classify", "recommend", "sequential"]
     for name in workloads.names():
         work = workloads.get(name)
         assert type(work).__module__ == f"cladapt.workloads.{name}"
@@ -72,7 +72,7 @@ def test_every_file_is_a_task_whose_settings_name_it() -> None:
 
 
 def test_another_name_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"task='rank' is not known \(use classify or recommend\)"):
+    with pytest.raises(ConfigError, match=r"task='rank' is not known \(use classify or recommend or sequential\)"):
         workloads.get("rank")
 
 
@@ -84,14 +84,16 @@ def test_the_names_cost_no_import_of_the_workloads() -> None:
 
 def test_a_run_record_of_an_unknown_task_is_damaged(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"schema_version": 1, "task": "rank", "config": {}})
-    with pytest.raises(DataError, match=r"config\.json has task='rank': .*expected classify or recommend"):
+    with pytest.raises(
+        DataError, match=r"config\.json has task='rank': .*expected classify or recommend or sequential"
+    ):
         open_run(tmp_path)
     write_json(tmp_path / "config.json", {"schema_version": 1, "config": {}})
     assert open_run(tmp_path).task == "recommend"  # what runs of older versions are
 
 
-def test_a_third_workload_is_one_file(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert workloads.names() == ["classify", "recommend", "toy"]
+def test_one_more_workload_is_one_file(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workloads.names() == ["classify", "recommend", "sequential", "toy"]
     assert command(["config", "show", "--task", "toy", "--json"]) == 0
     assert "train.batch_images" in capsys.readouterr().out
     draw(toy / "drawings")
