@@ -263,9 +263,11 @@ def plan(config: RunSettings) -> dict[str, Any]:
 def with_embedded(config: RunSettings, sink: Sink) -> RunSettings:
     """Fill in the workload's embedded stream and base where the configuration names none, making them once.
 
-    `ConfigError` where it names one of the two alone.
+    `ConfigError` where it names one of the two alone, unless the workload makes the base of a stream itself.
     """
     work = workloads.get(config.task)
+    if config.data and not config.base and (own := work.own_base(config, RUNS / "bases", sink)) is not None:
+        return config.model_copy(update={"base": str(own)})
     if bool(config.data) != bool(config.base):
         given, missing = ("data", "base") if config.data else ("base", "data")
         raise ConfigError(

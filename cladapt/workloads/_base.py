@@ -252,6 +252,10 @@ class Workload(ABC, Generic[C, S, B, M]):
     def make_embedded(self, config: C, stream: Path, base: Path, sink: Sink) -> None:
         """Make the embedded stream and base where they are missing."""
 
+    def own_base(self, config: C, bases: Path, sink: Sink) -> Path | None:
+        """The base below `bases` of a stream named alone, made where it is missing; None: it has to be named."""
+        return None
+
     def check_model(self, config: C, method: Method, model: "PeftModel") -> None:
         """`ConfigError` where a method cannot learn the adapted model by the run's settings, before a run begins."""
 

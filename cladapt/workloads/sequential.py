@@ -46,7 +46,7 @@ class SequentialConfig(RunSettings):
     data: str = ""
     """Stream directory, with or without semantic IDs; empty = an embedded simulated stream."""
     base: str = ""
-    """Sequential base directory; empty = a small one trained on block 1."""
+    """Sequential base directory; empty = one by its defaults, trained once on block 1 and kept in `runs/bases`."""
     backbone: Literal["", "sasrec", "gru4rec", "bert4rec"] = ""
     """The backbone of the base; empty = the base's own, and sasrec for the embedded one."""
     train: SequentialTrainConfig = SequentialTrainConfig()
@@ -87,6 +87,14 @@ class Sequential(Interactions[SequentialConfig, SequenceBase]):
             sink.emit({"kind": "note", "text": f"training the embedded base in {base}"})
             settings = SequentialBaseConfig(backbone=config.backbone or DEFAULT)
             make_sequence_base(base, Stream.load(stream), settings, sink)
+
+    def own_base(self, config: SequentialConfig, bases: Path, sink: Sink) -> Path:
+        stream, settings = Stream.load(Path(config.data)), SequentialBaseConfig(backbone=config.backbone or DEFAULT)
+        folder = bases / f"{settings.backbone}-{stream.fingerprints[0]}"
+        if not ranks.once(folder.is_dir):
+            sink.emit({"kind": "note", "text": f"training a base of {config.data}, by its first block, in {folder}"})
+            make_sequence_base(folder, stream, settings, sink)
+        return folder
 
     def provenance(self, config: SequentialConfig, block: int) -> dict[str, Any]:
         return {"rows": config.train.rows, **held_out_record(config, config.train.held_out, block)}

@@ -1,6 +1,7 @@
 """Sequential backbones as a workload: from a stream to figures, continued as if begun with all, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,26 @@ def test_rows_of_new_items_learn_and_those_before_stay(world: Path, tmp_path: Pa
         stream, base = Sequential().open_inputs(settings(world))
         drawn = base.sequence.items(stream.n_items)
         assert torch.equal(third[known[2] :], drawn[known[2] :]) == (rows == "none")
+
+
+def test_a_stream_alone_gets_a_base_of_its_own_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(folder: Path, stream: Stream, config: SequentialBaseConfig, sink: Any) -> None:
+        made.append(config)
+        shutil.copytree(world / "drawn", folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cladapt.workloads.sequential.make_sequence_base", make)
+    for name in ("one", "other"):
+        runs.train(settings(world, base=""), tmp_path / name, MemorySink())
+    assert made == [SequentialBaseConfig()]
+    one, other = (open_run(tmp_path / name).adapters[3] / ADAPTER_FILE for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(ConfigError, match=r"base='.*drawn' without data"):
+        runs.train(settings(world, data=""), tmp_path / "third", MemorySink())
 
 
 def test_an_adapter_leaves_the_base_as_it_was(world: Path, tmp_path: Path) -> None:
