@@ -205,9 +205,11 @@ def _leading(
 ) -> np.ndarray:
     """P [D, k] from the D x D matrices, the columns in the order of their eigenvalues."""
     turn = None
-    if whitening:
+    if whitening or smooth is not None:
         values, vectors = linalg.eigh(variance)
         alive = values > _NOTHING * values[-1]
+    if whitening or (smooth is not None and not alive.all()):
+        # directions without variance have the eigenvalue 0, and would come before those that lambda makes negative
         turn = vectors[:, alive] * values[alive] ** (-whitening / 2)
         variance = turn.T @ variance @ turn
         smooth = None if smooth is None else turn.T @ smooth @ turn

@@ -140,6 +140,15 @@ def test_directions_without_variance_are_left_out() -> None:
         assert fit(flat, graph, 6, whitening=1.0).matrix.shape == (7, 5)
 
 
+@pytest.mark.parametrize("smoothness", [0.7, 1.3, 3.0])
+def test_directions_without_variance_do_not_come_before_those_that_are_rough(smoothness: float) -> None:
+    x, graph = case(n=40, d=5)
+    turned = np.hstack([x, np.zeros((40, 3))]) @ np.linalg.qr(np.random.default_rng(1).standard_normal((8, 8)))[0]
+    projection = fit(turned, graph, 4, smoothness)
+    np.testing.assert_allclose(projection.matrix.T @ projection.matrix, np.eye(4), atol=1e-10)
+    same_up_to_sign(projection.apply(turned), closed_form(x, graph, 4, smoothness))
+
+
 def test_what_keeps_all_columns_only_turns_them() -> None:
     x, graph = case()
     with pytest.warns(UserWarning, match="all 12 columns of the embeddings are kept: they are turned"):
