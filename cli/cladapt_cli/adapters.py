@@ -87,7 +87,9 @@ def recommend(
     top_k: Annotated[int, typer.Option("--top-k", help="Items per user.")] = 10,
     beams: Annotated[
         int | None,
-        typer.Option("--beams", help="Beam width; default: the evaluation's, or top-k where that is more. Never less."),
+        typer.Option(
+            "--beams", help="Beam width of a language model; default: the evaluation's, or top-k if more. Never less."
+        ),
     ] = None,
     catalogue: Annotated[
         Path | None,

@@ -57,7 +57,9 @@ def update(
     ] = "next",
     ids: Ids = None,
     rule: Rule = None,
-    target: Annotated[str, typer.Option("--target", help="What to export: peft, merged or vllm.")] = "peft",
+    target: Annotated[
+        str, typer.Option("--target", help="What to export of a language model: peft, merged or vllm.")
+    ] = "peft",
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Where the export goes; default: inside the run. An earlier one is replaced."),
