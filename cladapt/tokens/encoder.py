@@ -65,12 +65,21 @@ class Encoder:
 
     @classmethod
     def fit(
-        cls, stream: Stream, config: TokensConfig, through: int = 1, most: Sequence[int] | None = None
+        cls,
+        stream: Stream,
+        config: TokensConfig,
+        through: int = 1,
+        most: Sequence[int] | None = None,
+        before: np.ndarray | None = None,
     ) -> "Encoder":
-        """Fit on the items known at block `through`, with at most `config.codes` codes a level, or `most` of each."""
+        """Fit on the items known at block `through`, with at most `config.codes` codes a level, or `most` of each.
+
+        `before`: codes [n, levels] that these items have had, from which the quantiser starts.
+        """
         source = fit_vectors(stream, config, through)
         vectors = source.vectors(stream, stream.items.filter(pl.col("first_block") <= through))
-        quantizer = ResidualKMeans.fit(vectors, config.levels, config.codes if most is None else most, config.seed)
+        codes_per_level = config.codes if most is None else most
+        quantizer = ResidualKMeans.fit(vectors, config.levels, codes_per_level, config.seed, before)
         codes = quantizer.encode(vectors)
         fitted = Fit(quantisation_error=quantizer.error(vectors, codes), collisions=collisions(codes))
         return cls(config, source, quantizer, fitted, through)

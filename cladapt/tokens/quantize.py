@@ -25,11 +25,19 @@ class ResidualKMeans:
     codebooks: tuple[np.ndarray, ...]
 
     @classmethod
-    def fit(cls, x: np.ndarray, levels: int, codes: int | Sequence[int], seed: int) -> "ResidualKMeans":
+    def fit(
+        cls,
+        x: np.ndarray,
+        levels: int,
+        codes: int | Sequence[int],
+        seed: int,
+        groups: np.ndarray | None = None,
+    ) -> "ResidualKMeans":
         """Fit `levels` codebooks of at most `codes` centres (one number, or one per level) to x [n, d].
 
-        Every code is the code of some row of x: a level with fewer distinct residuals than `codes` gets fewer, which a
-        warning counts.
+        `groups` int [n, levels]: each level starts from the means of its groups of rows, those of earlier codes, and
+        not from rows that the seed draws. Every code is the code of some row of x: a level with fewer distinct
+        residuals than `codes` gets fewer, which a warning counts.
         """
         if not len(x):
             raise DataError("no item is known at block 1 to fit semantic IDs on", "check the stream's blocks")
@@ -38,7 +46,8 @@ class ResidualKMeans:
         codebooks = []
         most = [codes] * levels if isinstance(codes, int) else codes
         for level in range(levels):
-            centres = _centres(residual, most[level], seed + level, grain)
+            own = None if groups is None else groups[:, level]
+            centres = _centres(residual, most[level], seed + level, grain, own)
             if len(centres) < most[level]:
                 warnings.warn(
                     f"level {level + 1} has {len(centres)} codes instead of {most[level]}: the {len(x)} items differ "
@@ -101,7 +110,7 @@ class ResidualKMeans:
         return cls(codebooks)
 
 
-def _centres(x: np.ndarray, codes: int, seed: int, grain: float) -> np.ndarray:
+def _centres(x: np.ndarray, codes: int, seed: int, grain: float, groups: np.ndarray | None) -> np.ndarray:
     """At most `codes` centres, float32, each the nearest one of some row of x."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -109,12 +118,29 @@ def _centres(x: np.ndarray, codes: int, seed: int, grain: float) -> np.ndarray:
 
     rounded = np.round(x / grain) * grain
     distinct = len(np.unique(rounded, axis=0))
-    kmeans = KMeans(min(codes, distinct), n_init=3, random_state=seed)
+    count = min(codes, distinct)
+    kmeans = KMeans(count, n_init=3, random_state=seed)
+    if groups is not None:
+        kmeans = KMeans(count, init=_starts(rounded, groups, count), n_init=1)
     # several threads add up a centre in varying order
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer clusters are counted by the caller
         centres = kmeans.fit(rounded).cluster_centers_.astype(np.float32)
     return centres[np.unique(_nearest(x, centres))]
+
+
+def _starts(x: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows to start from: the means of the largest groups of x [n, d], then what lies farthest from all."""
+    from scipy.spatial.distance import cdist
+
+    names, sizes = np.unique(groups, return_counts=True)
+    largest = names[np.argsort(-sizes, kind="stable")][:count]
+    starts = [x[groups == name].mean(axis=0) for name in largest]
+    distance = cdist(x, np.stack(starts), "sqeuclidean").min(axis=1)
+    while len(starts) < count:
+        starts.append(x[distance.argmax()])
+        distance = np.minimum(distance, cdist(x, starts[-1][None], "sqeuclidean")[:, 0])
+    return np.stack(starts)
 
 
 def _nearest(x: np.ndarray, centres: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """New codes for all items of a stream, in the old vocabulary, so that as few items as possible change their ID.
 
-A quantiser is fitted anew on what is known by a later block. Its codes are then named: level by level one assignment
+A quantiser is fitted on what is known by a later block, from the groups that the old codes made of these items; it ends
+where its own k-means does. Its codes are then named: level by level one assignment
 problem gives each new code the old code with which it shares most items, counted among the items whose codes above
 agree already; where that leaves a choice, among all items. Re-derived: the field's systems that refresh IDs publish no
 code. An item whose codes all agree keeps its number among its equals too.
@@ -43,8 +44,9 @@ def refresh_sids(
     """Make the next version of a stream's IDs from what is known by block `through`, by default the last one.
 
     `asked`: settings of the quantiser other than those of the present version. Items of later blocks are encoded by
-    the new codebooks, as if they came afterwards. `align=False` leaves the new codes under their own numbers, in order
-    of first appearance among equals: the control. `ConfigError` where the levels have too few codes.
+    the new codebooks, as if they came afterwards. `align=False` fits from rows that the seed draws and leaves the new
+    codes under their own numbers, in order of first appearance among equals: the control. `ConfigError` where the
+    levels have too few codes.
     """
     through = stream.n_blocks if through is None else through
     if not 1 <= through <= stream.n_blocks:
@@ -58,8 +60,9 @@ def refresh_sids(
     if present is not None and (present.through, present.aligned, built) == (through, align, config):
         return Refresh(old, present, False, waiting)
     levels = config.levels
-    encoder = Encoder.fit(stream, config, through, [min(config.codes, size) for size in old.sizes[:levels]])
     known = old.first(stream.n_items - waiting)
+    start = known.codes[:, :levels] if align else None
+    encoder = Encoder.fit(stream, config, through, [min(config.codes, size) for size in old.sizes[:levels]], start)
     vectors = encoder.vectors(stream, stream.items)
     first = vectors[: len(known.items)]
     names: Sequence[np.ndarray] = [np.arange(len(centres)) for centres in encoder.quantizer.codebooks]

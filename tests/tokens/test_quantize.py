@@ -56,6 +56,33 @@ def test_fits_are_reproducible_and_encoding_ignores_the_other_rows() -> None:
     np.testing.assert_array_equal(whole, np.concatenate([first.encode(x[i : i + 1]) for i in range(len(x))]))
 
 
+def test_a_fit_from_earlier_groups_keeps_them_where_they_fit_and_is_no_worse() -> None:
+    x = points()
+    first = ResidualKMeans.fit(x, levels=2, codes=8, seed=0)
+    codes = first.encode(x)
+    again = ResidualKMeans.fit(x, levels=2, codes=8, seed=1, groups=codes)
+    anew = ResidualKMeans.fit(x, levels=2, codes=8, seed=1)
+
+    def together(found: np.ndarray) -> np.ndarray:
+        return found[:, None, 0] == found[None, :, 0]
+
+    kept, chance = (float((together(codes) == together(fit.encode(x))).mean()) for fit in (again, anew))
+    assert kept > 0.97 > chance
+    error = first.error(x, codes)
+    assert error is not None
+    assert again.error(x, again.encode(x)) <= error * 1.001  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("groups", [np.zeros((200, 2), dtype=int), np.arange(400).reshape(200, 2) % 50])
+def test_groups_of_another_number_than_codes_leave_none_unused(groups: np.ndarray) -> None:
+    quantizer = ResidualKMeans.fit(points(), levels=2, codes=8, seed=0, groups=groups)
+    assert [len(centres) for centres in quantizer.codebooks] == [8, 8]
+    codes = quantizer.encode(points())
+    assert all(np.unique(codes[:, level]).tolist() == list(range(8)) for level in range(2))
+    plain = ResidualKMeans.fit(points(), levels=2, codes=8, seed=0)
+    assert quantizer.error(points(), codes) == pytest.approx(plain.error(points(), plain.encode(points())), rel=0.2)
+
+
 def test_fewer_distinct_points_than_codes_give_fewer_codes_each_in_use() -> None:
     x = np.repeat(points(5), 4, axis=0)
     with pytest.warns(UserWarning, match="codes instead of 8") as record:
