@@ -161,7 +161,8 @@ def check_places(
     for one, two in zip(steps("eager"), steps(asked), strict=True):
         assert one.keys() == two.keys()
         for key in ("loss", "grad_norm", *(key for key in one if "peso/" in key)):
-            near = pytest.approx(one[key], rel=2e-3, abs=1e-4 if key == "peso/cosine" else 1e-6)
+            # a cosine is off by as much as its vectors are, relative to their lengths
+            near = pytest.approx(one[key], rel=2e-3, abs=2e-3 if key == "peso/cosine" else 1e-6)
             assert two[key] == near, (one["block"], one["step"], key)
     assert max(step.get("peso/term", 0.0) for step in steps(asked)) > 0
 
