@@ -40,7 +40,7 @@ class EnvironmentProblem(CladaptError):
 
 
 class ExampleWarning(UserWarning):
-    """What the examples of a block leave out, or cannot teach."""
+    """What the examples of a block leave out, cannot teach, or know too early."""
 
 
 class CheckFailed(CladaptError):

@@ -11,7 +11,7 @@ from torch import nn
 from cladapt import ops, ranks
 from cladapt.config import EvalConfig, PretrainConfig, RunConfig, SimulateConfig, TokensConfig
 from cladapt.data.schema import Stream
-from cladapt.errors import ConfigError, DataError
+from cladapt.errors import ConfigError, DataError, ExampleWarning
 from cladapt.eval.evaluate import Evaluator
 from cladapt.eval.protocol import Measures
 from cladapt.eval.report import KeyValues, Section
@@ -250,6 +250,7 @@ def warn_of_later(config: RunConfig, base: Base, block: int) -> None:
         warnings.warn(
             f"block {block} is learned by version {version} of the IDs, which was fitted on blocks 1 to {fitted}: its "
             "figures know what came later",
+            ExampleWarning,
             stacklevel=3,
         )
 

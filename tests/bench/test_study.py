@@ -243,7 +243,7 @@ def test_a_cell_that_is_not_there_is_refused(study: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("path", sorted(BENCH.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_resolves(path: Path, study: Any) -> None:
     recipe = study.recipe_of(study.load_recipe(path), str(path))
-    named = "sequential" if path.stem.startswith("sequential") else "recommend"
+    named = "sequential" if path.stem.startswith(("sequential", "backbones")) else "recommend"
     assert recipe.task == ("classify" if "omniglot" in path.stem else named)
 
 

@@ -26,6 +26,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "bench methods": "--runs 5 --out new.csv",
     "base init": "--from base --data stream --out new --form packed -o epochs=0",
     "base pretrain": "--data stream --out new -o epochs=0",
+    "base sequential": "--data stream --out new -o epochs=1 -o hidden=8 -o layers=1",
     "base tune": "--from base --data stream --out new -o epochs=1",
     "base vision": "--data classes --out new -o epochs=1 -o hidden=16 -o layers=1",
     "compare": "run twin",
@@ -51,6 +52,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "tokens build": "bare -o dimensions=8 -o levels=2 -o codes=4 -o capacity=16",
     "tokens extend": "grown",
     "tokens inspect": "stream",
+    "tokens refresh": "bare",
     "train": "--data stream --base base --epochs 1 --out new",
     "update": "next.csv --run run --min-tested 9 -o bootstrap=100",
 }

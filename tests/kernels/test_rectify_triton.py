@@ -96,7 +96,8 @@ def test_rectified_steps_are_as_near_float64_as_torch_s_and_touch_nothing_else(
     both = [world.rectified(kernel, form, gauge, 1e-2) for kernel in (True, False)]
     for name, ours, theirs, truths in zip("AB", *both, exact, strict=True):
         for i, (own, other, truth) in enumerate(zip(ours, theirs, truths, strict=True)):
-            within_budget(f"{name} of module {i}", own, truth, other, size=truth.abs().max())
+            # inverses amplify sums of another order, and some BLAS sum more exactly than others
+            within_budget(f"{name} of module {i}", own, truth, other, size=truth.abs().max(), times=3.0)
     for a, b, old_a, old_b, v in zip(*both[0], *world.points, world.vs, strict=True):
         if v is None or form == "least_squares":
             continue

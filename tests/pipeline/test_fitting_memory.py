@@ -100,7 +100,9 @@ def test_a_run_from_before_these_settings_goes_on(growth: Path, plain: Path, tmp
     with pytest.raises(KeyboardInterrupt):
         runs.train(config_of(growth, checkpoint_steps=1), tmp_path / "run", Stops())
     record = read_json(tmp_path / "run" / "config.json")
-    del record["config"]["quantisation"], record["config"]["sharding"], record["config"]["train"]["checkpointing"]
+    for key in ("quantisation", "sharding", "ids"):
+        del record["config"][key]
+    del record["config"]["train"]["checkpointing"]
     write_json(tmp_path / "run" / "config.json", record)
     old = {k: v for k, v in record["config"].items() if k not in ("eval", "track", *FOLDERS)}
     (place,) = (tmp_path / "run" / "checkpoints").glob("*/position.json")
