@@ -204,7 +204,7 @@ class Janus(WithHistory):
         return self.estimate.add if due else None
 
     def _every(self, ctx: Context) -> int:
-        return min(self.config.every, max(1, ctx.steps // LEAST_OBSERVED))
+        return min(self.config.every, max(1, (ctx.steps - 1) // (LEAST_OBSERVED - 1)))
 
     def loss_terms(self, ctx: Context, batch: Any, out: Tensor) -> dict[str, Tensor]:
         if not self.config.margin_weight or not len(self.prototypes):

@@ -152,6 +152,7 @@ def observed_steps(learner: Any, steps: int) -> list[int]:
 def test_a_short_block_shows_four_steps_where_it_has_them(janus: Make) -> None:
     assert observed_steps(janus(), 64) == [*range(0, 64, 8)]
     assert observed_steps(janus(every=3), 64) == [*range(0, 64, 3)]
+    assert observed_steps(janus(), 30) == [0, 8, 16, 24]
     assert observed_steps(janus(), 12) == [0, 3, 6, 9]
     assert observed_steps(janus(), 3) == [0, 1, 2]
     assert observed_steps(janus(estimate="after"), 12) == []
