@@ -10,19 +10,9 @@ COOCCURRENCE = "cooccurrence"
 """The embedding that takes no texts."""
 
 
-class EmbeddingConfig(Settings):
-    """What an item's vector is made of."""
+class RecPcaConfig(Settings):
+    """How Rec-PCA weighs an item graph, and how the graph is made."""
 
-    embedding: str = "tfidf"
-    """Of the items' texts `tfidf`, the name or path of a sentence-transformers model, or the path of a causal LM (the
-    mean of its last hidden states); `cooccurrence` takes no texts but what users have together."""
-    dimensions: Positive = 64
-    """Dimensions kept of a TF-IDF or co-occurrence embedding."""
-    reduce: Literal["none", "pca", "whiten", "rec-pca"] = "none"
-    """How the embedding of texts is reduced, fitted on the items of block 1. `whiten` is PCA with columns of variance
-    1; `rec-pca` keeps what varies and is smooth over the graph of items that the same users have in block 1."""
-    components: Positive = 32
-    """Dimensions that the reduction keeps; as many as the embedding has leave all distances as they are."""
     smoothness: Weight = 1.0
     """lambda of Rec-PCA: weight of the smoothness over the graph. 0 is PCA; most changes between 0.9 and 1.5."""
     whitening: Fraction = 0.0
@@ -35,6 +25,21 @@ class EmbeddingConfig(Settings):
     """Strongest edges of an item that the graph keeps; 0 keeps all."""
     weighting: Literal["count", "log1p"] = "count"
     """Weight of an edge by the number of users: itself, or log(1 + count)."""
+
+
+class EmbeddingConfig(RecPcaConfig):
+    """What an item's vector is made of."""
+
+    embedding: str = "tfidf"
+    """Of the items' texts `tfidf`, the name or path of a sentence-transformers model, or the path of a causal LM (the
+    mean of its last hidden states); `cooccurrence` takes no texts but what users have together."""
+    dimensions: Positive = 64
+    """Dimensions kept of a TF-IDF or co-occurrence embedding."""
+    reduce: Literal["none", "pca", "whiten", "rec-pca"] = "none"
+    """How the embedding of texts is reduced, fitted on the items of block 1. `whiten` is PCA with columns of variance
+    1; `rec-pca` keeps what varies and is smooth over the graph of items that the same users have in block 1."""
+    components: Positive = 32
+    """Dimensions that the reduction keeps; as many as the embedding has leave all distances as they are."""
 
     @model_validator(mode="after")
     def _reduces_texts(self) -> "EmbeddingConfig":

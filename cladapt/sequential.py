@@ -4,14 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cladapt.config import Dropout, FitConfig, Fraction, Positive, PositiveFloat, Seed, Weight, Width
+from cladapt.config import Dropout, FitConfig, Positive, PositiveFloat, Seed, Width
+from cladapt.embedding import RecPcaConfig
 from cladapt.settings import Settings
 
 Backbone = Literal["sasrec", "gru4rec", "bert4rec"]
 Reduction = Literal["none", "pca", "whiten", "rec-pca", "alphafuse"]
 
 
-class TableConfig(Settings):
+class TableConfig(RecPcaConfig):
     """Where the vectors of items come from."""
 
     source: Literal["random", "llm"] = "random"
@@ -31,18 +32,6 @@ class TableConfig(Settings):
     the leading directions frozen and the last `learned` ones learned; `none`: as it is."""
     learned: Positive = 32
     """Of `alphafuse`: how many of the last directions are learned."""
-    smoothness: Weight = 1.0
-    """lambda of Rec-PCA: weight of the smoothness over the graph. 0 is PCA; most changes between 0.9 and 1.5."""
-    whitening: Fraction = 0.0
-    """Exponent a of Rec-PCA's partial whitening: singular values s become s^(1 - a)."""
-    balance: bool = False
-    """Give variance and smoothness equal traces before Rec-PCA weighs them."""
-    window: Annotated[int, Field(ge=0)] = 0
-    """Items among this many events of a user in a row count as had together (2: neighbours); 0: all of a history."""
-    neighbours: Annotated[int, Field(ge=0)] = 50
-    """Strongest edges of an item that the graph keeps; 0 keeps all."""
-    weighting: Literal["count", "log1p"] = "count"
-    """Weight of an edge by the number of users: itself, or log(1 + count)."""
 
     @property
     def frozen(self) -> bool:
