@@ -15,7 +15,6 @@ from cladapt.data.histories import TrainingLog, training_sequences
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.cases import Cases
-from cladapt.eval.metrics import ROWS
 
 _BATCH = 128
 
@@ -149,16 +148,7 @@ def evaluate_counts(
         seen = histories if exclude_seen else None
         parts.append(rank_targets(model.scores(histories), cases.target[batch], catalogue, seen))
     rank, ties = (np.concatenate(part) for part in zip(*parts, strict=True))
-    returned = (rank >= 0) & (rank < beams)
-    place = pl.when(pl.Series(returned))
-    return cases.frame.with_columns(
-        model_block=pl.lit(model_block, pl.Int32),
-        rank=place.then(pl.Series(rank, dtype=pl.Int32)),
-        ties=place.then(pl.Series(ties, dtype=pl.Int32)),
-        id_rank=pl.lit(None, pl.Int32),
-        share=pl.lit(None, pl.Int32),
-        log_likelihood=pl.lit(None, pl.Float64),
-    ).select(list(ROWS))
+    return cases.rows(model_block, rank, ties, (rank >= 0) & (rank < beams))
 
 
 def _check(log: TrainingLog, n_items: int) -> None:

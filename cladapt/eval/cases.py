@@ -13,6 +13,7 @@ import polars as pl
 from cladapt.data.histories import Target, TrainingLog, split_block, training_sequences, user_kinds
 from cladapt.data.schema import Stream
 from cladapt.errors import DataError
+from cladapt.eval.metrics import ROWS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,25 @@ class Cases:
     def users(self) -> list[str]:
         """User ids."""
         return self.frame["user"].to_list()
+
+    def rows(
+        self,
+        model_block: int,
+        rank: np.ndarray,
+        ties: np.ndarray,
+        listed: np.ndarray,
+        log_likelihood: pl.Expr | None = None,
+    ) -> pl.DataFrame:
+        """Rows (schema `metrics.ROWS`) of a model without IDs: int [n] twice, null outside of `listed`, bool [n]."""
+        place = pl.when(pl.Series(listed))
+        return self.frame.with_columns(
+            model_block=pl.lit(model_block, pl.Int32),
+            rank=place.then(pl.Series(rank, dtype=pl.Int32)),
+            ties=place.then(pl.Series(ties, dtype=pl.Int32)),
+            id_rank=pl.lit(None, pl.Int32),
+            share=pl.lit(None, pl.Int32),
+            log_likelihood=pl.lit(None, pl.Float64) if log_likelihood is None else log_likelihood,
+        ).select(list(ROWS))
 
 
 def held_out_cases(

@@ -14,7 +14,6 @@ from cladapt.config import EvalConfig
 from cladapt.data.schema import Stream
 from cladapt.errors import ConfigError, DataError
 from cladapt.eval.cases import Cases, first_event_cases, held_out_cases
-from cladapt.eval.metrics import ROWS
 from cladapt.eval.recommend import Asked
 from cladapt.model.sequence import SequenceModel
 from cladapt.tokens.sequences import SequenceForm, padded
@@ -68,15 +67,8 @@ class SequenceEvaluator:
                 f"block {block}, model of block {model_block}: the scores of user {wrong!r} are not finite",
                 "train it again with a lower train.lr",
             )
-        listed = pl.when(pl.Series(cases.allowed & (rank < self.config.beams)))
-        return cases.frame.with_columns(
-            model_block=pl.lit(model_block, pl.Int32),
-            rank=listed.then(pl.Series(rank, dtype=pl.Int32)),
-            ties=listed.then(pl.Series(ties, dtype=pl.Int32)),
-            id_rank=pl.lit(None, pl.Int32),
-            share=pl.lit(None, pl.Int32),
-            log_likelihood=pl.when(pl.Series(known)).then(pl.Series(likelihood.astype(np.float64))),
-        ).select(list(ROWS))
+        of_item = pl.when(pl.Series(known)).then(pl.Series(likelihood.astype(np.float64)))
+        return cases.rows(model_block, rank, ties, cases.allowed & (rank < self.config.beams), of_item)
 
 
 @torch.no_grad()
