@@ -63,6 +63,24 @@ class Source:
         return "items" not in adapter_provenance(self.adapter)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be recommended: to which users, from which items, how many, and in which way.
+
+    Attributes:
+        histories: the items of each user, oldest first.
+        listed: the items to choose from, those of the file `catalogue`; None: all that are offered.
+        beams: the width of the search, as asked for; None: that of the evaluation.
+    """
+
+    histories: Mapping[str, Sequence[str]]
+    listed: list[str] | None
+    catalogue: Path | None
+    top_k: int
+    beams: int | None
+    exclude_seen: bool
+
+
 def find_source(path: Path | None, base: Path | None, block: int | None) -> Source:
     """The adapter that a run, an adapter directory or the latest run stands for.
 
@@ -251,26 +269,17 @@ def recommend(
     listed = None if catalogue is None else read_catalogue(catalogue)
     source = find_source(path, base_folder, block)
     by = _by_ids if source.language else _by_rows
-    frame, counts = by(source, data, wanted, listed, catalogue, top_k, beams, exclude_seen)
+    frame, counts = by(source, data, Request(wanted, listed, catalogue, top_k, beams, exclude_seen))
     if out.suffix == ".csv":
         frame, counts["escaped_cells"] = escaped(frame)
     ranks.once(lambda: _write_table(out, frame))
     return {"out": str(out), "adapter": str(source.adapter), **counts}
 
 
-def _by_ids(
-    source: Source,
-    data: Path | None,
-    wanted: Mapping[str, Sequence[str]],
-    listed: list[str] | None,
-    file: Path | None,
-    top_k: int,
-    beams: int | None,
-    exclude_seen: bool,
-) -> tuple[pl.DataFrame, dict[str, Any]]:
+def _by_ids(source: Source, data: Path | None, request: Request) -> tuple[pl.DataFrame, dict[str, Any]]:
     """What a language model recommends: semantic IDs that it generates, and the items behind them."""
     record = adapter_provenance(source.adapter)
-    width = _width(source, record, top_k, beams)
+    width = _width(source, record, request.top_k, request.beams)
     base = load_base(source.base)
     cast(nn.Module, base.model).to(compute_device())
     lacking = {"form", "window", "softmax"} - set(record)
@@ -278,40 +287,39 @@ def _by_ids(
         raise DataError(f"{source.adapter / PROVENANCE} lacks {', '.join(sorted(lacking))}", "export the adapter again")
     model = load_adapter(base, source.adapter)
     offered = _offered(source, data)
-    base, allowed, withdrawn = _catalogue(offered, base, source.adapter, listed, file)
+    base, allowed, withdrawn = _catalogue(offered, base, source.adapter, request)
     form = recorded_form(record, base, None if offered is None else offered.texts)
     frame, counts = recommend_items(
-        adapted_lm(model), base, form, record["softmax"], wanted, allowed, top_k, width, exclude_seen
+        adapted_lm(model),
+        base,
+        form,
+        record["softmax"],
+        request.histories,
+        allowed,
+        request.top_k,
+        width,
+        request.exclude_seen,
     )
     return frame, {"beams": width, **counts, "withdrawn_catalogue_items": withdrawn}
 
 
-def _by_rows(
-    source: Source,
-    data: Path | None,
-    wanted: Mapping[str, Sequence[str]],
-    listed: list[str] | None,
-    file: Path | None,
-    top_k: int,
-    beams: int | None,
-    exclude_seen: bool,
-) -> tuple[pl.DataFrame, dict[str, Any]]:
+def _by_rows(source: Source, data: Path | None, request: Request) -> tuple[pl.DataFrame, dict[str, Any]]:
     """What a sequential model recommends: the items of the stream with the best scores."""
-    if beams is not None:
+    if request.beams is not None:
         raise ConfigError(
-            f"--beams {beams} with {source.adapter} of --task sequential, which scores every item", "leave --beams out"
+            f"--beams {request.beams} with {source.adapter} of --task sequential, which scores every item",
+            "leave --beams out",
         )
     stream, base = _stream_of(source, data)[1], load_sequence_base(source.base)
     base.extend(stream)
     cast(nn.Module, base.model).to(compute_device())
     model = load_adapter(base, source.adapter)
     items = stream.items["item"].to_list()
-    allowed, withdrawn = chosen(offered_items(stream), items, listed)
-    _refuse_none(allowed, withdrawn, file)
+    allowed, withdrawn = chosen(offered_items(stream), items, request.listed)
+    _refuse_none(allowed, withdrawn, request.catalogue)
     form = form_of_backbone(base.config, base.config.mask)
-    frame, counts = recommend_by_rows(
-        cast(SequenceModel, adapted_lm(model)), form, items, wanted, allowed, top_k, exclude_seen
-    )
+    lm = cast(SequenceModel, adapted_lm(model))
+    frame, counts = recommend_by_rows(lm, form, items, request.histories, allowed, request.top_k, request.exclude_seen)
     return frame, {**counts, "withdrawn_catalogue_items": withdrawn}
 
 
@@ -328,13 +336,13 @@ def _offered(source: Source, data: Path | None) -> Offered | None:
 
 
 def _catalogue(
-    offered: Offered | None, base: Base, adapter: Path, listed: list[str] | None, file: Path | None
+    offered: Offered | None, base: Base, adapter: Path, request: Request
 ) -> tuple[Base, list[str] | None, int]:
     """The base with the stream's IDs, the items to recommend, and how many listed ones are withdrawn."""
     if offered is None:
-        return read_alone(base, adapter), listed, 0
-    allowed, withdrawn = offered.chosen(listed)
-    _refuse_none(allowed, withdrawn, file)
+        return read_alone(base, adapter), request.listed, 0
+    allowed, withdrawn = offered.chosen(request.listed)
+    _refuse_none(allowed, withdrawn, request.catalogue)
     return read_by(base, offered.sids, adapter), allowed, withdrawn
 
 
