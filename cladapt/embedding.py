@@ -1,5 +1,6 @@
 """Settings of the vectors of items: an embedding, its reduction, and the graph of what users have together."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,8 @@ from cladapt.settings import Fraction, Positive, Settings, Weight
 
 COOCCURRENCE = "cooccurrence"
 """The embedding that takes no texts."""
+REC_PCA = ("smoothness", "whitening", "balance")
+"""Settings of Rec-PCA alone."""
 
 
 class RecPcaConfig(Settings):
@@ -49,3 +52,13 @@ class EmbeddingConfig(RecPcaConfig):
                 "choose its width by dimensions"
             )
         return self
+
+    def readers(self) -> Mapping[str, str]:
+        found = {} if self.reduce == "rec-pca" else dict.fromkeys(REC_PCA, "reduce=rec-pca")
+        if self.reduce != "rec-pca" and self.embedding != COOCCURRENCE:
+            found["neighbours"] = f"reduce=rec-pca or embedding={COOCCURRENCE}"
+        if self.reduce == "none":
+            found["components"] = "reduce=pca, whiten or rec-pca"
+        if self.embedding not in ("tfidf", COOCCURRENCE):
+            found["dimensions"] = f"embedding=tfidf or {COOCCURRENCE}"
+        return found

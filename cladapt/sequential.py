@@ -1,11 +1,12 @@
 """Settings of sequential backbones: recommenders over an item table, without a language model; see `cladapt.config`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from cladapt.config import Dropout, FitConfig, Positive, PositiveFloat, Seed, Width
-from cladapt.embedding import RecPcaConfig
+from cladapt.embedding import REC_PCA, RecPcaConfig
 from cladapt.settings import Settings
 
 Backbone = Literal["sasrec", "gru4rec", "bert4rec"]
@@ -43,6 +44,17 @@ class TableConfig(RecPcaConfig):
         if self.frozen and self.reduction == "alphafuse":
             raise ValueError("reduction=alphafuse learns rows: expected use=initialise, use is frozen")
         return self
+
+    def readers(self) -> Mapping[str, str]:
+        """What embeds texts, and the graph, are read for diagnostics whatever the source."""
+        found = {"dimensions": "table.embedding=tfidf"} if self.embedding != "tfidf" else {}
+        if self.source == "random":
+            return found | dict.fromkeys(("use", "reduction", "learned", "neighbours", *REC_PCA), "table.source=llm")
+        if self.reduction != "rec-pca":
+            found |= dict.fromkeys(("neighbours", *REC_PCA), "table.reduction=rec-pca")
+        if self.reduction != "alphafuse":
+            found["learned"] = "table.reduction=alphafuse"
+        return found
 
 
 class BackboneConfig(Settings):
@@ -98,6 +110,16 @@ class SequentialBaseConfig(BackboneConfig):
     """AdamW weight decay."""
     batch_sequences: Positive = 32
     """Sequences per optimiser step."""
+
+    @model_validator(mode="after")
+    def _freezes_some(self) -> "SequentialBaseConfig":
+        table = self.table
+        if (table.source, table.reduction) == ("llm", "alphafuse") and table.learned >= self.hidden:
+            raise ValueError(f"table.learned={table.learned} leaves none of hidden={self.hidden} directions frozen")
+        return self
+
+    def readers(self) -> Mapping[str, str]:
+        return {} if self.backbone == "bert4rec" else {"mask": "backbone=bert4rec"}
 
 
 class SequentialTrainConfig(FitConfig):

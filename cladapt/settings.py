@@ -38,6 +38,23 @@ class Settings(BaseModel):
         """Names of the fields whose value is not their default."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
+    def readers(self) -> Mapping[str, str]:
+        """Fields that nothing reads under these settings, each with what would read it."""
+        return {}
+
+    def refuse_unread(self, asked: Iterable[str] | None = None) -> None:
+        """`ConfigError` for a value that was chosen and that nothing reads; `asked`: the fields that were chosen.
+
+        Without it those that differ from their defaults were.
+        """
+        chosen = self.changed() if asked is None else set(asked)
+        for name, reader in self.readers().items():
+            if name in chosen:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} changes nothing here: it is read with {reader} alone",
+                    f"leave {name} out, or use {reader}",
+                )
+
 
 S = TypeVar("S", bound=Settings)
 

@@ -71,6 +71,8 @@ def pretrain_base(data: Path, out: Path, config: PretrainConfig, sink: Sink) -> 
 def sequential_base(data: Path, out: Path, config: SequentialBaseConfig, sink: Sink) -> dict[str, Any]:
     """Train a sequential model from scratch on block 1 and write it as a base of `train --task sequential`."""
     refuse_existing(out)
+    config.refuse_unread()
+    config.table.refuse_unread()
     result = make_sequence_base(out, Stream.load(data), config, sink)
     base = load_sequence_base(out)
     return {

@@ -232,6 +232,7 @@ def build_tokens(folder: Path, config: TokensConfig, index: Path | None) -> dict
         if index is not None:
             table = save_index(folder, stream, read_index(index), config)
         else:
+            config.refuse_unread()
             table = save_sids(folder, stream, config)
     return _about_tokens(folder, stream, table)
 

@@ -68,7 +68,7 @@ def kept_neighbours(folder: Path, stream: Stream, table: SidTable, k: int) -> li
                 "graph": graph,
                 "k": k,
                 "items": len(items),
-                "kept": kept_by_prefix(codes, items, near, k) if len(items) else None,
+                "kept": kept_by_prefix(codes, items, near, k),
                 "by_vectors": by_vectors,
                 "by_chance": min(1.0, k / max(1, len(codes) - 1)),
             }
@@ -76,19 +76,22 @@ def kept_neighbours(folder: Path, stream: Stream, table: SidTable, k: int) -> li
     return rows
 
 
-def kept_by_prefix(codes: np.ndarray, items: np.ndarray, near: np.ndarray, k: int) -> float:
-    """Expected share of `near` [m, k] of `items` [m] among the k others whose codes [n, levels] agree longest.
+def kept_by_prefix(codes: np.ndarray, items: np.ndarray, near: np.ndarray, k: int) -> float | None:
+    """Expected share of `near` [m, k] of `items` [m] among the k others whose codes [n, levels] agree longest; None
+    where no item has a neighbour.
 
     Of the g_p others that agree in p levels, g_{p+1} agree in one more: a neighbour that agrees in exactly p is among
     the k with the probability (k - g_{p+1}) / (g_p - g_{p+1}), cut to 0 to 1, where ties are broken at random.
     """
+    there = near >= 0
+    if not there.any():
+        return None
     n, levels = codes.shape
     agree = np.zeros((levels + 2, n), dtype=np.int64)
     agree[0] = n - 1
     for level in range(1, levels + 1):
         _, group, count = np.unique(codes[:, :level], axis=0, return_inverse=True, return_counts=True)
         agree[level] = count[group.reshape(-1)] - 1
-    there = near >= 0
     depth = (codes[items][:, None] == codes[near]).cumprod(axis=2).sum(axis=2)
     longer, as_long = agree[depth + 1, items[:, None]], agree[depth, items[:, None]]
     share = np.clip((k - longer) / np.maximum(as_long - longer, 1), 0.0, 1.0)

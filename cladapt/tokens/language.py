@@ -145,7 +145,7 @@ class _SentenceTransformer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         vectors = self.model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
-        return np.asarray(vectors, dtype=np.float32)
+        return _finite(np.asarray(vectors, dtype=np.float32), f"the sentence-transformers model {self.name!r}")
 
 
 class _CausalLM:
@@ -204,11 +204,14 @@ class _CausalLM:
                 states = self.model(input_ids=ids, attention_mask=there, use_cache=False).last_hidden_state.float()
             mean = (states * there[..., None]).sum(dim=1) / there.sum(dim=1, keepdim=True)
             vectors[rows] = mean.cpu().numpy()
-        if not np.isfinite(vectors).all():
-            raise DataError(
-                f"the causal LM {self.folder!r} gives vectors that are not finite", "give another checkpoint"
-            )
-        return vectors
+        return _finite(vectors, f"the causal LM {self.folder!r}")
+
+
+def _finite(vectors: np.ndarray, model: str) -> np.ndarray:
+    """The same vectors; `DataError` where a value is not finite."""
+    if not np.isfinite(vectors).all():
+        raise DataError(f"{model} gives vectors that are not finite", "give another checkpoint")
+    return vectors
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -89,8 +89,9 @@ def fit(
         balance: divide C and K by their traces, that of K being far smaller as a rule.
         standardise: scale the columns of Z to variance 1, which with M = C is PCA whitening.
         solver: `dense` makes C and K in float64 and decomposes M, n D^2 + n D k' operations; `lanczos` multiplies by M
-            without making it, for embeddings of many columns, and knows neither whitening nor balance; `auto` is
-            lanczos above 2,048 columns where it can be.
+            without making it, for embeddings of many columns, and knows neither whitening nor balance; where it finds
+            directions without variance, as with fewer embeddings than columns, M is made after all. `auto` is lanczos
+            above 2,048 columns where it can be.
         seed: where Lanczos starts.
 
     Raises:
@@ -113,9 +114,10 @@ def fit(
             matrix = _leading(*table.moments(smoother), kept, weight, whitening, balance)
         else:
             matrix = _leading_by_products(table, smoother, kept, weight, seed)
+            if not _vary(table.variances(matrix)).all():  # see `_leading`
+                matrix = _leading(*table.moments(smoother), kept, weight, whitening, balance)
         matrix *= np.sign(matrix[np.abs(matrix).argmax(axis=0), np.arange(matrix.shape[1])])
-        spread = table.variances(matrix)
-    matrix = matrix[:, spread > _NOTHING * spread.max(initial=0.0)]
+        matrix = matrix[:, _vary(table.variances(matrix))]
     if not matrix.shape[1]:
         raise DataError(f"the {len(x)} embeddings do not differ", "give the items texts that tell them apart")
     if matrix.shape[1] < dimensions:
@@ -133,6 +135,11 @@ def fit(
     if standardise:
         matrix = matrix / np.sqrt(table.variances(matrix))
     return Projection(table.mean, matrix)
+
+
+def _vary(variances: np.ndarray) -> np.ndarray:
+    """Which variances are more than rounding: bool [k]."""
+    return variances > _NOTHING * variances.max(initial=0.0)
 
 
 def _check(x: np.ndarray, graph: sparse.csr_array | None) -> None:
@@ -167,6 +174,8 @@ class _Table:
         mean = x.sum(axis=0, dtype=np.float64) / max(1, present.sum())
         if not np.isfinite(mean).all():
             raise DataError("the embeddings have values that are not finite", "check the model that made them")
+        if not present.any():
+            raise DataError(f"all {len(x)} embeddings are zero", "give the items texts that the embedding knows")
         return cls(x, present, mean)
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:

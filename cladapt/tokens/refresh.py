@@ -140,6 +140,7 @@ def settings_of(table: SidTable, built: TokensConfig | None, asked: Mapping[str,
             f"the stream have {table.levels}: {stays}",
             f"use levels={table.levels - config.deduplicate}",
         )
+    config.refuse_unread(asked)
     sizes = table.sizes[: config.levels]
     if "codes" in asked and config.codes > min(sizes):
         raise ConfigError(

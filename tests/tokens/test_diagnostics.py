@@ -42,6 +42,10 @@ def test_neighbours_kept_are_those_of_all_ways_to_break_ties(k: int) -> None:
     assert kept_by_prefix(CODES, np.arange(6), near, k) == pytest.approx(np.mean(found), rel=1e-12)
 
 
+def test_of_no_neighbours_none_is_kept_or_lost() -> None:
+    assert kept_by_prefix(CODES, np.arange(1), np.full((1, 3), -1), 3) is None
+
+
 def test_random_codes_keep_what_chance_does() -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 4, (400, 2))

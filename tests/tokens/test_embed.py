@@ -143,6 +143,13 @@ def test_a_model_that_has_changed_is_refused(monkeypatch: pytest.MonkeyPatch, tm
         encoded(load_embedding(tmp_path, "some/model"), ["abc"])
 
 
+def test_a_model_without_finite_vectors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_package(monkeypatch)
+    monkeypatch.setattr(FakeModel, "slope", np.nan)
+    with pytest.raises(DataError, match="model 'some/model' gives vectors that are not finite"):
+        embed(["abc"], np.arange(1), "some/model", 64, seed=0)
+
+
 def test_a_model_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_package(monkeypatch)
     with pytest.raises(

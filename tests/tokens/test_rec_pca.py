@@ -149,6 +149,24 @@ def test_directions_without_variance_do_not_come_before_those_that_are_rough(smo
     same_up_to_sign(projection.apply(turned), closed_form(x, graph, 4, smoothness))
 
 
+@pytest.mark.parametrize("solver", ["dense", "lanczos"])
+@pytest.mark.parametrize("smoothness", [0.9, 1.3])
+def test_fewer_items_than_columns_have_as_many_directions_as_they_vary_in(solver: Any, smoothness: float) -> None:
+    x, graph = case(n=30, d=50)
+    projection = fit(x, graph, 25, smoothness, solver=solver)
+    np.testing.assert_allclose(projection.matrix.T @ projection.matrix, np.eye(25), atol=1e-9)
+    left, sigma, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    left, sigma = left[:, :29], sigma[:29]  # the mean takes one direction
+    mixed = (1 - smoothness) * np.diag(sigma**2) + smoothness * (left * sigma).T @ graph.toarray() @ (left * sigma)
+    z = left * sigma @ np.linalg.eigh(mixed)[1][:, ::-1][:, :25]
+    same_up_to_sign(projection.apply(x), z)
+
+
+def test_embeddings_that_are_all_zero_are_named() -> None:
+    with pytest.raises(DataError, match="all 5 embeddings are zero"):
+        fit(np.zeros((5, 4)), None, 2)
+
+
 def test_what_keeps_all_columns_only_turns_them() -> None:
     x, graph = case()
     with pytest.warns(UserWarning, match="all 12 columns of the embeddings are kept: they are turned"):
