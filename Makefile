@@ -103,7 +103,7 @@ GPU_REPORT = $(GPU_RESULTS)/tests.xml
 GPU_SECONDS ?= 270
 GPU_PYTEST ?=
 GPU_BENCH ?=
-GPU_TESTS := $(patsubst %,tests/kernels/test_%.py,lora_linear skinny by_item items adamw proximal retract_triton rectify_triton reference optim retract rectify registry)
+GPU_TESTS := $(patsubst %,tests/kernels/test_%.py,lora_linear skinny by_item items adamw adamw_host proximal retract_triton rectify_triton reference optim retract rectify registry)
 GPU_PYTHON := env PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONPATH=.:kernels:cli $(PYTHON)
 
 gpu:  ## kernel tests, then the benchmarks of the ops whose tests are green; less than ten minutes

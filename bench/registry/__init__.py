@@ -22,6 +22,8 @@ REGISTRY = (
     *rectify.ENTRIES,
     *proximal.ENTRIES,
     lora.ON_CPU,
+    lora.HOST,
+    adamw.HOST,
     items.ON_CPU,
     *lora.COMPILED,
 )

@@ -14,8 +14,11 @@ what a training step logs. The model of bytes on a GPU has everything come from 
     the penalty by autograd, beside AdamW              116: 52 forward, 52 backward, 12 to add it to the gradient
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +28,12 @@ from cladapt_kernels.optim import Epilogue, ProxAdamW, Term
 from cladapt_kernels.timing import Entry, Providers, Work
 
 STRENGTH, RATE, LIMIT = 0.1, 1e-6, 1.0
-TESTS = ("tests/kernels/test_optim.py", "tests/kernels/test_adamw.py", "tests/kernels/test_proximal.py")
+TESTS = tuple(f"tests/kernels/test_{name}.py" for name in ("optim", "adamw", "adamw_host", "proximal"))
 AUTOGRAD, CLOSED = "fused AdamW, penalty by autograd", "fused AdamW, penalty in closed form"
 INSIDE, PLAIN = "ProxAdamW", "fused AdamW, no penalty"
 JOINED = "fused AdamW, Epilogue without a linear"
+UNLAUNCHED = "ProxAdamW, its launches left out"
+IN_A_ROW = 3
 
 
 class _Case:
@@ -136,6 +141,43 @@ def _measured_step(groups: int, size: int, device: torch.device) -> Providers:
     }
 
 
+@contextmanager
+def _unlaunched(device: torch.device) -> Iterator[None]:
+    """Where there is no GPU, all that the host does for a launch but the launch."""
+    if device.type == "cuda":
+        yield
+        return
+    from cladapt_kernels.optim import fused_step, optimizer
+
+    kernels = {name: defaultdict(lambda: lambda **_: None) for name in ("_step", "_measure", "_refresh")}
+    with patch.multiple(fused_step, **kernels), patch.object(optimizer, "launch_obstacle", lambda _: ""):
+        yield
+
+
+def _called(groups: int, size: int, device: torch.device) -> Providers:
+    """Norm, clip and step of many small tensors, `IN_A_ROW` of them, each with gradients of its own as training has."""
+    case = _Case(groups, size, device)
+
+    def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        with _unlaunched(device):
+            for _ in range(IN_A_ROW):
+                for p in parameters:
+                    p.grad = torch.zeros_like(p)
+                if isinstance(optimizer, ProxAdamW):
+                    optimizer.measure(LIMIT)
+                else:
+                    torch.nn.utils.clip_grad_norm_(parameters, LIMIT)
+                optimizer.step()
+
+    plain, own = case.parameters(), case.parameters()
+    inside = ProxAdamW(own, lr=RATE)
+    inside.set_term(Term("kl", STRENGTH, case.anchors))
+    return {
+        PLAIN: partial(run, torch.optim.AdamW(plain, lr=RATE, fused=True), plain),
+        UNLAUNCHED if device.type != "cuda" else INSIDE: partial(run, inside, own),
+    }
+
+
 def _entries(groups: int, size: int) -> tuple[Entry, Entry]:
     count, shape = groups * size, f"{groups} groups of {size}"
     inside = Work(bytes=32 * count)
@@ -147,4 +189,5 @@ def _entries(groups: int, size: int) -> tuple[Entry, Entry]:
     )
 
 
+HOST = Entry("prox_adamw, host", "392 groups of 16", TESTS, partial(_called, 392, 16))
 ENTRIES = (*_entries(28, 1024), *_entries(224, 16384))

@@ -19,6 +19,7 @@ from cladapt_kernels.lora.routes import Factors, Gemm, Route, has_triton
 from cladapt_kernels.timing import Call, Entry, Providers, Work
 
 SCALE = 2.0
+IN_A_ROW = 10
 HALF = 2  # bytes of a bf16 entry
 IMPLEMENTATIONS = {"forward": get_args(Gemm), "dx": get_args(Gemm), "factors": get_args(Factors)}
 SKINNY_TESTS = ("tests/kernels/test_skinny.py",)
@@ -49,6 +50,7 @@ SIZES = (
     Size(8192, 1024, 3072, 16),
 )
 SMALL = Size(512, 256, 256, 8)  # for a CPU
+TINY = Size(16, 32, 32, 8)  # products that take no time, so that calling them is what is timed
 
 # Passes over X and over Y beside the two frozen products, forward and backward together. PEFT writes the low-rank
 # term, reads and writes it to scale it, reads both terms and writes their sum, and comes back the same way; in
@@ -132,6 +134,18 @@ def _trained(size: Size, device: torch.device) -> Providers:
     return {**calls, "cladapt, as dispatched": ours}
 
 
+def _called(size: Size, device: torch.device) -> Providers:
+    """Forward and backward of a layer whose products take no time, `IN_A_ROW` of them."""
+    own = layer(size, device)
+
+    def run(function: Callable[..., Tensor]) -> None:
+        for _ in range(IN_A_ROW):
+            own.backward(function(own.x, own.weight, own.a, own.b))
+
+    ours = partial(run, lambda x, weight, a, b: lora_linear(x, weight, None, a, b, SCALE))
+    return {"PEFT": partial(run, peft), "cladapt, as dispatched": ours}
+
+
 def _compiled(size: Size, device: torch.device) -> Providers:
     """PEFT's arithmetic as it is and as Inductor compiles it; the compilation takes longer than all else together."""
     own = layer(size, device)
@@ -207,6 +221,7 @@ ENTRIES = tuple(map(_lora_entry, SIZES))
 PARTS = (*map(_skinny_entry, SIZES), *map(_shrink_entry, SIZES[:3]))
 """Kernels by themselves."""
 ON_CPU = Entry("lora_linear", str(SMALL), LORA_TESTS, partial(_trained, SMALL))
+HOST = Entry("lora_linear, host", str(TINY), LORA_TESTS, partial(_called, TINY))
 COMPILED = tuple(map(_compiled_entry, SIZES))
 """PEFT's arithmetic by Inductor, whose compilation takes longer than all else together."""
 ROUTES = tuple(

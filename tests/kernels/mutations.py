@@ -288,11 +288,11 @@ NAMED = (
     Named("a sign of the series", "optim/adamw.py", "0.5 + d * (1.0 / 6.0 + d", "0.5 + d * (1.0 / 6.0 - d"),
     Named(
         "alignment of parameters never checked", "optim/fused_step.py",
-        "aligned = self._vector and all(address % 16 == 0 for row in rows for address in row)", "aligned = True",
+        "all(address % 16 == 0 for address in found[name])", "True",
     ),
     Named(
         "a stale table of addresses", "optim/fused_step.py",
-        "if use not in self._tables or self._tables[use][0] != rows:", "if use not in self._tables:",
+        "if row != self._rows.get(name)", "if name not in self._rows",
     ),
     Named(
         "products by way of memory without barriers", "factors.py",

@@ -1,6 +1,7 @@
 """The launches of `adamw` for one list of parameters: tables of addresses and chunks, and the term's statistics."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +9,13 @@ import triton
 from torch import Tensor
 
 from cladapt_kernels.optim.adamw import _add, _measure, _refresh, _step
-from cladapt_kernels.optim.terms import Term
+from cladapt_kernels.optim.terms import Term, versions
 from cladapt_kernels.tiles import on_device_of
 
 BLOCK, FOLD = 2048, 64  # entries of a chunk, chunks folded at a time; by rule
 FIGURES = 5
+MOVING, FIXED = ("parameters", "grads", "first moments", "second moments"), ("anchors", "fisher", "copies")
+"""Rows of the table of addresses, in this order."""
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -39,13 +42,17 @@ class FusedStep:
         self._check("parameters", self.parameters)
         if copies is not None:
             self._check("copies", copies, copies[0].dtype)
-        self._tables: dict[tuple[bool, bool], tuple[list[list[int]], Tensor, bool]] = {}
+        self._table = torch.zeros(len(MOVING + FIXED), len(self.parameters), dtype=torch.int64, device=self.device)
+        self._rows: dict[str, list[int]] = {}
+        self._aligned: dict[str, bool] = {}
         self._versions: list[int] | None = None
         groups = [*range(len(self.parameters))] if term is None else term.group_of_each(len(self.parameters))
         self._lay_out(groups)
         self._strength = self._scalar(0.0 if term is None else term.strength)
         self._one = torch.ones((), device=self.device)
         self._constants = self._group_constants(groups)
+        fixed = {"copies": copies} | ({} if term is None else {"anchors": term.anchors, "fisher": term.fisher})
+        self._place({name: tensors for name, tensors in fixed.items() if tensors is not None})
 
     def _lay_out(self, groups: Sequence[int]) -> None:
         """Chunks in the order of the groups, so that a group's are a range."""
@@ -106,8 +113,7 @@ class FusedStep:
         """
         self.check_fresh()
         shared = self._shared(step, *self._point(grads, first, second))
-        rests = [1.0 - beta for beta in betas]
-        logs = torch.tensor(betas, dtype=torch.float64).log().tolist()
+        rests, logs = [1.0 - beta for beta in betas], _logs(*betas)
         if self._n_chunks:
             with on_device_of(self._parts):
                 _step[(self._n_chunks,)](
@@ -118,7 +124,7 @@ class FusedStep:
                 )  # fmt: skip
         written = [*self.parameters, *first, *second, *(self.copies or ())]
         torch.autograd.graph.increment_version(written)
-        self._versions = [p._version for p in self.parameters]
+        self._versions = versions(self.parameters)
 
     def refresh(self, step: Tensor) -> None:
         """Take the statistics at the parameters as they are, after `step` steps."""
@@ -126,7 +132,7 @@ class FusedStep:
             return
         self._take(step, recentre=False)
         self._take(step, recentre=True)
-        self._versions = [p._version for p in self.parameters]
+        self._versions = versions(self.parameters)
 
     def _take(self, step: Tensor, recentre: bool) -> None:
         shared = self._shared(step, *self._point())
@@ -205,9 +211,9 @@ class FusedStep:
     def changed(self) -> int | None:
         """The first parameter that changed since the statistics were taken, None where they hold."""
         known = self._versions
-        if self.term is None or known is None:
+        if self.term is None or known is None or (found := versions(self.parameters)) == known:
             return None
-        return next((i for i, p in enumerate(self.parameters) if p._version != known[i]), None)
+        return next(i for i, version in enumerate(found) if version != known[i])
 
     def check_fresh(self) -> None:
         """`RuntimeError` where the statistics do not hold."""
@@ -233,27 +239,33 @@ class FusedStep:
     def _point(
         self, grads: Sequence[Tensor | None] = (), first: Sequence[Tensor] = (), second: Sequence[Tensor] = ()
     ) -> tuple[Tensor, bool]:
-        """The table of addresses, made anew where one changed, and whether all loads may be of 16 bytes."""
-        term, none = self.term, [0] * len(self.parameters)
-        rows = [
-            [p.data_ptr() for p in self.parameters],
-            *([0 if t is None else t.data_ptr() for t in g] or none for g in (grads, first, second)),
-        ]
-        rows += [
-            [t.data_ptr() for t in extra] if extra else none
-            for extra in (term and term.anchors, term and term.fisher, self.copies)
-        ]
-        use = (bool(grads), bool(first))
-        if use not in self._tables or self._tables[use][0] != rows:
-            for name, tensors in (("grads", grads), ("first moments", first), ("second moments", second)):
-                if tensors:
-                    self._check(name, tensors)
-            aligned = self._vector and all(address % 16 == 0 for row in rows for address in row)
-            self._tables[use] = (rows, torch.tensor(rows, dtype=torch.int64).to(self.device), aligned)
-        return self._tables[use][1:]
+        """The table of addresses, of which a launch reads the rows it is given, and whether loads may be of 16 bytes.
+
+        Anchors, Fisher's diagonal and copies stay where they are; the others are looked at in every call.
+        """
+        given = {n: t for n, t in zip(MOVING, (self.parameters, grads, first, second), strict=True) if t}
+        self._place(given)
+        return self._table, self._vector and all(self._aligned.get(name, True) for name in (*given, *FIXED))
+
+    def _place(self, given: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Bring the rows whose tensors are not where they were to the device, without a wait for it."""
+        found = {name: [0 if t is None else t.data_ptr() for t in tensors] for name, tensors in given.items()}
+        moved = [name for name, row in found.items() if row != self._rows.get(name)]
+        for name in moved:
+            if name in MOVING:
+                self._check(name, given[name])
+        for name in moved:
+            row = torch.tensor(found[name], dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            self._table[(*MOVING, *FIXED).index(name)].copy_(row, non_blocking=True)
+            self._rows[name], self._aligned[name] = found[name], all(address % 16 == 0 for address in found[name])
 
     def _scalar(self, value: float | Tensor) -> Tensor:
         """float32 [] on the parameters' device: a kernel reads an address, which of a CPU's scalar it cannot."""
         if not isinstance(value, Tensor):
             return torch.full((), value, device=self.device)
         return value.to(self.device, torch.float32)
+
+
+@functools.cache
+def _logs(*betas: float) -> list[float]:
+    return torch.tensor(betas, dtype=torch.float64).log().tolist()

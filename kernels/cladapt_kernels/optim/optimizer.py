@@ -6,13 +6,14 @@ The term's gradient is a closed form, so no graph is built, and on a CPU a group
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cladapt_kernels.optim.terms import Figures, Term, check_kind, launch_obstacle
+from cladapt_kernels.optim.terms import Figures, Term, check_kind, launch_obstacle, versions
 
 if TYPE_CHECKING:
     from cladapt_kernels.optim.fused_step import FusedStep
@@ -54,7 +55,10 @@ class ProxAdamW(torch.optim.Optimizer):
         self._total: list[Tensor] = []
         self._fused: FusedStep | None = None
         self._clip: Tensor | None = None
-        self._ready: tuple[int, ...] | None = None  # versions at which _total was filled
+        self._ready: _Seen | None = None  # what `measure` has seen
+        self._states: list[dict[str, Any]] = []  # of what is pulled, as the launch knows them
+        self._every: list[object] = []  # of all, as last looked at
+        self._steps = torch.zeros(0)  # of what is pulled
         self._obstacle = ""
         self._pulled: list[Tensor] = []
 
@@ -84,10 +88,9 @@ class ProxAdamW(torch.optim.Optimizer):
             found = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
             norm, task, own, inner, distance, value = found, found, *[zero.to(found)] * 4
         elif (fused := self._launcher(parameters)) is not None:
-            step = self.state[parameters[0]]["step"]
-            squares = fused.measure(_gradients(parameters), step)
+            squares = fused.measure(_gradients(parameters), self._steps[0])
             (norm, task, own), inner, distance = squares[:3].sqrt(), squares[3], squares[4].sqrt()
-            value = self.term.strength * fused.value(step).sum()
+            value = self.term.strength * fused.value(self._steps[0]).sum()
         else:
             sums = self._fill(parameters, figures=True)
             norm = torch.nn.utils.get_total_norm(self._total)
@@ -98,7 +101,7 @@ class ProxAdamW(torch.optim.Optimizer):
             norm = torch.hypot(norm, torch.nn.utils.get_total_norm(rest).to(norm))
         # torch's clip_grad_norm_, its 1e-6 included
         self._clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm < math.inf else None
-        self._ready = self._versions(self._parameters())
+        self._ready = _Seen.of(self._parameters())
         return Figures(norm, task, own, inner, distance, value, norm.new_ones(()) if self._clip is None else self._clip)
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class ProxAdamW(torch.optim.Optimizer):
                 loss = closure()
         ready, self._ready = self._ready, None
         clip, self._clip = self._clip, None
-        if ready is not None and ready != self._versions(self._parameters()):
+        if ready is not None and not ready.holds(self._parameters()):
             raise RuntimeError("a parameter or a gradient changed since measure: measure again before the step")
         if self.term is None:
             self.route = "torch: no term"
@@ -143,7 +146,7 @@ class ProxAdamW(torch.optim.Optimizer):
         """
         self._ready, self._clip = None, None
         if self._fused is not None:
-            self._fused.refresh(self.state[self._fused.parameters[0]]["step"])
+            self._fused.refresh(self._steps[0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in ("amsgrad", "maximize"):
@@ -163,13 +166,11 @@ class ProxAdamW(torch.optim.Optimizer):
     @property
     def _others(self) -> list[Tensor]:
         """What a term does not pull, groups that were added after it too."""
+        every = self._parameters()
+        if len(every) == len(self._pulled):
+            return []
         pulled = {id(p) for p in self._pulled}
-        return [p for p in self._parameters() if id(p) not in pulled]
-
-    def _versions(self, parameters: Sequence[Tensor]) -> tuple[int, ...]:
-        grads = [p.grad for p in parameters]
-        of_grads = [0 if g is None else v for g in grads for v in ((0, 0) if g is None else (g.data_ptr(), g._version))]
-        return (*(p._version for p in parameters), *of_grads)
+        return [p for p in every if id(p) not in pulled]
 
     def _moments(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """First and second moments and steps, made where there are none."""
@@ -201,22 +202,39 @@ class ProxAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _launcher(self, parameters: list[Tensor]) -> "FusedStep | None":
-        """The launch of this term, its statistics taken when it is made; None where torch does the step."""
+        """The launch of this term, its statistics taken when it is made; None where torch does the step.
+
+        It is made anew where a state was given from outside: its steps say which statistics are the last.
+        """
+        if self._fused is not None and not self._knows_states():
+            self._fused = None
         if self._fused is None and self.term is not None:
             self._obstacle = self._why_torch(parameters)
             if not self._obstacle:
                 from cladapt_kernels.optim.fused_step import FusedStep
 
+                self._steps = torch.stack(self._moments(parameters)[2])
+                self._states = [self.state[p] for p in parameters]
+                for state, step in zip(self._states, self._steps.unbind(), strict=True):
+                    state["step"] = step  # views of one tensor: one launch counts all
                 self._fused = FusedStep(parameters, self.term)
-                self._fused.refresh(self.state[parameters[0]]["step"])
+                self._fused.refresh(self._steps[0])
         return self._fused
+
+    def _knows_states(self) -> bool:
+        """Whether those of what is pulled are the launch's, asked one by one where any state came or went."""
+        every: list[object] = [*self.state.values()]
+        if not _same(every, self._every):
+            self._every = every
+            return _same(map(self.state.get, self._pulled), self._states)
+        return True
 
     def _why_torch(self, parameters: list[Tensor]) -> str:
         if obstacle := launch_obstacle(parameters):
             return obstacle
         if len(groups := self._groups_of(parameters)) > 1:
             return f"{len(groups)} groups of parameters"
-        if len({float(step) for step in self._moments(parameters)[2]}) > 1:
+        if len(torch.stack(self._moments(parameters)[2]).unique()) > 1:
             return "parameters have done different numbers of steps"
         return ""
 
@@ -226,14 +244,15 @@ class ProxAdamW(torch.optim.Optimizer):
 
     def _launch(self, fused: "FusedStep", parameters: list[Tensor], clip: Tensor | None) -> None:
         self.route = "triton: one launch"
-        (group,) = self._groups_of(parameters)
+        group = next(g for g in self.param_groups if any(p is parameters[0] for p in g["params"]))
         fused.check_fresh()  # before the steps are counted
-        first, second, steps = self._moments(parameters)
-        torch._foreach_add_(steps, 1)
+        first, second = ([state[name] for state in self._states] for name in ("exp_avg", "exp_avg_sq"))
+        self._steps.add_(1)
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         fused.step(
-            _gradients(parameters), first, second, steps[0], **options, clip=None if clip is None else clip.float()
-        )
+            _gradients(parameters), first, second, self._steps[0], **options,
+            clip=None if clip is None else clip.float(),
+        )  # fmt: skip
 
     def _fill(self, parameters: list[Tensor], figures: bool) -> Tensor:
         """grad + strength dR/dv into `_total`; with `figures` ||g||^2, ||t||^2, <g, t>, ||v - a||^2 and R, float64."""
@@ -249,7 +268,30 @@ class ProxAdamW(torch.optim.Optimizer):
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """With a term every parameter moves; one without a gradient of the task moves by the term alone."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return [torch.zeros_like(p) if (grad := p.grad) is None else grad for p in parameters]
+
+
+def _same(found: Iterable[object], known: Sequence[object]) -> bool:
+    """Whether these are the same objects, not equal ones."""
+    every = [*found]
+    return len(every) == len(known) and all(map(operator.is_, every, known))
+
+
+class _Seen(NamedTuple):
+    """Gradients, held so that no other takes the place of one, and how often they and parameters were written."""
+
+    grads: list[Tensor | None]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, parameters: list[Tensor]) -> "_Seen":
+        grads = [p.grad for p in parameters]
+        given = [grad for grad in grads if grad is not None]
+        return cls(grads, versions([*parameters, *given]))
+
+    def holds(self, parameters: list[Tensor]) -> bool:
+        now = _Seen.of(parameters)
+        return now.versions == self.versions and _same(now.grads, self.grads)
 
 
 class _Block:

@@ -6,7 +6,8 @@ fisher  R = 1/2 sum_i f_i (v_i - a_i)^2
 """
 
 import importlib.util
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("kl", "l2", "fisher")
+_version = operator.attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ def launch_obstacle(parameters: Sequence[Tensor]) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return "" if dtype == torch.float32 else f"no kernel in {dtype}"
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was written in place, as autograd counts."""
+    return list(map(_version, tensors))  # of hundreds, at every step: no bytecode
 
 
 class Figures(NamedTuple):
