@@ -39,30 +39,33 @@ class _Fused(_Layer):
     """Whether the op is there for items alone, for no kernel runs it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.stock_reason(x):
+        base = self.get_base_layer()  # once a pass: a module's attributes are slow, and so is this
+        if args or kwargs or self._stock_reason(x, base):
             return super().forward(x, *args, **kwargs)
-        return self.fused(x)
+        return self._fused(x, base, None)
 
     def fused(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """The op, for the outputs `rows` int64 [m] alone where they are given: [..., in] -> [..., out] or [..., m]."""
+        return self._fused(x, self.get_base_layer(), rows)
+
+    def _fused(self, x: Tensor, base: Any, rows: Tensor | None) -> Tensor:
         name, *others = self.active_adapters
         beside = self._factors(*others) if others else None
         if beside is not None and rows is not None:
             beside = beside[0], beside[1].index_select(0, rows)
         if beside is None or not any(factor.requires_grad for factor in beside):
-            return self._op(name, x, rows, beside)
+            return self._op(name, x, base, rows, beside)
         down, up = beside
-        y = self._op(name, x, rows, None)
+        y = self._op(name, x, base, rows, None)
         return y + (self.scaling[name] * F.linear(F.linear(x.to(down.dtype), down), up)).to(y.dtype)
 
-    def _op(self, name: str, x: Tensor, rows: Tensor | None, frozen: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _op(self, name: str, x: Tensor, base: Any, rows: Tensor | None, frozen: tuple[Tensor, Tensor] | None) -> Tensor:
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         # drawn where x lives, without a wait for the device; a checkpoint that computes again draws it again
         seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
         down, up = self._factors(name)
-        base, scale = self.get_base_layer(), self.scaling[name]
-        items = self.items
+        scale, items = self.scaling[name], self.items
         if rows is None:
             if items is None:
                 return self._product(base, x, down, up, scale, p, seed, frozen, self._pulls(down, up))
@@ -93,6 +96,9 @@ class _Fused(_Layer):
 
     def stock_reason(self, x: Tensor) -> str:
         """Why PEFT's own forward runs, empty where the op does."""
+        return self._stock_reason(x, self.get_base_layer())
+
+    def _stock_reason(self, x: Tensor, base: Any) -> str:
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.by_item_alone and self.items is None:
             return "no kernel runs here, and no gradients are kept by item"
@@ -101,15 +107,15 @@ class _Fused(_Layer):
         if not names or len(names) != len(self.active_adapters) or not self._is_history(names[0], names[1:]):
             return f"{len(names)} adapters are active"
         name = names[0]
-        base, dropout = self.get_base_layer(), self.lora_dropout[name]
+        dropout, bias = self.lora_dropout[name], base.bias
         if name in self.lora_variant or self.lora_bias[name]:
             return "a variant of LoRA, or LoRA with bias"
         if not isinstance(dropout, nn.Dropout | nn.Identity):
             return f"dropout of type {type(dropout).__name__}"
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        if base.weight.requires_grad or (bias is not None and bias.requires_grad):
             return "the weights themselves train"
-        if x.dtype != self._dtype(base) and not torch.is_autocast_enabled(x.device.type):
-            return f"x is {x.dtype}, the weight {self._dtype(base)}"
+        if x.dtype != (dtype := self._dtype(base)) and not torch.is_autocast_enabled(x.device.type):
+            return f"x is {x.dtype}, the weight {dtype}"
         return ""
 
     def _is_history(self, name: str, others: list[str]) -> bool:

@@ -156,6 +156,7 @@ class _LoraLinear(torch.autograd.Function):
             _check(x, whole, bias, a, b, p, seed, frozen)
         shape = x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        chosen = None
         if torch.compiler.is_compiling():
             y, s = torch.ops.cladapt.lora_linear(rows, whole, bias, a, b, scale, p, seed, *(frozen or ()))
         else:
@@ -163,8 +164,7 @@ class _LoraLinear(torch.autograd.Function):
             y, s = forward_by(chosen.forward, rows, whole, bias, a, b, scale, p, seed, frozen)
         need_a, need_b = ctx.needs_input_grad[4:6]
         ctx.save_for_backward(rows if need_a else None, weight, a, b, s if need_b else None, seed)
-        ctx.scale, ctx.p, ctx.dequantise, ctx.shape = scale, p, dequantise, shape
-        ctx.frozen, ctx.pulls = frozen, pulls
+        ctx.plan = shape, chosen, scale, p, dequantise, frozen, pulls
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
     @staticmethod
@@ -175,14 +175,15 @@ class _LoraLinear(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, s, seed = ctx.saved_tensors
+    shape, chosen, scale, p, dequantise, frozen, pulls = ctx.plan
     if weight is None:
-        weight = _as(ctx.dequantise(), dy.dtype)
-    shape = ctx.shape
+        weight = _as(dequantise(), dy.dtype)
     if len(shape) != 2:
         dy = dy.reshape(-1, dy.shape[-1])
     need_dx, _, _, _, need_da, need_db, *_ = ctx.needs_input_grad
-    needs = (need_dx, need_da, need_db)
-    dx, da, db = _gradients(dy, x, weight, a, b, s, ctx.scale, ctx.p, seed, *needs, ctx.frozen, ctx.pulls)
+    dx, da, db = _gradients(
+        chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen, pulls
+    )  # fmt: skip
     if dx is not None and len(shape) != 2:
         dx = dx.view(shape)
     return dx, None, None, None, da, db, None, None, None, None, None
@@ -192,6 +193,7 @@ _backward_once = once_differentiable(_backward)
 
 
 def _gradients(
+    chosen: Route | None,
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -207,16 +209,15 @@ def _gradients(
     frozen: Frozen,
     pulls: Pulls,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA and dB, None where not needed; what was cast in the forward pass is not cast again here."""
+    """dX, dA and dB, None where not needed, by the forward pass's route; what it cast is not cast again here."""
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
-            return _gradients(dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen, pulls)
+            return _gradients(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen, pulls)
     dy = dy.contiguous()
-    if torch.compiler.is_compiling():
+    if chosen is None:  # something traces
         needs = (need_dx, need_da, need_db)
         found = torch.ops.cladapt.lora_linear_backward(dy, x, weight, a, b, s, scale, p, seed, *needs, *(frozen or ()))
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))  # type: ignore[return-value]
-    chosen = _route(dy, weight, a, p, frozen)
     return backward_by(chosen, dy, x, weight, a, b, s, scale, p, seed, need_dx, need_da, need_db, frozen, pulls)
 
 
