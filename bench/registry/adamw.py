@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -149,7 +150,9 @@ def _unlaunched(device: torch.device) -> Iterator[None]:
         return
     from cladapt_kernels.optim import fused_step, optimizer
 
-    kernels = {name: defaultdict(lambda: lambda **_: None) for name in ("_step", "_measure", "_refresh")}
+    kernels: dict[str, Any] = {
+        name: defaultdict(lambda: lambda **_: None) for name in ("_step", "_measure", "_refresh")
+    }
     with patch.multiple(fused_step, **kernels), patch.object(optimizer, "launch_obstacle", lambda _: ""):
         yield
 
