@@ -93,7 +93,7 @@ class Decoder:
         tree = TreeMask(real_columns(length, width), extra.shape[1], self.beams, self.levels - 1, self.dtype)
         blocked = None if seen is None else self._blocked(seen)
         for level in range(self.levels):
-            parent, code, node, score = self._expand(node, score, self._scores(before, level), level, blocked)
+            parent, code, node, score = self.expand(node, score, self.scores(before, level), level, blocked)
             if level == self.levels - 1:
                 break
             missing = (0, self.beams - node.shape[1])  # while the trie is narrow
@@ -138,7 +138,7 @@ class Decoder:
             ).last_hidden_state,
         )
 
-    def _scores(self, hidden: Tensor, level: int) -> Tensor:
+    def scores(self, hidden: Tensor, level: int) -> Tensor:
         """Scores of the codes of one level after hidden [users, n, d]: float32 [users, n, codes].
 
         Log-probabilities over the vocabulary, or logits that are yet to be normalised over the children in the trie.
@@ -156,14 +156,14 @@ class Decoder:
         node = self.codes.nodes(targets)
         total = torch.zeros(len(targets), device=self.device)
         for level in range(self.levels):
-            scores, token = self._scores(hidden[:, level : level + 1], level)[:, 0], targets[:, level]
+            scores, token = self.scores(hidden[:, level : level + 1], level)[:, 0], targets[:, level]
             if self.softmax == "vocabulary":
                 total += scores.gather(1, self.codes.code[token][:, None])[:, 0]
             else:
                 total += self.codes.log_prob(scores, node[:, level], token)
         return total
 
-    def _expand(
+    def expand(
         self, node: Tensor, score: Tensor, scores: Tensor, level: int, blocked: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Best children over all beams of each user: (parent beam, code, node, score), all [users, <= beams]."""

@@ -308,7 +308,7 @@ class Fit:
         if ctx.log:
             ctx.log.update(zip(ctx.log, self._over_ranks(list(ctx.log.values())), strict=True))
         self.method.edit_grads(ctx)
-        norm = self._clip(total if twice and cast(Sharpness, self._policy).perturbed else None)
+        norm = self.clip(total if twice and cast(Sharpness, self._policy).perturbed else None)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * rate(progress / self.settings.epochs, self.settings)
         self.optimizer.step()
@@ -402,7 +402,7 @@ class Fit:
         # not through accelerate, whose precision is fixed for the whole process by its first use
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    def _clip(self, unperturbed: Tensor | None) -> float:
+    def clip(self, unperturbed: Tensor | None) -> float:
         """The gradient norm; `unperturbed`: the loss of a step with two passes, which tells why it is not finite."""
         parameters = list(self.trained.values())
         limit = self.settings.clip or math.inf

@@ -35,3 +35,17 @@ def kernels(
     from cladapt.pipeline import kernels as pipeline
 
     return pipeline.kernels(runs, out, Progress())
+
+
+@verb(app)
+def profile(
+    method: Annotated[str, typer.Option("--method", help="Method whose training steps are measured.")] = "peso",
+    runs: Annotated[int, typer.Option("--runs", help="Epochs and decoding batches behind each median.")] = 21,
+    base: Annotated[Path | None, typer.Option("--base", help="A base; default: a tiny one is trained.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="The base's stream; default: one is simulated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the rows to this .csv file.")] = None,
+) -> dict[str, Any]:
+    """Print where the time of training steps and of a decoding batch goes: shares of passes, method, optimiser, log."""
+    from cladapt.pipeline import bench_profile
+
+    return bench_profile.profile(method, runs, base, data, out, Progress())

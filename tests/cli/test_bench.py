@@ -19,6 +19,7 @@ def test_the_group_names_its_commands(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "methods" in text
     assert "kernels" in text
+    assert "profile" in text
 
 
 def test_too_few_runs_are_a_usage_error_of_two_lines(capsys: pytest.CaptureFixture[str]) -> None:

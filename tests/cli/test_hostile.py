@@ -24,6 +24,7 @@ SMALL = "-o users=40 -o items=40 -o topics=4 -o blocks=3"
 CALLS = {  # one call of each command that works in the folder of `hostile`
     "bench kernels": "--runs 5 --out new.csv",
     "bench methods": "--runs 5 --out new.csv",
+    "bench profile": "--runs 5 --out new.csv",
     "base init": "--from base --data stream --out new --form packed -o epochs=0",
     "base pretrain": "--data stream --out new -o epochs=0",
     "base sequential": "--data stream --out new -o epochs=1 -o hidden=8 -o layers=1",
@@ -56,7 +57,7 @@ CALLS = {  # one call of each command that works in the folder of `hostile`
     "train": "--data stream --base base --epochs 1 --out new",
     "update": "next.csv --run run --min-tested 9 -o bootstrap=100",
 }
-SLOW = {"bench kernels", "bench methods", "demo"}
+SLOW = {"bench kernels", "bench methods", "bench profile", "demo"}
 NUMBER = ["abc", "1.5x", "", "-1", "9" * 30]
 VALUES = {
     int: NUMBER,
